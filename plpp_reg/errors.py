@@ -1,0 +1,20 @@
+"""One kind of error for bad input: a single line, with the nearest valid choice. The command line exits with status 2 on it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; the message says what was expected, what came, and what would do."""
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
+    """``unknown trainer 'Coop': did you mean 'CoOp'? (known: CoOp, ZeroshotCLIP)``"""
+    known = sorted(choices)
+    lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+    hint = f": did you mean {lower[close[0]]!r}?" if close else ":"
+    shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+    return InputError(f"unknown {what} {name!r}{hint} (known: {shown})")

@@ -1,0 +1,145 @@
+r"""Every equation of PLPP, as pure functions of tensors.
+
+Letters (used in every docstring of the package)::
+
+    B images   C classes   P prompts   M context vectors   T tokens   D text width   V vocabulary   K top-k   R = P * M rows
+
+    E   (V, D)     the frozen token embedding of the text tower, also the weight of the training-free LM head
+    v   (R, D)     learnable context vectors, in token-embedding space
+    h   (R, D)     the text tower's ``ln_final`` output at the position that precedes each context vector
+    I   (R, K)     ids of the K words nearest to each v by cosine
+    q   (R, K)     the label, ``softmax(cos(E_I, v) / temperature)``
+    p   (R, K)     the LM head's probability of those words, ``softmax(E h)`` over V or over I
+
+The equations follow "Prompt Learning with PerPlexity" (arXiv 2412.15277); what its public text leaves open is listed as
+OUR CHOICE in docs/method.md. All logarithms are natural (units: nats). Whatever comes in, the arithmetic is float32 at least
+(float64 stays float64), also under autocast.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+LABELS = ("soft", "hard")
+NORMALIZE_OVER = ("vocabulary", "topk")
+
+
+class PLPPRows(NamedTuple):
+    """One value a context vector, shape ``(R,)`` each, in nats."""
+
+    perplexity_loss: Tensor
+    inverse_loss: Tensor
+    hard_nll: Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any argument is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def inverse_norm(E: Tensor) -> Tensor:
+    """``1 / |E_i|`` for each row, (V, D) -> (V,). A zero row gets a large finite number, hence cosine 0 with everything."""
+    return E.norm(dim=-1).clamp_min(torch.finfo(E.dtype).eps).reciprocal()
+
+
+def nearest_words(v: Tensor, E: Tensor, k: int, E_inverse_norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k words nearest by cosine, no gradient: v (R, D), E (V, D) -> cosines (R, k) descending and ids I (R, k).
+
+    The normalised copy of E is never made: ``cos(E_i, v) = (E_i . v) / |E_i| / |v|``.
+    """
+    if E_inverse_norm is None:
+        E_inverse_norm = inverse_norm(E)
+    with torch.no_grad():
+        similarity = (F.normalize(v, dim=-1) @ E.T).mul_(E_inverse_norm)
+        return similarity.topk(k, dim=-1)
+
+
+def label_log_probabilities(v: Tensor, E_I: Tensor, temperature: float) -> Tensor:
+    """``log q = log_softmax(cos(E_I, v) / temperature)``: v (R, D), E_I (R, K, D) -> (R, K). Differentiable in v."""
+    return (F.cosine_similarity(E_I, v.unsqueeze(1), dim=-1) / temperature).log_softmax(-1)
+
+
+def perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """``-sum_I q log p``: cross-entropy of the prediction under the label, (R, K) -> (R,), nats."""
+    return -(log_q.exp() * log_p).sum(-1)
+
+
+def inverted_perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """``-sum_I p log q``: the same with the roles exchanged, (R, K) -> (R,), nats."""
+    return -(log_p.exp() * log_q).sum(-1)
+
+
+def perplexity(hard_nll: Tensor) -> Tensor:
+    """``exp(mean negative log-likelihood)`` over all rows, dimensionless; a uniform prediction over V words gives V."""
+    return hard_nll.mean().exp()
+
+
+def plpp_rows(
+    v: Tensor,
+    h: Tensor,
+    E: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float,
+    normalize_over: str = "vocabulary",
+    detach_label: bool = True,
+    with_nll: bool = True,
+) -> PLPPRows:
+    """Both losses and the hard-label negative log-likelihood of each row: v, h (R, D), E (V, D), ids (R, K) -> 3 x (R,).
+
+    ``ids`` are the label's words, nearest first (:func:`nearest_words`); K = 1 is the hard label, with which q is 1 and the
+    inverted loss exactly 0. ``detach_label``: no gradient through the label's side of either loss: q in the perplexity
+    loss, p in the inverted one. ``with_nll=False`` may return zeros where the likelihood over V would cost extra.
+    """
+    E_I = E[ids]
+    if normalize_over == "vocabulary":
+        logits = h @ E.T  # (R, V)
+        log_p = logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
+        hard_nll = -log_p[:, 0].detach()
+    else:
+        log_p = torch.einsum("rd,rkd->rk", h, E_I).log_softmax(-1)
+        hard_nll = v.new_zeros(len(v))
+        if with_nll:  # reported over V whatever the loss is normalised over
+            with torch.no_grad():
+                logits = h @ E.T
+                hard_nll = logits.logsumexp(-1) - logits.gather(1, ids[:, :1])[:, 0]
+    log_q = label_log_probabilities(v, E_I, temperature)
+    direct = perplexity_loss(log_q.detach() if detach_label else log_q, log_p)
+    inverse = inverted_perplexity_loss(log_q, log_p.detach() if detach_label else log_p)
+    return PLPPRows(direct, inverse, hard_nll)
+
+
+def plpp(
+    context: Tensor,
+    hidden: Tensor,
+    E: Tensor,
+    *,
+    top_k: int,
+    chunk_size: int,
+    E_inverse_norm: Tensor | None = None,
+    **settings,
+) -> PLPPRows:
+    """:func:`plpp_rows` of every context vector: context (1 or P, M, D), hidden (1 or P, M, D) -> 3 x (P * M,).
+
+    At most ``chunk_size`` rows meet E at a time, so no (rows, V) matrix is larger than that; what a chunk made is dropped
+    after its forward pass and computed again in backward. A context that is shared by P prompts is looked up once.
+    """
+    dtype = compute_dtype(context, hidden, E)
+    with torch.autocast(device_type=context.device.type, enabled=False):
+        v, h, E = context.to(dtype), hidden.to(dtype), E.to(dtype)
+        chunks = v.detach().flatten(0, 1).split(chunk_size)
+        ids = torch.cat([nearest_words(c, E, top_k, E_inverse_norm)[1] for c in chunks]).view(*v.shape[:2], top_k)
+        prompts = max(len(v), len(h))
+        v, h, ids = (t.expand(prompts, -1, -1).flatten(0, 1) for t in (v, h, ids))
+        if len(v) <= chunk_size:
+            return plpp_rows(v, h, E, ids, **settings)
+        parts = [
+            checkpoint(plpp_rows, vi, hi, E, i, use_reentrant=False, preserve_rng_state=False, **settings)
+            for vi, hi, i in zip(v.split(chunk_size), h.split(chunk_size), ids.split(chunk_size), strict=True)
+        ]
+        return PLPPRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
