@@ -1,0 +1,135 @@
+"""One loader: a name, a path or the embedded default -> a frozen CLIP in openai-clip's architecture."""
+
+from __future__ import annotations
+
+import functools
+import os
+import urllib.error
+import warnings
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from plpp_reg.errors import InputError, unknown
+
+EMBEDDED = "embedded"
+PRECISIONS = {"fp32": torch.float32, "amp": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@functools.cache
+def openai_clip() -> ModuleType:
+    """The package openai-clip, imported when it is needed."""
+    try:
+        with warnings.catch_warnings():  # its import of pkg_resources warns of setuptools 81
+            warnings.filterwarnings("ignore", message=".*pkg_resources.*")
+            import clip
+    except ImportError as e:
+        raise InputError(
+            f"the package openai-clip, with setuptools below 81, is needed: pip install 'plpp-reg[train]' ({e})"
+        ) from e
+    return clip
+
+
+def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.device | str = "cpu") -> nn.Module:
+    """A CLIP model, frozen: no parameter requires a gradient, eval mode, weights in ``precision``.
+
+    Args:
+        name: "embedded" (the small model that the package carries), one of OpenAI's names ("ViT-B/16", "RN50", ...), or the
+            path of a JIT archive, a state_dict (``torch.save`` or safetensors) with OpenAI's keys.
+        precision: "fp32", "amp" (fp32 weights), "bf16" or "fp16"; LayerNorm and embeddings stay float32, as OpenAI has it.
+        device: where the model goes.
+
+    Returns:
+        ``clip.model.CLIP``. ``trained_token_ids`` on it holds the ids of the token rows that mean something, or None for all.
+
+    Raises:
+        InputError: no such name or file, no network, a file that is not a CLIP, a wrong checksum.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    trained = None
+    if name == EMBEDDED:
+        from plpp_reg.clip.embedded import embedded_state_dict, trained_token_ids
+
+        state_dict, trained = embedded_state_dict(), trained_token_ids()
+    elif name in openai_clip().clip._MODELS:
+        state_dict = _read_state_dict(_download(name))
+    elif Path(name).is_file():
+        state_dict = _read_state_dict(Path(name))
+    else:
+        raise unknown("backbone (a model name or a file)", name, [EMBEDDED, *openai_clip().clip._MODELS])
+    try:
+        model = openai_clip().model.build_model(dict(state_dict))
+    except (KeyError, RuntimeError, AssertionError, IndexError, ZeroDivisionError) as e:
+        first = str(e).splitlines()[0]
+        raise InputError(f"backbone {name!r}: expected weights of OpenAI's CLIP, got something else ({first})") from e
+    model = set_precision(model.float(), PRECISIONS[precision]).to(device)
+    model.trained_token_ids = trained
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No gradients, eval mode (batch statistics of a ResNet stay as they are)."""
+    return model.requires_grad_(False).eval()
+
+
+def set_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast what OpenAI casts to fp16 (convolutions, linear maps, attention, projections) to ``dtype``; the rest stays."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
+            module.to(dtype)
+        for name in ("text_projection", "proj"):
+            value = getattr(module, name, None)
+            if isinstance(value, nn.Parameter):
+                value.data = value.data.to(dtype)
+    return model
+
+
+def cache_folder() -> Path:
+    """Where OpenAI's weights are kept, as openai-clip has it."""
+    return Path(os.path.expanduser("~/.cache/clip"))
+
+
+def _download(name: str) -> Path:
+    """The weights' file, downloaded once and its SHA-256 checked each time, by openai-clip."""
+    clip = openai_clip().clip
+    url = clip._MODELS[name]
+    target = cache_folder() / url.rsplit("/", 1)[1]
+    try:
+        return Path(clip._download(url, str(cache_folder())))
+    except (urllib.error.URLError, OSError, RuntimeError) as e:
+        raise InputError(
+            f"backbone {name!r}: expected its weights at {target} (SHA-256 {url.split('/')[-2]}) and could not download them "
+            f"({e}); put the file there, or name a local file, or 'embedded'"
+        ) from e
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name from a JIT archive, a ``torch.save`` file (weights only: nothing in it is run) or safetensors."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded = load_file(path)
+        elif _is_jit_archive(path):
+            loaded = torch.jit.load(str(path), map_location="cpu").state_dict()
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"{path}: expected CLIP weights (JIT archive, state_dict or safetensors), got {first}") from e
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+        raise InputError(f"{path}: expected tensors by name, got {type(loaded).__name__}")
+    return loaded
+
+
+def _is_jit_archive(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.split("/", 1)[-1] == "constants.pkl" for name in archive.namelist())

@@ -1,0 +1,153 @@
+"""PromptLearner: learnable context vectors among the tokens of class names, and where each of them sits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from plpp_reg.clip.load import openai_clip
+from plpp_reg.clip.text import TextOutput, TextTower
+from plpp_reg.clip.tree import PromptTree, build_tree, context_symbol
+from plpp_reg.errors import InputError
+
+POSITIONS = ("end", "middle", "front")
+
+
+@functools.cache
+def tokenizer():
+    """OpenAI's byte-pair tokenizer, from the openai-clip package."""
+    return openai_clip().clip._tokenizer
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text, without SOS and EOT."""
+    return tokenizer().encode(text)
+
+
+def sos_token() -> int:
+    return tokenizer().encoder["<|startoftext|>"]
+
+
+def eot_token() -> int:
+    return tokenizer().encoder["<|endoftext|>"]
+
+
+def encode_texts(tower: TextTower, texts: Sequence[str]) -> Tensor:
+    """Features of plain texts, (C, embed_dim), not normalised: what ``encode_text(tokenize(texts))`` gives."""
+    prompts = [[sos_token(), *encode(text), eot_token()] for text in texts]
+    for text, prompt in zip(texts, prompts, strict=True):
+        _check_length(repr(text), len(prompt), len(tower.positional_embedding))
+    device = tower.positional_embedding.device
+    tree = build_tree(prompts, 0, tower.max_nodes()).to(device)
+    nothing = torch.empty(1, 0, tower.ln_final.weight.shape[0], device=device)
+    return tower(tree, nothing, need_hidden=False).features[0]
+
+
+def _check_length(what: str, tokens: int, most: int, detail: str = "") -> None:
+    if tokens > most:
+        raise InputError(f"{what}: expected at most {most} tokens, got {tokens}{detail}: shorten it")
+
+
+class PromptLearner(nn.Module):
+    """Context vectors for C class names: ``[SOS] v_1 .. v_M name . [EOT]`` and its variants, as in CoOp (arXiv 2109.01134).
+
+    Args:
+        clip_model: its token embedding gives width, dtype and the init words' vectors.
+        classnames: C names; underscores read as spaces, as upstream does.
+        n_ctx: number M of context vectors, >= 1. Ignored where ``ctx_init`` is given: M is then its number of tokens.
+        ctx_init: words to start from ("a photo of a"); empty: random, standard deviation 0.02.
+        position: where the name stands: "end" (after the context), "middle" (after its first half) or "front".
+        class_specific: one context a class, (C, M, D), instead of one for all, (M, D).
+
+    ``ctx`` is a float32 leaf whatever the model's precision: an fp16 leaf of size 0.02 ignores small updates.
+
+    Raises:
+        InputError: a prompt does not fit the model's context length; the message names it.
+    """
+
+    def __init__(
+        self,
+        clip_model: nn.Module,
+        classnames: Sequence[str],
+        n_ctx: int = 16,
+        ctx_init: str = "",
+        position: str = "end",
+        class_specific: bool = False,
+    ) -> None:
+        super().__init__()
+        if position not in POSITIONS:
+            raise InputError(f"position: expected one of {', '.join(map(repr, POSITIONS))}, got {position!r}")
+        if not classnames:
+            raise InputError("classnames: expected at least one class name, got none")
+        embedding = clip_model.token_embedding.weight
+        init_words = ctx_init.replace("_", " ").strip()
+        if init_words:
+            start = embedding.detach()[encode(init_words)].float()
+        else:
+            if n_ctx < 1:
+                raise InputError(f"n_ctx: expected an integer >= 1, got {n_ctx!r}")
+            shape = (len(classnames), n_ctx) if class_specific else (n_ctx,)
+            start = torch.empty(*shape, embedding.shape[1]).normal_(std=0.02)
+        if class_specific and start.dim() == 2:
+            start = start.expand(len(classnames), -1, -1)
+        self.ctx = nn.Parameter(start.to(embedding.device).clone())
+        self.classnames = [name.replace("_", " ") for name in classnames]
+        self.class_specific = class_specific
+        self.position = position
+        self.prompts = self._layout(clip_model.positional_embedding.shape[0])
+        self._trees: dict[tuple, PromptTree] = {}
+
+    @property
+    def n_ctx(self) -> int:
+        return self.ctx.shape[-2]
+
+    def _layout(self, context_length: int) -> list[list[int]]:
+        """The symbols of each prompt, SOS to EOT."""
+        prompts = []
+        for c, name in enumerate(self.classnames):
+            first = c * self.n_ctx if self.class_specific else 0
+            context = [context_symbol(first + m) for m in range(self.n_ctx)]
+            words = encode(name + ".")  # as upstream: a name that ends in punctuation may merge with the full stop
+            cut = len(encode(name))
+            half = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[self.position]
+            if self.position == "end":
+                body = context + words
+            else:
+                body = context[:half] + words[:cut] + context[half:] + words[cut:]
+            parts = f" ({self.n_ctx} context vectors, {len(words)} of the name, SOS and EOT)"
+            _check_length(f"class name {name!r}", len(body) + 2, context_length, parts)
+            prompts.append([sos_token(), *body, eot_token()])
+        return prompts
+
+    def context_positions(self) -> Tensor:
+        """(C, M): where each context vector stands."""
+        return torch.tensor([[t for t, s in enumerate(p) if s < 0] for p in self.prompts])
+
+    def name_positions(self) -> list[list[int]]:
+        """For each class: where the tokens of its name, and the full stop, stand."""
+        return [[t for t, s in enumerate(p) if s >= 0][1:-1] for p in self.prompts]
+
+    def eot_positions(self) -> Tensor:
+        """(C,): where the token stands whose state is the class feature."""
+        return torch.tensor([len(p) - 1 for p in self.prompts])
+
+    def tree(self, max_nodes: int | None = None) -> PromptTree:
+        """The prompts as a tree on the context's device, made once a bound."""
+        key = (max_nodes, self.ctx.device)
+        if key not in self._trees:
+            self._trees[key] = build_tree(self.prompts, self.n_ctx, max_nodes).to(self.ctx.device)
+        return self._trees[key]
+
+    def forward(self, tower: TextTower, need_hidden: bool = True) -> TextOutput:
+        """Class features and context states of these prompts.
+
+        Returns:
+            ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), fit for the regularizer beside ``self.ctx``: P is
+            1 where the context is shared and nothing class-specific precedes it, else C.
+        """
+        rows = self.ctx.flatten(0, -2).unsqueeze(0)
+        out = tower(self.tree(tower.max_nodes()), rows, need_hidden=need_hidden)
+        return TextOutput(out.features[0], out.hidden)
