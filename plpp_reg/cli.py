@@ -1,0 +1,96 @@
+"""``plpp …``: arguments only, no logic."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from plpp_reg import __version__
+from plpp_reg.errors import InputError, unknown
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line on a bad flag, with the nearest one, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="plpp", description="Prompt Learning with PerPlexity, for any CLIP prompt learner")
+    parser.add_argument("--version", action="version", version=f"plpp-reg {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="train and test one prompt learner", allow_abbrev=False)
+    train.add_argument("--trainer", default="", help="CoOp, CoOp_PLPP, ZeroshotCLIP, … or package.module:Class")
+    train.add_argument("--root", default="", help="folder of the data sets")
+    train.add_argument("--output-dir", default="", help="output folder (default: output/<data set>/<trainer>/seed<seed>)")
+    train.add_argument("--resume", default="", metavar="DIR", help="run folder to go on from")
+    train.add_argument("--seed", type=int, default=None, help="seed, 0 included (default 1; -1 draws one)")
+    train.add_argument("--transforms", nargs="+", default=(), help="data augmentation by Dassl's names")
+    train.add_argument("--config-file", default="", help="method configuration (YAML)")
+    train.add_argument("--dataset-config-file", default="", help="data set configuration (YAML; default: the embedded one)")
+    train.add_argument("--backbone", default="", help="'embedded' (default), a name of OpenAI's (ViT-B/16) or a file")
+    train.add_argument("--eval-only", action="store_true", help="evaluate, never train")
+    train.add_argument("--model-dir", default="", metavar="DIR", help="run folder whose prompts --eval-only loads")
+    train.add_argument("--load-epoch", type=int, default=None, help="epoch to load (default: best on validation, else newest)")
+    train.add_argument("--no-train", action="store_true", help="build everything, train nothing")
+    train.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys, after the flags")
+
+    demo = commands.add_parser("demo", help="CoOp with and without PLPP on the embedded default: one table, one picture")
+    demo.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
+    demo.add_argument("--output-dir", default="output/demo", help="where runs, table and picture go")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from plpp_reg.engine.run import RunArguments, run
+
+    if args.opts and args.opts[0] == "--":
+        args.opts = args.opts[1:]
+    for word in args.opts[::2]:
+        if word.startswith("-"):
+            flags = [f for f in _flags() if f.startswith("--")]
+            if word in flags:
+                raise InputError(f"flag {word!r} must stand before the KEY VALUE pairs")
+            raise unknown("flag", word, flags)
+    fields = {name: getattr(args, name) for name in RunArguments._fields}
+    run(RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
+
+
+def _flags() -> list[str]:
+    actions = _parser()._subparsers._group_actions[0].choices["train"]._actions  # type: ignore[union-attr, index]
+    return [flag for action in actions for flag in action.option_strings]
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from plpp_reg.demo import demo
+
+    demo(args.seeds, args.output_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the run itself failed, 2 what was asked for cannot be."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        {"train": _train, "demo": _demo}[args.command](args)
+    except InputError as e:
+        print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("plpp: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        return 130
+    except RuntimeError as e:
+        from plpp_reg.engine.trainer import NonFiniteLoss
+
+        if not isinstance(e, NonFiniteLoss):
+            raise
+        print(f"plpp: {e}", file=sys.stderr)
+        return 1
+    return 0

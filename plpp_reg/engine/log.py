@@ -1,0 +1,102 @@
+"""What a run says: plain lines on the terminal and in log.txt, a progress bar where somebody watches, tensorboard."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """Lines go to standard output and, once :meth:`open` has named it, to a file; earlier lines are not lost."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.interactive = not quiet and sys.stdout.isatty()
+        self._early: list[str] | None = []
+        self._path: Path | None = None
+        self._writer: Any = None
+
+    def open(self, folder: str | Path) -> None:
+        """Log into ``folder``/log.txt from here on (appending: a resumed run goes on in its file), and to tensorboard/."""
+        self._path = Path(folder) / "log.txt"
+        early, self._early = self._early or [], None
+        self._append("".join(line + "\n" for line in early))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self("tensorboard is not installed: no event files (pip install tensorboard)")
+            return
+        self._writer = SummaryWriter(log_dir=str(Path(folder) / "tensorboard"))
+
+    def __call__(self, line: str) -> None:
+        if not self.quiet:
+            tqdm.write(line) if self.interactive else print(line, flush=True)
+        self.file_only(line)
+
+    def file_only(self, line: str) -> None:
+        if self._early is not None:
+            self._early.append(line)
+        else:
+            self._append(line + "\n")
+
+    def _append(self, text: str) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def progress(self, items: Iterable, what: str, initial: int = 0, total: int | None = None) -> tqdm:
+        """A bar in a terminal, nothing elsewhere."""
+        return tqdm(items, desc=what, initial=initial, total=total, disable=not self.interactive, leave=False)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Meters:
+    """Latest value and running mean of named figures, shown as Dassl shows them: ``loss 1.2000 (1.3000) acc ...``."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def update(self, values: dict[str, float]) -> None:
+        self.last = values
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self._count for name, total in self._sums.items()}
+
+    def __str__(self) -> str:
+        means = self.means()
+        return " ".join(f"{name} {value:.4f} ({means[name]:.4f})" for name, value in self.last.items())
+
+
+class Clock:
+    """Seconds since the last tick, and their mean."""
+
+    def __init__(self) -> None:
+        self.start, self.value, self.total, self.count = time.perf_counter(), 0.0, 0.0, 0
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        self.value, self.start = now - self.start, now
+        self.total += self.value
+        self.count += 1
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.count)

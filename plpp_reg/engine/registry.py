@@ -1,0 +1,53 @@
+"""Trainers by name. Asking for a name finds it; nothing has to be imported first."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from plpp_reg.errors import InputError, unknown
+from plpp_reg.trainers import TRAINERS
+
+if TYPE_CHECKING:
+    from plpp_reg.engine.trainer import PromptTrainer
+
+SUFFIX = "_PLPP"
+
+
+def trainer_names() -> list[str]:
+    """Every name that ``--trainer`` takes of ours: X, and X_PLPP where X learns text context."""
+    return [n for name in TRAINERS for n in ([name, name + SUFFIX] if _load(TRAINERS[name]).learns_text_context else [name])]
+
+
+def config_nodes(own: type[PromptTrainer] | None = None) -> dict[str, dict[str, object]]:
+    """The ``TRAINER.<node>`` defaults of every method, and of one's own trainer."""
+    classes = [_load(place) for place in TRAINERS.values()] + ([own] if own else [])
+    return {c.config_node: dict(c.config_defaults) for c in classes if c.config_node}
+
+
+def find_trainer(name: str) -> tuple[type[PromptTrainer], str, bool]:
+    """``"CoOp_PLPP"`` -> (class, "CoOp", True). A trainer of one's own goes as ``package.module:Class``.
+
+    Raises:
+        InputError: no such name, or ``X_PLPP`` of a method without text context.
+    """
+    plain = name.removesuffix(SUFFIX)
+    with_plpp = plain != name
+    if plain in TRAINERS:
+        place = TRAINERS[plain]
+    elif ":" in plain:
+        place = plain
+    else:
+        raise unknown("trainer", name, trainer_names())
+    cls = _load(place)
+    if with_plpp and not cls.learns_text_context:
+        raise InputError(f"{name}: {plain} learns no text context, so PLPP has nothing to act on: use {plain}")
+    return cls, plain, with_plpp
+
+
+def _load(place: str) -> type[PromptTrainer]:
+    module, _, cls = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError) as e:
+        raise InputError(f"trainer {place!r}: expected package.module:Class, got {e}") from e

