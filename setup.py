@@ -1,7 +1,7 @@
 """Metadata, and where trainers/ and configs/ are installed.
 
-They stand at the top level, as every CoOp-like repository has them, but are installed as plpp_reg.trainers and plpp_reg.configs:
-a top-level package `trainers` in site-packages would shadow, or be shadowed by, a host's own.
+They stand at the top level, as every CoOp-like repository has them, but are installed as plpp_reg.trainers and
+plpp_reg.configs: a top-level package `trainers` in site-packages would shadow, or be shadowed by, a host's own.
 """
 
 import re

@@ -15,7 +15,19 @@ class _Parser(argparse.ArgumentParser):
     """One line on a bad flag, with the nearest one, instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message} (see {self.prog} --help)")
+        flag = message.removeprefix("unrecognized arguments: ").split()[0]
+        if flag != message.split()[0] and flag.startswith("--"):
+            raise unknown("flag", flag, self.flags())
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def flags(self) -> list[str]:
+        """The long flags of this command and of those below it."""
+        found = []
+        for action in self._actions:
+            found += [flag for flag in action.option_strings if flag.startswith("--")]
+            if isinstance(action, argparse._SubParsersAction):
+                found += [flag for command in action.choices.values() for flag in command.flags()]
+        return sorted(set(found))
 
 
 def _parser() -> _Parser:
@@ -52,17 +64,12 @@ def _train(args: argparse.Namespace) -> None:
         args.opts = args.opts[1:]
     for word in args.opts[::2]:
         if word.startswith("-"):
-            flags = [f for f in _flags() if f.startswith("--")]
+            flags = _parser().flags()
             if word in flags:
-                raise InputError(f"flag {word!r} must stand before the KEY VALUE pairs")
+                raise InputError(f"flag {word!r}: expected before the KEY VALUE pairs, got it among them")
             raise unknown("flag", word, flags)
     fields = {name: getattr(args, name) for name in RunArguments._fields}
     run(RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
-
-
-def _flags() -> list[str]:
-    actions = _parser()._subparsers._group_actions[0].choices["train"]._actions  # type: ignore[union-attr, index]
-    return [flag for action in actions for flag in action.option_strings]
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -15,6 +15,6 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
     known = sorted(choices)
     lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
-    hint = f": did you mean {lower[close[0]]!r}?" if close else ":"
-    shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
-    return InputError(f"unknown {what} {name!r}{hint} (known: {shown})")
+    hint = f": did you mean {lower[close[0]]!r}?" if close else ""
+    shown = f" (known: {', '.join(known)})" if len(known) <= 16 else ""
+    return InputError(f"unknown {what} {name!r}{hint}{shown}")

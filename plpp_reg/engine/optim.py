@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules with Dassl's names. A schedule is a pure function of the epoch, so it resumes exactly."""
+"""Optimizers and learning-rate schedules with Dassl's names; a schedule is a function of the epoch, so it resumes exactly."""
 
 from __future__ import annotations
 

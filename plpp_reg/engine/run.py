@@ -116,11 +116,11 @@ def run(args: RunArguments, log: RunLog | None = None) -> dict[str, Any]:
     """
     log = log or RunLog()
     cfg, cls = resolve(args)
-    log(f"Setting fixed seed: {cfg.SEED}")
     if torch.cuda.is_available() and cfg.USE_CUDA:
         torch.backends.cudnn.benchmark = True
     folder = output_dir(cfg)
     _check_folder(cfg, folder)
+    log(f"Setting fixed seed: {cfg.SEED}")
     trainer = cls(cfg, log=log)
     if args.eval_only:
         if args.model_dir:

@@ -376,9 +376,7 @@ class PromptTrainer:
         content = checkpoint.load(path)
         extra = content.get("plpp_reg")
         if extra is None:
-            raise InputError(
-                f"--resume: {str(path)!r} was not written by plpp-reg; it can be evaluated (--eval-only), not resumed"
-            )
+            raise InputError(f"--resume: {str(path)!r} is not of plpp-reg: it can be evaluated (--eval-only), not resumed")
         checkpoint.load_weights(self.prompts, content["state_dict"], path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["scheduler"])
