@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from yacs.config import CfgNode
 
 from plpp_reg import results
@@ -98,30 +100,44 @@ def _check(cfg: CfgNode) -> None:
             raise InputError(f"{key}: expected an integer >= 1, got {config.flat(cfg)[key]}")
 
 
-def output_dir(cfg: CfgNode) -> Path:
+def output_dir(cfg: CfgNode, eval_only: bool) -> Path:
     """Where a run writes: OUTPUT_DIR, else a folder that says what it is."""
     if cfg.OUTPUT_DIR:
         return Path(cfg.OUTPUT_DIR)
     parts = [cfg.DATASET.NAME]
     if cfg.DATASET.SUBSAMPLE_CLASSES != "all":
         parts.append(cfg.DATASET.SUBSAMPLE_CLASSES)
-    return Path("output", *parts, cfg.TRAINER.NAME, f"seed{cfg.SEED}")
+    parts += [cfg.TRAINER.NAME.replace(":", "."), f"seed{cfg.SEED}"]
+    return Path("output", *parts, *(["eval"] if eval_only else []))
 
 
-def run(args: RunArguments, log: RunLog | None = None) -> dict[str, Any]:
+def run(
+    args: RunArguments,
+    log: RunLog | None = None,
+    clip_model: nn.Module | None = None,
+    after_epoch: Callable[[PromptTrainer], None] | None = None,
+) -> tuple[dict[str, Any], PromptTrainer]:
     """Train and test, or what the flags say. Everything that can be wrong is found before a folder is made.
 
+    Args:
+        args: what to do.
+        log: where lines go.
+        clip_model: a CLIP that is loaded already; it must be the one that ``args`` name.
+        after_epoch: called with the trainer after each epoch.
+
     Returns:
-        What ``result.json`` holds (its ``metrics`` are empty where nothing was tested).
+        What ``result.json`` holds (its ``metrics`` are empty where nothing was tested), and the trainer as it ended.
     """
     log = log or RunLog()
     cfg, cls = resolve(args)
     if torch.cuda.is_available() and cfg.USE_CUDA:
         torch.backends.cudnn.benchmark = True
-    folder = output_dir(cfg)
-    _check_folder(cfg, folder)
+    folder = output_dir(cfg, args.eval_only)
+    _check_folders(cfg, folder)
+    if args.eval_only and (folder / cls.model_name).is_dir():
+        raise InputError(f"{str(folder)!r} holds a training run, whose result would be lost: name another --output-dir")
     log(f"Setting fixed seed: {cfg.SEED}")
-    trainer = cls(cfg, log=log)
+    trainer = cls(cfg, clip_model=clip_model, log=log)
     if args.eval_only:
         if args.model_dir:
             trainer.load_model(args.model_dir, args.load_epoch)
@@ -132,12 +148,14 @@ def run(args: RunArguments, log: RunLog | None = None) -> dict[str, Any]:
     with locked(folder):
         log.open(folder)
         try:
-            return _run_in(folder, trainer, args)
+            return _run_in(folder, trainer, args, after_epoch), trainer
         finally:
             log.close()
 
 
-def _run_in(folder: Path, trainer: PromptTrainer, args: RunArguments) -> dict[str, Any]:
+def _run_in(
+    folder: Path, trainer: PromptTrainer, args: RunArguments, after_epoch: Callable[[PromptTrainer], None] | None
+) -> dict[str, Any]:
     cfg, log = trainer.cfg, trainer.log
     trainer.output_dir = folder
     if not args.eval_only:
@@ -147,7 +165,7 @@ def _run_in(folder: Path, trainer: PromptTrainer, args: RunArguments) -> dict[st
         write_text(folder / "config.yaml", config.to_yaml(cfg))
         if args.no_train:
             return record(trainer, {})
-        trainer.train(folder)
+        trainer.train(folder, after_epoch)
         if cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
             log("Deploy the model with the best val performance")
             trainer.load_model(folder)
@@ -179,13 +197,12 @@ def record(trainer: PromptTrainer, metrics: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _check_folder(cfg: CfgNode, folder: Path) -> None:
-    """A folder that holds another run is not written over."""
-    there = Path(cfg.RESUME or folder) / "config.yaml"
-    if there.is_file():
-        changed = config.differences(config.from_yaml(there), config.flat(cfg))
+def _check_folders(cfg: CfgNode, folder: Path) -> None:
+    """A folder that holds another run is neither written over nor gone on from."""
+    for flag, there in (("--resume", Path(cfg.RESUME)), ("--output-dir", folder)):
+        if (flag == "--resume" and not cfg.RESUME) or not (there / "config.yaml").is_file():
+            continue
+        changed = config.differences(config.from_yaml(there / "config.yaml"), config.flat(cfg))
         if changed:
             more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
-            raise InputError(
-                f"{str(there.parent)!r} holds another run ({'; '.join(changed[:2])}{more}): name another --output-dir"
-            )
+            raise InputError(f"{str(there)!r} holds another run ({'; '.join(changed[:2])}{more}): name another {flag}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from plpp_reg.datasets import DataSplit, load_dataset
 from plpp_reg.engine import checkpoint
 from plpp_reg.engine.data import build_loader
 from plpp_reg.engine.evaluation import Classification
+from plpp_reg.engine.files import write_atomically
 from plpp_reg.engine.log import Clock, Meters, RunLog
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
 from plpp_reg.errors import InputError
@@ -186,9 +187,9 @@ class PromptTrainer:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def train(self, output_dir: str | Path | None = None) -> None:
+    def train(self, output_dir: str | Path | None = None, after_epoch: Callable[[PromptTrainer], None] | None = None) -> None:
         """All epochs that are left. With ``output_dir``, a checkpoint after each epoch: older ones that CHECKPOINT_FREQ does
-        not ask for are removed once the next is whole.
+        not ask for are removed once the next is whole. ``after_epoch`` may add figures to ``history[-1]``; they are kept.
 
         Raises:
             NonFiniteLoss: a loss is inf or nan; the last good checkpoint is kept.
@@ -209,6 +210,8 @@ class PromptTrainer:
             if self.cfg.TEST.FINAL_MODEL == "best_val":
                 self._keep_best()
             self.seconds += time.perf_counter() - start
+            if after_epoch is not None:
+                after_epoch(self)
             self._save_epoch()
         self.log("Finish training")
 
@@ -297,7 +300,7 @@ class PromptTrainer:
             for line in evaluator.per_class_report(self.data.classnames):
                 self.log(line)
         if self.cfg.TEST.COMPUTE_CMAT and self.output_dir:
-            torch.save(evaluator.confusion, self.output_dir / "cmat.pt")
+            write_atomically(self.output_dir / "cmat.pt", lambda path: torch.save(evaluator.confusion, path))
         result = evaluator.evaluate()
         for name, value in result.items():
             self.log.scalar(f"{split}/{name}", value, self.epoch)
