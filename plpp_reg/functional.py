@@ -79,6 +79,27 @@ def perplexity(hard_nll: Tensor) -> Tensor:
     return hard_nll.mean().exp()
 
 
+class _VocabularyLogNormalizer(torch.autograd.Function):
+    """``log sum_V exp(E h)``: h (R, D), E (V, D) -> (R,), with E constant.
+
+    Autograd's own graph of it walks the (R, V) matrix five times and keeps it twice; this keeps p and multiplies once.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, E: Tensor) -> Tensor:
+        logits = h @ E.T
+        log_normalizer = logits.logsumexp(-1)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits.sub_(log_normalizer.unsqueeze(1)).exp_(), E)
+        return log_normalizer
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        p, E = ctx.saved_tensors
+        return (p @ E).mul_(gradient.unsqueeze(1)), None
+
+
 def plpp_rows(
     v: Tensor,
     h: Tensor,
@@ -97,17 +118,16 @@ def plpp_rows(
     loss, p in the inverted one. ``with_nll=False`` may return zeros where the likelihood over V would cost extra.
     """
     E_I = E[ids]
+    logits_I = torch.einsum("rd,rkd->rk", h, E_I)
     if normalize_over == "vocabulary":
-        logits = h @ E.T  # (R, V)
-        log_p = logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
+        log_p = logits_I - _VocabularyLogNormalizer.apply(h, E).unsqueeze(1)
         hard_nll = -log_p[:, 0].detach()
     else:
-        log_p = torch.einsum("rd,rkd->rk", h, E_I).log_softmax(-1)
+        log_p = logits_I.log_softmax(-1)
         hard_nll = v.new_zeros(len(v))
         if with_nll:  # reported over V whatever the loss is normalised over
             with torch.no_grad():
-                logits = h @ E.T
-                hard_nll = logits.logsumexp(-1) - logits.gather(1, ids[:, :1])[:, 0]
+                hard_nll = _VocabularyLogNormalizer.apply(h, E) - logits_I[:, 0]
     log_q = label_log_probabilities(v, E_I, temperature)
     direct = perplexity_loss(log_q.detach() if detach_label else log_q, log_p)
     inverse = inverted_perplexity_loss(log_q, log_p.detach() if detach_label else log_p)

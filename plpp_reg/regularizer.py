@@ -33,7 +33,8 @@ class PerplexityRegularizer(nn.Module):
 
     Args:
         embedding: the text tower's frozen ``token_embedding.weight``, (V, D). Its storage is shared, never copied, where it
-            is float32 already; the regularizer follows it when it moves or is reloaded.
+            is float32 already; the regularizer follows it when it moves or is reloaded in place (``load_state_dict``, not
+            with ``assign=True``, which puts another tensor in its place).
         weight: factor of the perplexity loss, >= 0.
         inverse_weight: factor of the inverted perplexity loss, >= 0.
         top_k: number K of nearest words that make the label, 1 <= K <= V.
@@ -79,7 +80,7 @@ class PerplexityRegularizer(nn.Module):
         if normalize_over == "topk" and (label == "hard" or top_k == 1):
             raise InputError("normalize_over: expected 'vocabulary' with a single label word, got 'topk': p over one word is 1")
         self._source = (embedding,)  # a tuple, so that nn.Module does not register a host's Parameter as ours
-        self._seen: tuple | None = None
+        self._seen: tuple[Tensor, tuple] | None = None
         self.register_buffer("candidates", ids, persistent=False)
         self.register_buffer("vocabulary", embedding.detach(), persistent=False)
         self.register_buffer("inverse_norm", None, persistent=False)
@@ -157,7 +158,7 @@ class PerplexityRegularizer(nn.Module):
         return self
 
     def _follow_source(self) -> None:
-        if self._seen != _fingerprint(self._source[0]):
+        if self._seen[1] != _fingerprint(self._source[0]):
             self._refresh(self._source[0].device)
 
     def _refresh(self, device: torch.device) -> None:
@@ -168,7 +169,8 @@ class PerplexityRegularizer(nn.Module):
             rows = rows[self.candidates.to(rows.device)]
         self.vocabulary = rows.to(device=device, dtype=PF.compute_dtype(source))
         self.inverse_norm = PF.inverse_norm(self.vocabulary)
-        self._seen = _fingerprint(source)
+        # the tensor too: while its storage is alive, no other weights can come to stand at its address
+        self._seen = (source.detach(), _fingerprint(source))
 
     def extra_repr(self) -> str:
         names = [n for n in settings_defaults() if n != "chunk_size"]
@@ -214,7 +216,10 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 def _check_candidates(candidates: Sequence[int] | Tensor | None, size: int) -> Tensor | None:
     if candidates is None:
         return None
-    ids = torch.as_tensor(candidates)
+    try:
+        ids = torch.as_tensor(candidates)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"candidates: expected a non-empty list of token ids, got {candidates!r:.60}") from e
     if ids.dim() != 1 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise InputError(f"candidates: expected a non-empty list of token ids, got {_describe(ids)}")
     ids = ids.long().unique()

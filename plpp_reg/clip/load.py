@@ -62,11 +62,13 @@ def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.devic
     else:
         raise unknown("backbone (a model name or a file)", name, [EMBEDDED, *openai_clip().clip._MODELS])
     try:
-        model = openai_clip().model.build_model(dict(state_dict))
-    except (KeyError, RuntimeError, AssertionError, IndexError, ZeroDivisionError) as e:
-        first = str(e).splitlines()[0]
+        weights = dict(state_dict)  # build_model takes three scalars out of it
+        model = openai_clip().model.build_model(weights).float()
+        model.load_state_dict(weights)  # once more: build_model rounds to fp16, and a file may hold float32
+    except (KeyError, RuntimeError, AssertionError, IndexError, ZeroDivisionError, ValueError) as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"backbone {name!r}: expected weights of OpenAI's CLIP, got something else ({first})") from e
-    model = set_precision(model.float(), PRECISIONS[precision]).to(device)
+    model = set_precision(model, PRECISIONS[precision]).to(device)
     model.trained_token_ids = trained
     return freeze(model)
 
@@ -123,7 +125,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: expected CLIP weights (JIT archive, state_dict or safetensors), got {first}") from e
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
         raise InputError(f"{path}: expected tensors by name, got {type(loaded).__name__}")
     return loaded
 

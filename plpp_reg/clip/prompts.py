@@ -87,7 +87,7 @@ class PromptLearner(nn.Module):
         if init_words:
             start = embedding.detach()[encode(init_words)].float()
         else:
-            if n_ctx < 1:
+            if not isinstance(n_ctx, int) or n_ctx < 1:
                 raise InputError(f"n_ctx: expected an integer >= 1, got {n_ctx!r}")
             shape = (len(classnames), n_ctx) if class_specific else (n_ctx,)
             start = torch.empty(*shape, embedding.shape[1]).normal_(std=0.02)

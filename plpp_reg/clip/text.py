@@ -74,7 +74,7 @@ class TextTower(nn.Module):
             need_hidden: whether ``hidden`` is wanted.
 
         Returns:
-            :class:`TextOutput`, in the tower's dtype; under autocast in autocast's.
+            :class:`TextOutput` in the tower's dtype (features under autocast: in autocast's).
         """
         p = tree.prefix_length
         last = int(tree.before[tree.before < p].max()) + 1 if need_hidden and (tree.before < p).any() else 0
@@ -219,7 +219,8 @@ def _attend_group(
     n_and_r = q.shape[2:4]
     to_shared = (q.flatten(2, 3) @ shared_k.transpose(-1, -2)).unflatten(2, n_and_r)
     to_own = (q @ own_k.transpose(-1, -2)).masked_fill(future, -torch.inf)
-    weights = torch.cat([to_shared, to_own], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    weights = torch.cat([to_shared, to_own], -1).softmax(-1, dtype=dtype).to(q.dtype)
     from_shared = (weights[..., :p].flatten(2, 3) @ shared_v).unflatten(2, n_and_r)
     out = from_shared + weights[..., p:] @ own_v
     return out.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)

@@ -1,0 +1,78 @@
+"""Tiny random CLIPs in OpenAI's architecture: real vocabulary (so that the tokenizer works), everything else small.
+
+The models are session-scoped and frozen; a test that changes one makes its own with ``make_clip`` or copies it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+from plpp_reg.clip.load import freeze, openai_clip
+
+torch.set_num_threads(1)
+# derandomize: a red run is red again; no deadline: a shared machine is slow at times
+settings.register_profile("plpp", deadline=None, derandomize=True, database=None)
+settings.load_profile("plpp")
+
+VOCABULARY, CONTEXT_LENGTH = 49408, 77
+
+
+def make_clip(
+    width: int = 128,
+    layers: int = 3,
+    *,
+    resnet: bool = False,
+    embed_dim: int = 32,
+    vision_layers: int = 2,
+    vision_width: int = 64,
+    image_resolution: int = 32,
+    patch_size: int = 16,
+    seed: int = 0,
+) -> nn.Module:
+    """A frozen float32 ``clip.model.CLIP`` with random weights; the global random stream is left as it was.
+
+    ``resnet``: a ModifiedResNet with one block a stage instead of a ViT; vision_layers, vision_width and patch_size are the
+    ViT's then and are ignored.
+    """
+    vision = ((1, 1, 1, 1), 8, None) if resnet else (vision_layers, vision_width, patch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = openai_clip().model.CLIP(
+            embed_dim, image_resolution, *vision, CONTEXT_LENGTH, VOCABULARY, width, width // 64, layers
+        )
+        # OpenAI's initial biases are 0, norms 1 and the ResNet's branches closed: a mix-up of those would not show.
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+                    module.weight.normal_(1, 0.1)
+                    module.bias.normal_(0, 0.1)
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.normal_(0, 0.1)
+                    module.running_var.uniform_(0.5, 1.5)
+                if isinstance(module, nn.MultiheadAttention):
+                    module.in_proj_bias.normal_(0, 0.1)
+                    module.out_proj.bias.normal_(0, 0.1)
+    return freeze(model)
+
+
+@pytest.fixture(name="make_clip", scope="session")
+def make_clip_fixture():
+    """The factory itself, for tests that want another size or a model of their own."""
+    return make_clip
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> nn.Module:
+    return make_clip()
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet() -> nn.Module:
+    return make_clip(width=64, layers=2, resnet=True)
