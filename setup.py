@@ -48,7 +48,7 @@ setup(
         "plpp_reg": ["py.typed", "datasets/*.csv", "clip/*.safetensors", "clip/*.md"],
         "plpp_reg.configs": ["**/*.yaml"],
     },
-    install_requires=["torch>=2.4"],
+    install_requires=["torch>=2.6"],
     extras_require={
         "train": train,
         "demo": demo,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import literal
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plpp_reg import functional as PF
+
+import literal
 
 V, D, M, P = 13, 6, 3, 4
 LN2, LN3 = math.log(2), math.log(3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import literal
 import pytest
 import torch
 
@@ -10,6 +9,8 @@ from plpp_reg.clip.load import set_precision
 from plpp_reg.clip.prompts import POSITIONS, PromptLearner, encode, encode_texts, eot_token, sos_token
 from plpp_reg.clip.text import TextTower
 from plpp_reg.errors import InputError
+
+import literal
 
 NAMES = ["golden_retriever", "cat", "xylographer's owl"]
 

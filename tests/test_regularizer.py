@@ -6,7 +6,6 @@ import copy
 import inspect
 from functools import partial
 
-import literal
 import pytest
 import torch
 from torch import nn
@@ -17,6 +16,8 @@ from plpp_reg.clip.text import TextTower
 from plpp_reg.errors import InputError
 from plpp_reg.regularizer import settings_defaults
 from plpp_reg.words import candidate_ids, nearest_words, whole_word_ids
+
+import literal
 
 V, D, M, P = 40, 8, 3, 4
 NAMES = ["cat", "tiger cat", "golden retriever"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 
-import literal
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +14,8 @@ from plpp_reg.clip.load import set_precision
 from plpp_reg.clip.prompts import POSITIONS, PromptLearner, encode_texts
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.tree import build_tree, context_symbol
+
+import literal
 
 # lengths differ, some begin alike, one is the beginning of another, one has many tokens
 NAMES = ["tiger cat", "airplane", "tiger", "2012 BMW M3", "2012 Audi S4 sedan", "eurasian eagle-owl's xylograph"]

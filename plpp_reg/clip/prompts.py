@@ -89,6 +89,7 @@ class PromptLearner(nn.Module):
         else:
             if not isinstance(n_ctx, int) or n_ctx < 1:
                 raise InputError(f"n_ctx: expected an integer >= 1, got {n_ctx!r}")
+            _check_length("n_ctx", n_ctx + 2, len(clip_model.positional_embedding), " (with SOS and EOT)")
             shape = (len(classnames), n_ctx) if class_specific else (n_ctx,)
             start = torch.empty(*shape, embedding.shape[1]).normal_(std=0.02)
         if class_specific and start.dim() == 2:

@@ -7,8 +7,12 @@ the newest file. Loading never runs anything: ``weights_only=True`` always.
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import random
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from plpp_reg.errors import InputError
 
 BEST = "model-best.pth.tar"
 NEWEST = "checkpoint"
+NUMBERED = re.compile(r"model\.pth\.tar-(\d+)")
 FIXED_TOKENS = ("token_prefix", "token_suffix")  # upstream saves them; they belong to its class names, so they are not loaded
 
 
@@ -54,6 +59,13 @@ def save(folder: str | Path, content: dict[str, Any], best: bool = False) -> Pat
     return path
 
 
+def copy_best(source: str | Path, target: str | Path) -> None:
+    """The best-on-validation copy of one model folder into another that has none."""
+    theirs, ours = Path(source) / BEST, Path(target) / BEST
+    if theirs.is_file() and not ours.exists():
+        write_atomically(ours, lambda p: shutil.copyfile(theirs, p))
+
+
 def newest(folder: str | Path) -> Path | None:
     """The newest checkpoint of a model folder; None if there is none.
 
@@ -63,9 +75,9 @@ def newest(folder: str | Path) -> Path | None:
     pointer = Path(folder) / NEWEST
     if not pointer.is_file():
         return None
-    name = pointer.read_text(encoding="utf-8").strip()
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     path = Path(folder) / name
-    if not name or Path(name).name != name or not path.is_file():
+    if not NUMBERED.fullmatch(name) or not path.is_file():
         raise InputError(f"{pointer}: expected the name of a checkpoint beside it, got {name!r}")
     return path
 
@@ -101,13 +113,34 @@ def load(path: str | Path) -> dict[str, Any]:
         InputError: missing, cut short, not a checkpoint, or one that would run code.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with _upstream_objects_as_data():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        # not torch's own words on an unpickling error: they advise to run the file
+        kind = isinstance(e, pickle.UnpicklingError)
+        reason = "it is cut short, or holds more than tensors and plain values" if kind else str(e).split("\n")[0]
         raise InputError(f"checkpoint {str(path)!r}: expected a whole file of tensors, refused ({reason})") from e
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "epoch" not in content:
         raise InputError(f"checkpoint {str(path)!r}: expected keys state_dict and epoch")
     return content
+
+
+class _Inert:
+    """Takes the place of an optimizer or scheduler object in a file: its attributes are read, its code is not there."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _upstream_objects_as_data() -> Iterator[None]:
+    """Dassl's warm-up keeps the schedule that follows it, and that its optimizer, as objects in its state_dict."""
+    schedules = [f"torch.optim.lr_scheduler.{n}" for n in ("CosineAnnealingLR", "StepLR", "MultiStepLR", "LambdaLR")]
+    names = [*schedules, "torch.optim.sgd.SGD", "torch.optim.adam.Adam", "torch.optim.adamw.AdamW"]
+    stubs = [(type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in names]
+    plain_dict = (lambda factory: {}, "collections.defaultdict")
+    with torch.serialization.safe_globals([*stubs, plain_dict, dict]):
+        yield
 
 
 def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -119,6 +152,9 @@ def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], p
     ours = module.state_dict()
     theirs = {name.removeprefix("module."): t for name, t in state_dict.items()}
     theirs = {name: t for name, t in theirs.items() if name not in FIXED_TOKENS}
+    for name, tensor in theirs.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise InputError(f"checkpoint {str(path)!r}: expected finite numbers in {name}, got something else")
     if ours.keys() != theirs.keys():
         raise InputError(f"checkpoint {str(path)!r}: expected {sorted(ours)}, got {sorted(theirs)}")
     for name, tensor in theirs.items():

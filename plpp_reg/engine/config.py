@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,7 +117,11 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
         return
     if not isinstance(loaded, dict):
         raise InputError(f"config file {str(path)!r}: expected keys and values, got {type(loaded).__name__}")
-    for key, value in _flat(loaded):
+    try:
+        rows = _flat(loaded)
+    except RecursionError as e:
+        raise InputError(f"config file {str(path)!r}: expected keys and values, got one that contains itself") from e
+    for key, value in rows:
         try:
             set_value(cfg, key, value)
         except InputError as e:
@@ -149,16 +154,20 @@ def set_value(cfg: CfgNode, key: str, value: object) -> None:
 def _coerce(key: str, given: object, default: object) -> object:
     value = given
     if isinstance(given, str) and not isinstance(default, str):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(given)
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
     elif isinstance(default, float):
-        fits = isinstance(value, (int, float))
-        value = float(value) if fits else value
+        with contextlib.suppress(OverflowError, TypeError):
+            value = float(value) if isinstance(value, int) else value
+        fits = isinstance(value, float) and math.isfinite(value)
     elif isinstance(default, (tuple, list)):
         fits = isinstance(value, (tuple, list))
-        value = type(default)(value) if fits else value
+        like = type(default[0]) if default else str  # what is empty by default, INPUT.TRANSFORMS, is names
+        kinds = (int, float) if like is float else (like,)
+        fits = fits and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
+        value = type(default)(map(like, value)) if fits else value
     elif isinstance(default, str):
         fits = isinstance(value, (str, int, float))
         value = str(value)
@@ -201,4 +210,10 @@ def to_yaml(cfg: CfgNode) -> str:
 
 def from_yaml(path: str | Path) -> dict[str, object]:
     """The flat configuration of a run's ``config.yaml``."""
-    return dict(_flat(yaml.safe_load(Path(path).read_text(encoding="utf-8"))))
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"{str(path)!r}: expected the configuration of a run, got {' '.join(str(e).split())}") from e
+    if not isinstance(loaded, dict):
+        raise InputError(f"{str(path)!r}: expected the configuration of a run, got {type(loaded).__name__}")
+    return dict(_flat(loaded))

@@ -41,6 +41,13 @@ def build_transform(cfg: CfgNode, train: bool) -> T.Compose:
         raise unknown("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, INTERPOLATIONS)
     mode, size = INTERPOLATIONS[cfg.INPUT.INTERPOLATION], tuple(cfg.INPUT.SIZE)
     names = tuple(cfg.INPUT.TRANSFORMS)
+    for key, length in (("SIZE", 2), ("PIXEL_MEAN", 3), ("PIXEL_STD", 3), ("RRCROP_SCALE", 2)):
+        if len(cfg.INPUT[key]) != length:
+            raise InputError(f"INPUT.{key}: expected {length} numbers, got {cfg.INPUT[key]!r}")
+    if not min(cfg.INPUT.PIXEL_STD) > 0:
+        raise InputError(f"INPUT.PIXEL_STD: expected numbers > 0, got {cfg.INPUT.PIXEL_STD!r}")
+    if not 0 < cfg.INPUT.RRCROP_SCALE[0] <= cfg.INPUT.RRCROP_SCALE[1]:
+        raise InputError(f"INPUT.RRCROP_SCALE: expected 0 < low <= high, got {cfg.INPUT.RRCROP_SCALE!r}")
     for name in names:
         if name not in TRAIN_TRANSFORMS:
             raise unknown("INPUT.TRANSFORMS", name, TRAIN_TRANSFORMS)
@@ -59,7 +66,12 @@ def build_transform(cfg: CfgNode, train: bool) -> T.Compose:
             "colorjitter": lambda: T.ColorJitter(inp.COLORJITTER_B, inp.COLORJITTER_C, inp.COLORJITTER_S, inp.COLORJITTER_H),
             "randomgrayscale": lambda: T.RandomGrayscale(p=inp.RGS_P),
         }
-        steps += [made[name]() for name in TRAIN_TRANSFORMS if name in names and name != "normalize"]
+        for name in TRAIN_TRANSFORMS:
+            if name in names and name != "normalize":
+                try:
+                    steps.append(made[name]())
+                except ValueError as e:
+                    raise InputError(f"INPUT: {name} ({name.upper()}_…): {e}") from e
     steps.append(T.ToTensor())
     if "normalize" in names:
         steps.append(T.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD))
@@ -127,8 +139,10 @@ def build_loader(cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: 
         raise InputError(f"expected images to {'train' if train else 'test'} on, got none")
     batch_size = cfg.DATALOADER.TRAIN_X.BATCH_SIZE if train else cfg.DATALOADER.TEST.BATCH_SIZE
     if batch_size < 1:
-        raise InputError(f"DATALOADER BATCH_SIZE: expected an integer >= 1, got {batch_size}")
+        raise InputError(f"DATALOADER.{'TRAIN_X' if train else 'TEST'}.BATCH_SIZE: expected an integer >= 1, got {batch_size}")
     workers = cfg.DATALOADER.NUM_WORKERS
+    if workers < 0:
+        raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer >= 0, got {workers}")
     return DataLoader(
         ImageDataset(items, build_transform(cfg, train), cfg.SEED),
         batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train),

@@ -33,12 +33,14 @@ def write_text(path: str | Path, text: str) -> None:
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """The folder, made if need be, for this process alone; the operating system frees it when the process dies."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder) / ".lock")
     try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout as e:
+    except Timeout as e:  # an OSError too
         raise InputError(f"output folder {str(folder)!r}: another process is working in it; wait, or name another") from e
+    except OSError as e:
+        raise InputError(f"output folder {str(folder)!r}: expected a folder to write in, got {e}") from e
     try:
         yield
     finally:

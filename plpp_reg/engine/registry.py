@@ -46,8 +46,15 @@ def find_trainer(name: str) -> tuple[type[PromptTrainer], str, bool]:
 
 
 def _load(place: str) -> type[PromptTrainer]:
-    module, _, cls = place.partition(":")
+    from plpp_reg.engine.trainer import PromptTrainer
+
+    module, _, name = place.partition(":")
+    if not module or module.startswith("."):
+        raise InputError(f"trainer {place!r}: expected package.module:Class")
     try:
-        return getattr(importlib.import_module(module), cls)
+        cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:
         raise InputError(f"trainer {place!r}: expected package.module:Class, got {e}") from e
+    if not (isinstance(cls, type) and issubclass(cls, PromptTrainer)):
+        raise InputError(f"trainer {place!r}: expected a subclass of plpp_reg.engine.trainer.PromptTrainer, got {cls!r}")
+    return cls

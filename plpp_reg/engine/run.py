@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from plpp_reg import results
 from plpp_reg.clip.load import EMBEDDED
-from plpp_reg.engine import config, registry
+from plpp_reg.engine import checkpoint, config, registry
 from plpp_reg.engine.files import locked, write_text
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
@@ -95,6 +95,8 @@ def _check(cfg: CfgNode) -> None:
         value = config.flat(cfg)[key]
         if value not in allowed:
             raise InputError(f"{key}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if cfg.SEED >= 2**32:  # numpy's bound
+        raise InputError(f"SEED: expected an integer < 2**32, got {cfg.SEED}")
     for key in ("TRAIN.PRINT_FREQ",):
         if config.flat(cfg)[key] < 1:
             raise InputError(f"{key}: expected an integer >= 1, got {config.flat(cfg)[key]}")
@@ -129,6 +131,10 @@ def run(
         What ``result.json`` holds (its ``metrics`` are empty where nothing was tested), and the trainer as it ended.
     """
     log = log or RunLog()
+    if args.load_epoch is not None and not args.model_dir:
+        raise InputError("--load-epoch: expected --model-dir with it")
+    if args.model_dir and not args.eval_only:
+        raise InputError("--model-dir: expected --eval-only with it (to go on: --resume; to start from it: MODEL.INIT_WEIGHTS)")
     cfg, cls = resolve(args)
     if torch.cuda.is_available() and cfg.USE_CUDA:
         torch.backends.cudnn.benchmark = True
@@ -143,8 +149,12 @@ def run(
             trainer.load_model(args.model_dir, args.load_epoch)
         elif trainer.trained():
             log("No --model-dir: evaluating the prompts as they are before training")
-    elif cfg.RESUME and not trainer.resume(cfg.RESUME):
+    elif cfg.RESUME and not checkpoint.newest(folder / cls.model_name) and not trainer.resume(cfg.RESUME):
         raise InputError(f"--resume {cfg.RESUME!r}: expected a run's folder with a checkpoint of {trainer.model_name}")
+    for split in _parts_needed(trainer, args):
+        if not getattr(trainer.data, split):
+            raise InputError(f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none")
+        trainer.loader(split)
     with locked(folder):
         log.open(folder)
         try:
@@ -153,18 +163,29 @@ def run(
             log.close()
 
 
+def _parts_needed(trainer: PromptTrainer, args: RunArguments) -> set[str]:
+    cfg = trainer.cfg
+    parts = set() if cfg.TEST.NO_TEST else {cfg.TEST.SPLIT}
+    if not args.eval_only and trainer.trained():
+        parts |= {"train", "val"} if cfg.TEST.FINAL_MODEL == "best_val" else {"train"}
+    return parts
+
+
 def _run_in(
     folder: Path, trainer: PromptTrainer, args: RunArguments, after_epoch: Callable[[PromptTrainer], None] | None
 ) -> dict[str, Any]:
     cfg, log = trainer.cfg, trainer.log
     trainer.output_dir = folder
     if not args.eval_only:
-        (folder / results.RESULT).unlink(missing_ok=True)
-        if not cfg.RESUME:
-            trainer.resume(folder)
-        write_text(folder / "config.yaml", config.to_yaml(cfg))
         if args.no_train:
+            write_text(folder / "config.yaml", config.to_yaml(cfg))
             return record(trainer, {})
+        (folder / results.RESULT).unlink(missing_ok=True)
+        write_text(folder / "config.yaml", config.to_yaml(cfg))
+        if cfg.RESUME and trainer.epoch:
+            checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.model_folder)
+        else:
+            trainer.resume(folder)
         trainer.train(folder, after_epoch)
         if cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
             log("Deploy the model with the best val performance")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,7 +75,7 @@ class PromptTrainer:
 
     def class_features(self) -> Tensor:
         """(C, embed_dim), normalised, by one text pass; PLPP reads its context states afterwards."""
-        self.text = self.prompts(self.tower, need_hidden=self.regularizer is not None)
+        self.text = self.prompts(self.tower, need_hidden=self._plpp_acts)
         return self.normalize(self.text.features)
 
     def context(self) -> Tensor:
@@ -127,7 +129,9 @@ class PromptTrainer:
         self.metrics: dict[str, float] = {}
         self.text: TextOutput | None = None
         self.regularizer: PerplexityRegularizer | None = None
-        torch.manual_seed(cfg.SEED)  # whatever was drawn before, the context starts the same
+        random.seed(cfg.SEED)  # whatever was drawn before, the run starts the same
+        np.random.seed(cfg.SEED)
+        torch.manual_seed(cfg.SEED)
         self.prompts = self.build(clip_model, self.data.classnames)
         if cfg.TRAINER.PLPP.ENABLED:
             self.regularizer = self._regularizer()
@@ -203,6 +207,10 @@ class PromptTrainer:
         for _ in epochs:
             start = time.perf_counter()
             means = self.train_epoch()
+            if not all(p.isfinite().all() for p in self.trained()):  # a finite loss can have a gradient that is not
+                raise NonFiniteLoss(
+                    f"the trained parameters are not finite after epoch {self.epoch + 1}: training stopped, {self._last_good()}"
+                )
             self.schedule.step()
             self.epoch += 1
             self.history.append(means)
@@ -252,11 +260,13 @@ class PromptTrainer:
         self.scaler.update()
         return values
 
+    @property
+    def _plpp_acts(self) -> bool:
+        return self.regularizer is not None and (self.regularizer.weight > 0 or self.regularizer.inverse_weight > 0)
+
     def _plpp_losses(self) -> dict[str, Tensor]:
         """PLPP's weighted terms from the text pass that the method has just made; with weights 0, none: off is exactly off."""
-        if self.regularizer is None:
-            return {}
-        if self.regularizer.weight == 0 and self.regularizer.inverse_weight == 0:
+        if not self._plpp_acts:
             return {}
         parts = self.regularizer.components(self.context(), self.text.hidden)
         self.metrics["perplexity"] = parts.perplexity.item()
@@ -381,17 +391,24 @@ class PromptTrainer:
         if extra is None:
             raise InputError(f"--resume: {str(path)!r} is not of plpp-reg: it can be evaluated (--eval-only), not resumed")
         checkpoint.load_weights(self.prompts, content["state_dict"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["scheduler"])
-        self.scaler.load_state_dict(extra["scaler"])
-        self.epoch, self.history = content["epoch"], list(extra["history"])
-        self.seconds, self.best_val = extra["seconds"], extra["best_val"]
-        checkpoint.restore_random_streams(extra["streams"])
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.schedule.load_state_dict(content["scheduler"])
+            self.scaler.load_state_dict(extra["scaler"])
+            self.epoch, self.history = content["epoch"], list(extra["history"])
+            self.seconds, self.best_val = extra["seconds"], extra["best_val"]
+            if not (isinstance(self.epoch, int) and len(self.history) == self.epoch <= self.cfg.OPTIM.MAX_EPOCH):
+                raise ValueError(f"epoch {self.epoch!r}")
+            checkpoint.restore_random_streams(extra["streams"])
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e:
+            raise InputError(f"checkpoint {str(path)!r}: expected the whole state of this run, refused ({e!r})") from e
         self.log(f"Resumed from {path} (epoch {self.epoch})")
         return True
 
     def load_model(self, folder: str | Path, epoch: int | None = None) -> None:
         """Weights alone, from a run's folder, ours or upstream's."""
+        if self.prompts is None:
+            raise InputError(f"--model-dir: {self.cfg.TRAINER.NAME} learns nothing, so there is nothing to load")
         self.load_weights(checkpoint.find(folder, self.model_name, epoch))
 
     def load_weights(self, path: Path) -> None:
