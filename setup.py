@@ -14,7 +14,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "plpp_reg" / "__init__.py")
 
 train = [
     "openai-clip>=1.0.1",  # CLIP itself: architecture, tokenizer, names and checksums of OpenAI's weights
-    "setuptools<81",  # openai-clip imports pkg_resources
+    "setuptools>=70.1,<81",  # openai-clip imports pkg_resources, gone in 81; 70.1 builds wheels by itself
     "torchvision",  # CLIP's image transforms
     "yacs",  # Dassl's configuration format
     "PyYAML",

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from names import car_names, short_names
 from torch import Tensor, nn
 
 from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.load import freeze, openai_clip
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
+
+from names import car_names, short_names
 
 
 class Size(NamedTuple):

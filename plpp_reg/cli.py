@@ -54,20 +54,13 @@ def _parser() -> _Parser:
     demo = commands.add_parser("demo", help="CoOp with and without PLPP on the embedded default: one table, one picture")
     demo.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
     demo.add_argument("--output-dir", default="output/demo", help="where runs, table and picture go")
+    demo.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys for every run")
     return parser
 
 
 def _train(args: argparse.Namespace) -> None:
     from plpp_reg.engine.run import RunArguments, run
 
-    if args.opts and args.opts[0] == "--":
-        args.opts = args.opts[1:]
-    for word in args.opts[::2]:
-        if word.startswith("-"):
-            flags = _parser().flags()
-            if word in flags:
-                raise InputError(f"flag {word!r}: expected before the KEY VALUE pairs, got it among them")
-            raise unknown("flag", word, flags)
     fields = {name: getattr(args, name) for name in RunArguments._fields}
     run(RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
 
@@ -75,7 +68,16 @@ def _train(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from plpp_reg.demo import demo
 
-    demo(args.seeds, args.output_dir)
+    demo(args.seeds, args.output_dir, args.opts)
+
+
+def _check_opts(opts: Sequence[str]) -> None:
+    for word in opts[::2]:
+        if word.startswith("-"):
+            flags = _parser().flags()
+            if word in flags:
+                raise InputError(f"flag {word!r}: expected before the KEY VALUE pairs, got it among them")
+            raise unknown("flag", word, flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 0
+        _check_opts(args.opts)
         {"train": _train, "demo": _demo}[args.command](args)
     except InputError as e:
         print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -42,17 +42,21 @@ ACCURACIES: dict[str, Callable[[DemoRun], float]] = {
 }
 
 
-def demo(seeds: Sequence[int] = (1, 2, 3), output_dir: str | Path = "output/demo") -> str:
-    """Train, print one table, write it and one picture into ``output_dir``. What is done already is not done again."""
+def demo(seeds: Sequence[int] = (1, 2, 3), output_dir: str | Path = "output/demo", opts: Sequence[str] = ()) -> str:
+    """Train, print one table, write it and one picture into ``output_dir``. What is done already is not done again.
+
+    ``opts`` are KEY VALUE pairs for every run.
+    """
     if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
         raise InputError(f"--seeds: expected different integers >= 0, got {' '.join(map(str, seeds))}")
     start = time.perf_counter()
-    folder, clip_model = Path(output_dir), load_clip()
-    zero_shot = [_evaluate("ZeroshotCLIP", half, seeds[0], folder, clip_model) for half in ("base", "new")]
+    bench = Bench(Path(output_dir), load_clip(), tuple(opts))
+    folder = bench.folder
+    zero_shot = [bench.evaluate("ZeroshotCLIP", half, seeds[0], folder / "ZeroshotCLIP" / half) for half in ("base", "new")]
     runs: dict[str, list[DemoRun]] = {PLAIN: [], TREATED: []}
     for seed in seeds:
         for name, done in runs.items():
-            done.append(train_base_to_new(name, seed, folder, clip_model))
+            done.append(bench.train_base_to_new(name, seed))
             last = done[-1]
             print(f"{name:10s} seed {seed}: base {last.base:.1f}, new {last.new:.1f}, H {last.h:.1f}", flush=True)
     text = report(zero_shot, runs, seeds)
@@ -63,36 +67,43 @@ def demo(seeds: Sequence[int] = (1, 2, 3), output_dir: str | Path = "output/demo
     return text
 
 
-def train_base_to_new(name: str, seed: int, folder: Path, clip_model: nn.Module) -> DemoRun:
-    """Train on the base classes, test on base and on new."""
+class Bench(NamedTuple):
+    """Runs that share a folder, a model and settings."""
 
-    def measure(trainer: PromptTrainer) -> None:
-        trainer.history[-1]["perplexity_now"] = trainer.measure_prompts().perplexity.item()
+    folder: Path
+    clip_model: nn.Module
+    opts: tuple[str, ...]
 
-    place = folder / name / f"seed{seed}"
-    base = RunArguments(trainer=name, seed=seed, output_dir=str(place / "base"), opts=("DATASET.SUBSAMPLE_CLASSES", "base"))
-    untrained = run(base._replace(eval_only=True, output_dir=str(place / "untrained")), RunLog(quiet=True), clip_model)[1]
-    before = untrained.measure_prompts().perplexity.item()
-    result, trainer = run(base, RunLog(quiet=True), clip_model, measure)
-    nearest = nearest_words(trainer.context(), clip_model.token_embedding.weight, k=1, candidates=candidate_ids(clip_model))
-    return DemoRun(
-        base=result["metrics"]["accuracy"],
-        new=_evaluate(name, "new", seed, place, clip_model, place / "base"),
-        perplexity=[before] + [epoch["perplexity_now"] for epoch in trainer.history],
-        words=[f"{word[0].word} {word[0].cosine:.2f}" for word in nearest],
-    )
+    def run(
+        self, name: str, half: str, seed: int, output_dir: Path, after_epoch: Callable | None = None, **changed: Any
+    ) -> tuple[dict[str, Any], PromptTrainer]:
+        args = RunArguments(
+            trainer=name, seed=seed, output_dir=str(output_dir), opts=(*self.opts, "DATASET.SUBSAMPLE_CLASSES", half)
+        )
+        return run(args._replace(**changed), RunLog(quiet=True), self.clip_model, after_epoch)
 
+    def evaluate(self, name: str, half: str, seed: int, output_dir: Path, model_dir: str = "") -> float:
+        """Test accuracy on one half of the classes, in percent."""
+        return self.run(name, half, seed, output_dir, eval_only=True, model_dir=model_dir)[0]["metrics"]["accuracy"]
 
-def _evaluate(name: str, half: str, seed: int, folder: Path, clip_model: nn.Module, model_dir: Path | None = None) -> float:
-    args = RunArguments(
-        trainer=name,
-        seed=seed,
-        output_dir=str(folder / (half if model_dir else f"{name}/{half}")),
-        eval_only=True,
-        model_dir=str(model_dir or ""),
-        opts=("DATASET.SUBSAMPLE_CLASSES", half),
-    )
-    return run(args, RunLog(quiet=True), clip_model)[0]["metrics"]["accuracy"]
+    def train_base_to_new(self, name: str, seed: int) -> DemoRun:
+        """Train on the base classes, test on base and on new."""
+
+        def measure(trainer: PromptTrainer) -> None:
+            trainer.history[-1]["perplexity_now"] = trainer.measure_prompts().perplexity.item()
+
+        place = self.folder / name / f"seed{seed}"
+        untrained = self.run(name, "base", seed, place / "untrained", eval_only=True)[1]
+        result, trainer = self.run(name, "base", seed, place / "base", measure)
+        nearest = nearest_words(
+            trainer.context(), self.clip_model.token_embedding.weight, k=1, candidates=candidate_ids(self.clip_model)
+        )
+        return DemoRun(
+            base=result["metrics"]["accuracy"],
+            new=self.evaluate(name, "new", seed, place / "new", str(place / "base")),
+            perplexity=[untrained.measure_prompts().perplexity.item()] + [e["perplexity_now"] for e in trainer.history],
+            words=[f"{word[0].word} {word[0].cosine:.2f}" for word in nearest],
+        )
 
 
 def report(zero_shot: Sequence[float], runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> str:

@@ -97,9 +97,8 @@ def _check(cfg: CfgNode) -> None:
             raise InputError(f"{key}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     if cfg.SEED >= 2**32:  # numpy's bound
         raise InputError(f"SEED: expected an integer < 2**32, got {cfg.SEED}")
-    for key in ("TRAIN.PRINT_FREQ",):
-        if config.flat(cfg)[key] < 1:
-            raise InputError(f"{key}: expected an integer >= 1, got {config.flat(cfg)[key]}")
+    if cfg.TRAIN.PRINT_FREQ < 1:
+        raise InputError(f"TRAIN.PRINT_FREQ: expected an integer >= 1, got {cfg.TRAIN.PRINT_FREQ}")
 
 
 def output_dir(cfg: CfgNode, eval_only: bool) -> Path:

@@ -1,0 +1,87 @@
+"""plpp demo, and the programs in benchmarks/ and tools/ that give the documentation its figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scipy import stats
+
+from plpp_reg import cli, demo
+from plpp_reg.results import read_result
+
+ROOT = Path(__file__).parent.parent
+
+
+def runs_of(base: list[float], new: list[float]) -> list[demo.DemoRun]:
+    return [demo.DemoRun(b, n, [3000.0, 40.5], ["cat 0.50"]) for b, n in zip(base, new, strict=True)]
+
+
+def test_the_table_is_paired_over_seeds():
+    plain, treated = runs_of([50, 52, 55], [30, 31, 29]), runs_of([51, 52, 57], [33, 31, 33])
+    text = demo.report([20.0, 10.0], {"CoOp": plain, "CoOp_PLPP": treated}, [1, 2, 3])
+    rows = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "13.3" in rows["zero-shot"]  # harmonic mean of 20 and 10
+    assert "52.3 ± 2.5" in rows["CoOp"] and "3,000" in rows["CoOp"] and "40.5" in rows["CoOp"]
+    low, high = stats.ttest_rel([33, 31, 33], [30, 31, 29]).confidence_interval(0.95)
+    assert f"{(low + high) / 2:+.1f} ± {(high - low) / 2:.1f}" in rows["difference"]
+
+
+def test_demo_trains_prints_and_draws_and_goes_on(tmp_path, capsys):
+    arguments = ["demo", "--seeds", "0", "3", "--output-dir", str(tmp_path / "demo"), "OPTIM.MAX_EPOCH", "1"]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr().out
+    for name in ("zero-shot", "CoOp", "CoOp_PLPP", "difference", "Nearest words"):
+        assert name in first
+    assert (tmp_path / "demo" / "demo.txt").read_text() in first
+    with Image.open(tmp_path / "demo" / "demo.png") as picture:
+        assert min(picture.size) >= 400
+    results = {p.parent: read_result(p.parent) for p in (tmp_path / "demo").rglob("result.json")}
+    assert {r["seed"] for r in results.values()} == {0, 3}
+    assert {r["config"]["DATASET.SUBSAMPLE_CLASSES"] for r in results.values()} == {"base", "new"}
+    trained = list((tmp_path / "demo").rglob("model.pth.tar-1"))
+    assert len(trained) == 4  # two seeds, plain and PLPP; nothing else is trained
+    written = {p: p.stat().st_mtime_ns for p in trained}
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.split("\n\n")[1] == first.split("\n\n")[1]
+    assert {p: p.stat().st_mtime_ns for p in trained} == written  # done is not done again
+
+
+@pytest.mark.parametrize("seeds", [["1", "1"], ["-2"], ["x"]])
+def test_bad_seeds(seeds, tmp_path, capsys):
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "demo"), "--seeds", *seeds]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_benchmark_writes_its_rows(tmp_path):
+    out = tmp_path / "rows.json"
+    program = [sys.executable, str(ROOT / "benchmarks" / "text_tower.py"), "--quick", "--json", str(out)]
+    subprocess.run([*program, "--cases", "shared-short-names", "middle-short-names"], check=True, timeout=240)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["shared-short-names", "middle-short-names"]
+    for row in rows:
+        assert row["max_abs_diff"] < 1e-4 and row["grad_rel_diff"] < 1e-5
+        assert row["positions"] < row["reference_positions"]
+        assert row["speedup"] == pytest.approx(row["reference_seconds"] / row["seconds"])
+
+
+def test_the_study_pairs_by_seed():
+    spec = importlib.util.spec_from_file_location("study_plpp", ROOT / "tools" / "study_plpp.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+
+    def record(seed: int, setting: str, base: float) -> dict:
+        return {"seed": seed, "n_ctx": 4, "setting": setting, "base": base, "new": 10.0, "H": 20.0, "perplexity": 50.0}
+
+    # out of order, and one seed of the setting is still missing: it must not be paired with another
+    records = [record(2, "both 1", 33.0), record(1, "none", 20.0), record(2, "none", 31.0), record(3, "none", 99.0)]
+    records.append(record(1, "both 1", 24.0))
+    text = study.table(records)
+    mean, half = 3.0, stats.t.ppf(0.975, 1) * 1.0  # differences 4 and 2: standard error 1
+    assert f"| both 1 (2 seeds) | {mean:+.1f} ± {half:.1f} |" in text
