@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as e:
+        print(f"plpp: the package {e.name!r} is needed: pip install 'plpp-reg[demo]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("plpp: stopped; the same command goes on from the last epoch", file=sys.stderr)
         return 130

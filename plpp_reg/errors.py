@@ -9,6 +9,10 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """What a user gave cannot be used; the message says what was expected, what came, and what would do."""
 
+    def __init__(self, message: str) -> None:
+        # A loader's worker hands its error over with the whole traceback as message; the line stands at its end.
+        super().__init__(message.rsplit(f"{InputError.__module__}.InputError: ", 1)[-1].strip())
+
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
     """``unknown trainer 'Coop': did you mean 'CoOp'? (known: CoOp, ZeroshotCLIP)``"""

@@ -97,7 +97,8 @@ class _VocabularyLogNormalizer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         p, E = ctx.saved_tensors
-        return (p @ E).mul_(gradient.unsqueeze(1)), None
+        with torch.autocast(p.device.type, enabled=False):  # some call backward inside it
+            return (p @ E).mul_(gradient.unsqueeze(1)), None
 
 
 def plpp_rows(

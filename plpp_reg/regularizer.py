@@ -88,10 +88,20 @@ class PerplexityRegularizer(nn.Module):
 
     def forward(self, context: Tensor, hidden: Tensor) -> Tensor:
         """The weighted scalar to add to a task loss; arguments as in :meth:`components`."""
-        if self.weight == 0 and self.inverse_weight == 0:
+        if not self.active:
             self._checked(context, hidden)  # bad input is bad input at any weight
             return context.new_zeros((), dtype=PF.compute_dtype(context))
         return self._measure(context, hidden, with_nll=False).total
+
+    @property
+    def active(self) -> bool:
+        """Whether a weight is above 0; if none is, nothing of the host's computation changes by a bit."""
+        return self.weight > 0 or self.inverse_weight > 0
+
+    def terms(self, parts: Components) -> dict[str, Tensor]:
+        """The weighted losses by their names in a log, ``ppl`` and ``inverse_ppl``; one of weight 0 is not there at all."""
+        weighted = {"ppl": (self.weight, parts.perplexity_loss), "inverse_ppl": (self.inverse_weight, parts.inverse_loss)}
+        return {name: weight * loss for name, (weight, loss) in weighted.items() if weight > 0}
 
     def components(self, context: Tensor, hidden: Tensor) -> Components:
         """Total, both losses (unweighted) and the perplexity, as scalars.
@@ -124,13 +134,9 @@ class PerplexityRegularizer(nn.Module):
             detach_label=self.detach_label,
             with_nll=with_nll,
         )
-        direct, inverse = rows.perplexity_loss.mean(), rows.inverse_loss.mean()
-        total = direct.new_zeros(())
-        if self.weight > 0:  # a weight of 0 takes its term out of the graph, not only out of the sum
-            total = total + self.weight * direct
-        if self.inverse_weight > 0:
-            total = total + self.inverse_weight * inverse
-        return Components(total, direct, inverse, PF.perplexity(rows.hard_nll))
+        direct = rows.perplexity_loss.mean()
+        parts = Components(direct.new_zeros(()), direct, rows.inverse_loss.mean(), PF.perplexity(rows.hard_nll))
+        return parts._replace(total=sum(self.terms(parts).values(), parts.total))
 
     def _checked(self, context: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Both as (1 or P, M, D)."""

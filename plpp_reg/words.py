@@ -23,9 +23,15 @@ def whole_word_ids() -> Tensor:
     """Ids of the tokens of CLIP's vocabulary that are a whole alphabetic word, sorted, (n,)."""
     from plpp_reg.clip.prompts import tokenizer
 
-    end = "</w>"
-    words = [i for token, i in tokenizer().encoder.items() if token.endswith(end) and token[: -len(end)].isalpha()]
+    words = [i for token, i in tokenizer().encoder.items() if token.endswith("</w>") and _text(i).isalpha()]
     return torch.tensor(sorted(words))
+
+
+def _text(token_id: int) -> str:
+    """What a token reads like: the encoder's keys are bytes in disguise."""
+    from plpp_reg.clip.prompts import tokenizer
+
+    return tokenizer().decode([token_id]).strip()
 
 
 def candidate_ids(clip_model: nn.Module) -> Tensor | None:
@@ -38,8 +44,6 @@ def candidate_ids(clip_model: nn.Module) -> Tensor | None:
 
 def nearest_words(context: Tensor, embedding: Tensor, k: int = 5, candidates: Tensor | None = None) -> list[list[NearWord]]:
     """For each context vector, (M, D) or (P, M, D), its k nearest tokens of CLIP's vocabulary E (V, D), nearest first."""
-    from plpp_reg.clip.prompts import tokenizer
-
     vectors = context.detach().float().flatten(0, -2)
     rows = embedding.detach().float()
     if candidates is not None:
@@ -47,8 +51,7 @@ def nearest_words(context: Tensor, embedding: Tensor, k: int = 5, candidates: Te
     cosines, ids = PF.nearest_words(vectors, rows, k)
     if candidates is not None:
         ids = candidates.to(ids.device)[ids]
-    decoder = tokenizer().decoder
     return [
-        [NearWord(decoder[int(i)].replace("</w>", ""), float(c)) for i, c in zip(word_ids, word_cosines, strict=True)]
+        [NearWord(_text(int(i)), float(c)) for i, c in zip(word_ids, word_cosines, strict=True)]
         for word_ids, word_cosines in zip(ids, cosines, strict=True)
     ]

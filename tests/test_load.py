@@ -137,6 +137,50 @@ def test_a_malicious_file_is_refused_and_never_executed(how, tmp_path):
         assert target.exists()
 
 
+class RunsWhenLoaded(torch.nn.Module):
+    """TorchScript runs one method of a module while it loads it."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+        self.made = torch.zeros(16)
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.target, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.target, self.training = state
+        self.made = torch.from_file(self.target, shared=True, size=16)  # makes the file
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_a_jit_archive_that_runs_code_when_it_is_loaded_is_refused(tmp_path):
+    target, path = tmp_path / "executed", tmp_path / "m.pt"
+    torch.jit.script(RunsWhenLoaded(str(target))).save(str(path))
+    with pytest.raises(InputError, match="runs code when it is loaded"):
+        load_clip(str(path))
+    assert not target.exists()
+    torch.jit.load(str(path))  # the trap works
+    assert target.exists()
+
+
+@pytest.mark.parametrize("write", [lambda m, p: torch.save(m.state_dict(), p), lambda m, p: write_jit(m, p)], ids=["pt", "jit"])
+def test_one_changed_bit_is_refused(write, small, tmp_path):
+    path = tmp_path / "m.pt"
+    write(small, path)
+    content = bytearray(path.read_bytes())
+    at = content.find(small.ln_final.weight.detach().numpy().tobytes())
+    assert at > 0
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="checksum"):
+        load_clip(str(path))
+
+
 def without(state, *keys):
     return {k: v for k, v in state.items() if k not in keys}
 
@@ -206,6 +250,7 @@ def test_without_a_network_the_message_says_which_file_to_put_where(error, monke
         raise error
 
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
     monkeypatch.setattr(openai_clip().clip, "_download", refuse)
     with pytest.raises(InputError) as raised:
         load_clip("ViT-B/32")
@@ -219,6 +264,7 @@ def test_a_tampered_download_is_refused(monkeypatch, tmp_path, small):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     folder = tmp_path / ".cache" / "clip"
     folder.mkdir(parents=True)

@@ -355,7 +355,9 @@ def test_whole_words_are_words():
     ids = set(whole_word_ids().tolist())
     encoder = tokenizer().encoder
     assert {encoder[token] for token in ("photo</w>", "cat</w>", "a</w>")} <= ids
+    assert encode("café")[0] in ids  # the encoder's keys are bytes in disguise: é is two signs there
     # a piece that only begins words, punctuation, a digit, the marks
+    assert not ids & {encode("♪")[0], encode("–")[0]}
     assert not ids & {encoder[token] for token in ("cat", "!</w>", "7</w>", "<|startoftext|>", "<|endoftext|>")}
 
 

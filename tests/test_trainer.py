@@ -306,7 +306,8 @@ def test_files_keys_and_figures_of_a_run(arguments, data: DataSplit) -> None:
     assert result["files_sha256"] == data.sha256() and result["seed"] == 1 and result["seconds"] > 0
     assert result["config"]["OPTIM.LR"] == 0.05 and torch.__version__.startswith(result["versions"]["torch"])
     last = content["plpp_reg"]["history"][-1]
-    assert result["losses"] == {name: value for name, value in last.items() if name != "lr"}
+    assert result["losses"] == {name: last[name] for name in ("loss", "ce", "ppl", "inverse_ppl")}
+    assert result["versions"]["precision"] == "fp32" and result["versions"]["device"] == "cpu"
     log = (folder / "log.txt").read_text()
     assert "Evaluate on the *test* set" in log and f"* accuracy: {result['metrics']['accuracy']:.1f}%" in log
 

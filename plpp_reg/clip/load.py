@@ -119,6 +119,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         elif _is_jit_archive(path):
             loaded = torch.jit.load(str(path), map_location="cpu").state_dict()
         else:
+            check_zip(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
@@ -131,7 +132,26 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_jit_archive(path: Path) -> bool:
+    """Whether a file is TorchScript, whole, and free of the one method that runs while it is loaded."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(name.split("/", 1)[-1] == "constants.pkl" for name in archive.namelist())
+        names = archive.namelist()
+        if not any(name.split("/", 1)[-1] == "constants.pkl" for name in names):
+            return False
+        if any(name.endswith(".py") and b"__setstate__" in archive.read(name) for name in names):
+            raise ValueError("an archive that runs code when it is loaded")
+    check_zip(path)
+    return True
+
+
+def check_zip(path: str | Path) -> None:
+    """torch does not compare the checksums of a file's records; a changed number would pass unseen.
+
+    Raises:
+        ValueError: a record is not what was written.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (record := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {record} is wrong")

@@ -77,7 +77,7 @@ class TextTower(nn.Module):
             :class:`TextOutput` in the tower's dtype (features under autocast: in autocast's).
         """
         p = tree.prefix_length
-        last = int(tree.before[tree.before < p].max()) + 1 if need_hidden and (tree.before < p).any() else 0
+        last = tree.prefix_reads if need_hidden else 0
         prefix_states, cache = self._prefix(tree.prefix, context, deep, last)
         checkpointed = len(tree.chunks) > 1 and torch.is_grad_enabled()
         need_states = need_hidden and not tree.before_in_prefix

@@ -61,6 +61,7 @@ class PromptTree:
     order: Tensor
     before: Tensor
     before_in_prefix: bool
+    prefix_reads: int  # how many rows of the prefix, from its beginning, are read after the last layer
 
     @property
     def prefix_length(self) -> int:
@@ -108,7 +109,8 @@ def build_tree(prompts: Sequence[Sequence[int]], n_ctx: int, max_nodes: int | No
     in_prefix = bool((rows < p).all())
     if in_prefix:
         rows = rows[:1]
-    return PromptTree(prefix_nodes, tuple(chunks), torch.tensor(order), rows, in_prefix)
+    prefix_reads = max((t + 1 for t in before if t < p), default=0)
+    return PromptTree(prefix_nodes, tuple(chunks), torch.tensor(order), rows, in_prefix, prefix_reads)
 
 
 def _context_positions(prompt: Sequence[int]) -> list[int]:

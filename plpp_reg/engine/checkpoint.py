@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from plpp_reg.clip.load import check_zip
 from plpp_reg.engine.files import write_atomically, write_text
 from plpp_reg.errors import InputError
 
@@ -113,6 +114,7 @@ def load(path: str | Path) -> dict[str, Any]:
         InputError: missing, cut short, not a checkpoint, or one that would run code.
     """
     try:
+        check_zip(path)
         with _upstream_objects_as_data():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:

@@ -90,8 +90,19 @@ NOT_IN_THE_RESULT = {
     "TRAIN.PRINT_FREQ",
     "TEST.PER_CLASS_RESULT",
     "TEST.COMPUTE_CMAT",
-    "TEST.NO_TEST",
-    "TEST.SPLIT",
+}
+
+# Dassl's keys that name a choice of which this engine has one: accepted as they are, so that configuration files merge.
+FIXED = {
+    "VERBOSE": True,
+    "INPUT.NO_TRANSFORM": False,
+    "DATALOADER.K_TRANSFORMS": 1,
+    "DATALOADER.RETURN_IMG0": False,
+    "DATALOADER.TRAIN_X.SAMPLER": "RandomSampler",
+    "DATALOADER.TEST.SAMPLER": "SequentialSampler",
+    "TRAIN.COUNT_ITER": "train_x",
+    "TEST.EVALUATOR": "Classification",
+    "OPTIM.STAGED_LR": False,
 }
 
 
@@ -142,6 +153,10 @@ def set_value(cfg: CfgNode, key: str, value: object) -> None:
     Raises:
         InputError: no such key (the nearest is named), or a value of another type.
     """
+    if key in FIXED:
+        if _coerce(key, value, FIXED[key]) != FIXED[key]:
+            raise InputError(f"{key}: expected {FIXED[key]!r}, the only choice here, got {value!r}")
+        return
     node = cfg
     *parents, leaf = key.split(".")
     for name in parents:

@@ -23,7 +23,7 @@ INTERPOLATIONS = {
 TRAIN_TRANSFORMS = (
     "random_crop",
     "random_resized_crop",
-    "center_crop",
+    "center_crop",  # of no effect here, as in Dassl: every image has its size already
     "random_flip",
     "colorjitter",
     "randomgrayscale",
@@ -61,20 +61,19 @@ def build_transform(cfg: CfgNode, train: bool) -> T.Compose:
         made = {
             "random_crop": lambda: T.RandomCrop(size, padding=inp.CROP_PADDING),
             "random_resized_crop": lambda: T.RandomResizedCrop(size, scale=tuple(inp.RRCROP_SCALE), interpolation=mode),
-            "center_crop": lambda: T.CenterCrop(size),
             "random_flip": lambda: T.RandomHorizontalFlip(),
             "colorjitter": lambda: T.ColorJitter(inp.COLORJITTER_B, inp.COLORJITTER_C, inp.COLORJITTER_S, inp.COLORJITTER_H),
             "randomgrayscale": lambda: T.RandomGrayscale(p=inp.RGS_P),
         }
         for name in TRAIN_TRANSFORMS:
-            if name in names and name != "normalize":
+            if name in names and name in made:
                 try:
                     steps.append(made[name]())
                 except ValueError as e:
                     raise InputError(f"INPUT: {name} ({name.upper()}_…): {e}") from e
-    steps.append(T.ToTensor())
-    if "normalize" in names:
-        steps.append(T.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD))
+    if "normalize" not in names:
+        raise InputError(f"INPUT.TRANSFORMS: expected 'normalize' among them, which CLIP needs, got {list(names)}")
+    steps += [T.ToTensor(), T.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)]
     return T.Compose(steps)
 
 
@@ -102,11 +101,11 @@ class ImageDataset(Dataset):
         try:
             image = Image.open(item.impath)
             image.load()
-        except OSError as e:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # broken PNG chunks are a SyntaxError
             raise InputError(f"image {item.impath}: expected a readable picture, got {e}") from e
         state = torch.get_rng_state()  # torchvision draws from the global stream
         try:
-            torch.manual_seed(image_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(image_seed(self.seed, epoch, index))  # not manual_seed: it seeds GPUs too
             return {"img": self.transform(image), "label": item.label, "index": index}
         finally:
             torch.set_rng_state(state)

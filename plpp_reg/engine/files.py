@@ -19,7 +19,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # not mkstemp: its files are unreadable to one's group
     try:
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

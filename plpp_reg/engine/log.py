@@ -69,16 +69,16 @@ class Meters:
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def update(self, values: dict[str, float]) -> None:
         self.last = values
-        self._count += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        return {name: total / self._count for name, total in self._sums.items()}
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
 
     def __str__(self) -> str:
         means = self.means()

@@ -8,7 +8,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from yacs.config import CfgNode
 
@@ -22,6 +21,7 @@ from plpp_reg.errors import InputError
 
 DEFAULT_TRAINER = "CoOp_PLPP"
 DEFAULT_DATASET = "emoji"
+DEFAULT_RECIPE = "few_shot_16"
 
 
 class RunArguments(NamedTuple):
@@ -51,8 +51,8 @@ def shipped_config(*parts: str) -> Path:
 def resolve(args: RunArguments) -> tuple[CfgNode, type[PromptTrainer]]:
     """Defaults, then the data set's file, the method's file, the flags, ``KEY VALUE`` pairs: each overrides the one before.
 
-    With no data set named it is the embedded one; with no backbone named the embedded one, and then, with no method file, the
-    method's recipe for it.
+    With no data set named it is the embedded one, with no backbone the embedded one; with no method file it is the recipe that
+    the package ships for the method and such a backbone.
     """
     requested = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     cls, plain, with_plpp = registry.find_trainer(args.trainer or requested.get("TRAINER.NAME", DEFAULT_TRAINER))
@@ -60,8 +60,9 @@ def resolve(args: RunArguments) -> tuple[CfgNode, type[PromptTrainer]]:
     files = [args.dataset_config_file or shipped_config("datasets", f"{DEFAULT_DATASET}.yaml")]
     if args.config_file:
         files.append(args.config_file)
-    elif (args.backbone or requested.get("MODEL.BACKBONE.NAME") or EMBEDDED) == EMBEDDED:
-        recipe = shipped_config("trainers", plain, f"{EMBEDDED}.yaml")
+    else:
+        embedded = (args.backbone or requested.get("MODEL.BACKBONE.NAME") or EMBEDDED) == EMBEDDED
+        recipe = shipped_config("trainers", plain, f"{EMBEDDED if embedded else DEFAULT_RECIPE}.yaml")
         files += [recipe] if recipe.is_file() else []
     for file in files:
         config.merge_file(cfg, file)
@@ -135,12 +136,10 @@ def run(
     if args.model_dir and not args.eval_only:
         raise InputError("--model-dir: expected --eval-only with it (to go on: --resume; to start from it: MODEL.INIT_WEIGHTS)")
     cfg, cls = resolve(args)
-    if torch.cuda.is_available() and cfg.USE_CUDA:
-        torch.backends.cudnn.benchmark = True
     folder = output_dir(cfg, args.eval_only)
-    _check_folders(cfg, folder)
     if args.eval_only and (folder / cls.model_name).is_dir():
         raise InputError(f"{str(folder)!r} holds a training run, whose result would be lost: name another --output-dir")
+    _check_folders(cfg, folder)
     log(f"Setting fixed seed: {cfg.SEED}")
     trainer = cls(cfg, clip_model=clip_model, log=log)
     if args.eval_only:
@@ -155,6 +154,7 @@ def run(
             raise InputError(f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none")
         trainer.loader(split)
     with locked(folder):
+        _check_folders(cfg, folder)  # once more: another run may have come and gone while this one was loading
         log.open(folder)
         try:
             return _run_in(folder, trainer, args, after_epoch), trainer
@@ -209,10 +209,10 @@ def record(trainer: PromptTrainer, metrics: dict[str, float]) -> dict[str, Any]:
         "backbone": cfg.MODEL.BACKBONE.NAME,
         "seed": cfg.SEED,
         "metrics": metrics,
-        "losses": {k: v for k, v in trainer.history[-1].items() if k != "lr"} if trainer.history else {},
+        "losses": {name: trainer.history[-1][name] for name in trainer.loss_names} if trainer.history else {},
         "seconds": trainer.seconds,
         "config": config.flat(cfg),
-        "versions": results.versions(),
+        "versions": {**results.versions(), "device": trainer.device.type, "precision": trainer.precision},
         "files_sha256": trainer.data.sha256(),
     }
 

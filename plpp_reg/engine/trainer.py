@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -84,7 +85,8 @@ class PromptTrainer:
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """(B, E), (C, E) -> (B, C): scaled cosines."""
-        return self.clip_model.logit_scale.exp() * image_features @ class_features.t()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.clip_model.logit_scale.exp() * image_features @ class_features.t()
 
     def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
         """Mean cross-entropy in float32; notes the batch accuracy for the log."""
@@ -93,6 +95,8 @@ class PromptTrainer:
 
     @staticmethod
     def normalize(features: Tensor) -> Tensor:
+        """Unit length, in float32: a cosine in half precision, times CLIP's scale of 100, moves in steps of a tenth."""
+        features = features.float()
         return features / features.norm(dim=-1, keepdim=True)
 
     # ---- building ------------------------------------------------------------------------------------------------
@@ -118,7 +122,7 @@ class PromptTrainer:
         if clip_model is None:
             self.log(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME}, {self.precision} on {self.device})")
             clip_model = load_clip(cfg.MODEL.BACKBONE.NAME, self.precision, self.device)
-        self.clip_model = clip_model
+        self.clip_model = clip_model.to(self.device)
         resolution = clip_model.visual.input_resolution
         if tuple(cfg.INPUT.SIZE) != (resolution, resolution):
             raise InputError(
@@ -144,6 +148,7 @@ class PromptTrainer:
             self.schedule = build_lr_schedule(self.optimizer, cfg.OPTIM)
         self.epoch = 0  # epochs that are done
         self.history: list[dict[str, float]] = []
+        self.loss_names: list[str] = []
         self.seconds = 0.0
         self.best_val: float | None = None
         self.output_dir: Path | None = None
@@ -248,10 +253,11 @@ class PromptTrainer:
             losses.update(self._plpp_losses())
         loss = sum(losses.values())
         values = {"loss": loss.item(), **self.metrics, **{name: value.item() for name, value in losses.items()}}
-        for name, value in losses.items():
-            if not torch.isfinite(value):
+        self.loss_names = ["loss", *losses]
+        for name in losses:
+            if not math.isfinite(values[name]):
                 raise NonFiniteLoss(
-                    f"loss {name!r} is {value.item()} in epoch {self.epoch + 1}, batch {index + 1}: training stopped, "
+                    f"loss {name!r} is {values[name]} in epoch {self.epoch + 1}, batch {index + 1}: training stopped, "
                     f"{self._last_good()}"
                 )
         self.optimizer.zero_grad(set_to_none=True)
@@ -262,7 +268,7 @@ class PromptTrainer:
 
     @property
     def _plpp_acts(self) -> bool:
-        return self.regularizer is not None and (self.regularizer.weight > 0 or self.regularizer.inverse_weight > 0)
+        return self.regularizer is not None and self.regularizer.active
 
     def _plpp_losses(self) -> dict[str, Tensor]:
         """PLPP's weighted terms from the text pass that the method has just made; with weights 0, none: off is exactly off."""
@@ -270,12 +276,7 @@ class PromptTrainer:
             return {}
         parts = self.regularizer.components(self.context(), self.text.hidden)
         self.metrics["perplexity"] = parts.perplexity.item()
-        losses = {}
-        if self.regularizer.weight > 0:
-            losses["ppl"] = self.regularizer.weight * parts.perplexity_loss
-        if self.regularizer.inverse_weight > 0:
-            losses["inverse_ppl"] = self.regularizer.inverse_weight * parts.inverse_loss
-        return losses
+        return self.regularizer.terms(parts)
 
     def _log_batch(self, index: int, batches: int, meters: Meters, data_clock: Clock, batch_clock: Clock) -> None:
         cfg, step = self.cfg, self.epoch * batches + index
@@ -310,7 +311,8 @@ class PromptTrainer:
             for line in evaluator.per_class_report(self.data.classnames):
                 self.log(line)
         if self.cfg.TEST.COMPUTE_CMAT and self.output_dir:
-            write_atomically(self.output_dir / "cmat.pt", lambda path: torch.save(evaluator.confusion, path))
+            shares = evaluator.confusion / evaluator.confusion.sum(1, keepdim=True).clamp_min(1)  # of a class, as Dassl's
+            write_atomically(self.output_dir / "cmat.pt", lambda path: torch.save(shares, path))
         result = evaluator.evaluate()
         for name, value in result.items():
             self.log.scalar(f"{split}/{name}", value, self.epoch)
@@ -350,10 +352,16 @@ class PromptTrainer:
                 "streams": checkpoint.random_streams(),
                 "scaler": self.scaler.state_dict(),
                 "history": self.history,
+                "loss_names": self.loss_names,
+                "same": self._same(),
                 "seconds": self.seconds,
                 "best_val": self.best_val,
             },
         }
+
+    def _same(self) -> dict[str, str]:
+        """What must not change between a run and its resumption, beside the configuration."""
+        return {"files": self.data.sha256(), "precision": self.precision, "device": self.device.type}
 
     def _save_epoch(self) -> None:
         if self.output_dir is None:
@@ -391,12 +399,17 @@ class PromptTrainer:
         if extra is None:
             raise InputError(f"--resume: {str(path)!r} is not of plpp-reg: it can be evaluated (--eval-only), not resumed")
         checkpoint.load_weights(self.prompts, content["state_dict"], path)
+        before = extra.get("same") if isinstance(extra, dict) else None
+        if isinstance(before, dict) and before != self._same():
+            changed = [f"{k}: {before.get(k)}, now {v}" for k, v in self._same().items() if before.get(k) != v]
+            raise InputError(f"checkpoint {str(path)!r}: expected a run on the same terms ({'; '.join(changed)})")
         try:
             self.optimizer.load_state_dict(content["optimizer"])
             self.schedule.load_state_dict(content["scheduler"])
             self.scaler.load_state_dict(extra["scaler"])
             self.epoch, self.history = content["epoch"], list(extra["history"])
             self.seconds, self.best_val = extra["seconds"], extra["best_val"]
+            self.loss_names = list(extra["loss_names"])
             if not (isinstance(self.epoch, int) and len(self.history) == self.epoch <= self.cfg.OPTIM.MAX_EPOCH):
                 raise ValueError(f"epoch {self.epoch!r}")
             checkpoint.restore_random_streams(extra["streams"])
