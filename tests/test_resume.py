@@ -354,7 +354,7 @@ def spoiled(content: dict, how: str):
     return content
 
 
-DAMAGE = ["empty", "cut", "cut by one byte", "text", "pickle", "malicious", "malicious zip"]
+DAMAGE = ["empty", "cut", "cut by one byte", "one changed bit", "text", "pickle", "malicious", "malicious zip"]
 WRONG_WEIGHTS = ["weight is a number", "weight of another shape", "other weights", "no weights", "a tensor"]
 WRONG_STATE = [
     "weight is nan",
@@ -378,6 +378,9 @@ def damage(path: Path, how: str, trap: Path) -> None:
         path.write_bytes(whole[: len(whole) // 2])
     elif how == "cut by one byte":
         path.write_bytes(whole[:-1])
+    elif how == "one changed bit":
+        ctx = torch.load(path, weights_only=True)["state_dict"]["ctx"].numpy().tobytes()
+        path.write_bytes(whole.replace(ctx, bytes([ctx[0] ^ 1]) + ctx[1:], 1))
     elif how == "text":
         path.write_text("a checkpoint")
     elif how == "pickle":
