@@ -6,14 +6,13 @@
 
 CoOp on the base half of the embedded default, 16 shots, evaluated on both halves. Image features are computed once: each
 training image as CoOp's augmentation shows it in VIEWS epochs (the engine's own draws), of which each epoch takes one. Results
-are appended run by run, so that a study that was stopped goes on; several processes may share one file (--part 0/2, 1/2).
+are appended setting by setting, so that a study that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 
@@ -92,47 +91,60 @@ class Features:
         return {"train": views, "plain": encode(data.val + data.test, False, 0)}
 
 
-def run(clip_model, data: DataSplit, features: Features, seed: int, n_ctx: int, name: str, split: str) -> dict[str, object]:
-    """One training: accuracies on both halves of ``split`` in percent, and the prompts' perplexity."""
+def run(clip_model, data: DataSplit, features: Features, seeds: list[int], n_ctx: int, name: str, split: str) -> list[dict]:
+    """One training a seed: accuracies on both halves of ``split`` in percent, and the prompts' perplexity.
+
+    All seeds go through the tower at once, as contexts of their own (G of them): losses are summed over seeds and SGD works
+    element by element, so that each is trained as if it were alone.
+    """
+    cfg, _ = resolve(RunArguments(trainer="CoOp"))
+    picked = [subsample_classes(sample_few_shot(data, cfg.DATASET.NUM_SHOTS, seed), "base") for seed in seeds]
+    rows = torch.tensor([[features.row[d.name] for d in p.train] for p in picked])  # (G, n)
+    labels = torch.tensor([[d.label for d in p.train] for p in picked])
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    width = clip_model.token_embedding.weight.shape[1]
+    context = torch.stack([torch.empty(n_ctx, width).normal_(std=0.02, generator=g) for g in streams]).requires_grad_()
+
+    tower, classes = TextTower(clip_model), picked[0].classnames
+    tree = PromptLearner(clip_model, classes, n_ctx=n_ctx).tree()
     settings = SETTINGS[name]
-    cfg, _ = resolve(RunArguments(trainer="CoOp", seed=seed))
-    picked = subsample_classes(sample_few_shot(data, cfg.DATASET.NUM_SHOTS, seed), "base")
-    rows = torch.tensor([features.row[d.name] for d in picked.train])
-    labels = torch.tensor([d.label for d in picked.train])
-    torch.manual_seed(seed)
-    prompts, tower = PromptLearner(clip_model, picked.classnames, n_ctx=n_ctx), TextTower(clip_model)
     regularizer = PerplexityRegularizer(clip_model.token_embedding.weight, candidates=candidate_ids(clip_model), **settings)
-    on = name != "none"
-    optimizer = build_optimizer([prompts.ctx], cfg.OPTIM)
+    optimizer = build_optimizer([context], cfg.OPTIM)
     schedule = build_lr_schedule(optimizer, cfg.OPTIM)
-    scale = clip_model.logit_scale.exp()
-    batch = cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+    scale, size = clip_model.logit_scale.exp(), cfg.DATALOADER.TRAIN_X.BATCH_SIZE
     for _ in range(cfg.OPTIM.MAX_EPOCH):
-        order, views = torch.randperm(len(rows)), torch.randint(VIEWS, (len(rows),))
-        for b in order.split(batch)[: len(rows) // batch]:
-            out = prompts(tower, need_hidden=on)
+        order = torch.stack([torch.randperm(rows.shape[1], generator=g) for g in streams])
+        views = torch.stack([torch.randint(VIEWS, (rows.shape[1],), generator=g) for g in streams])
+        for b in order.split(size, 1)[: rows.shape[1] // size]:  # (G, batch)
+            out = tower(tree, context, need_hidden=regularizer.active)
             text = F.normalize(out.features, dim=-1)
-            loss = F.cross_entropy(scale * features.train[views[b], rows[b]] @ text.t(), labels[b])
-            if on:
-                loss = loss + regularizer(prompts.ctx, out.hidden)
+            image = features.train[views.gather(1, b), rows.gather(1, b)]
+            logits = scale * image @ text.transpose(1, 2)
+            loss = len(seeds) * F.cross_entropy(logits.flatten(0, 1), labels.gather(1, b).flatten())
+            if regularizer.active:
+                loss = loss + len(seeds) * regularizer(context, out.hidden)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
-    result: dict[str, object] = {"seed": seed, "n_ctx": n_ctx, "setting": name, "split": split}
+
+    records = [{"seed": seed, "n_ctx": n_ctx, "setting": name, "split": split} for seed in seeds]
     with torch.no_grad():
-        result["perplexity"] = regularizer.components(prompts.ctx, prompts(tower).hidden).perplexity.item()
+        hidden = tower(tree, context).hidden
+        for g, record in enumerate(records):
+            record["perplexity"] = regularizer.components(context[g], hidden[g]).perplexity.item()
         for half in ("base", "new"):
             part = subsample_classes(data, half)
-            names = PromptLearner(clip_model, part.classnames, n_ctx=n_ctx)
-            names.ctx.data.copy_(prompts.ctx)
-            text = F.normalize(names(tower, need_hidden=False).features, dim=-1)
+            tree = PromptLearner(clip_model, part.classnames, n_ctx=n_ctx).tree()
+            text = F.normalize(tower(tree, context, need_hidden=False).features, dim=-1)
             items = getattr(part, split)
             image = features.plain[torch.tensor([features.row[d.name] for d in items])]
-            hits = (image @ text.t()).argmax(1) == torch.tensor([d.label for d in items])
-            result[half] = 100 * hits.double().mean().item()
-    result["H"] = harmonic_mean(result["base"], result["new"])
-    return result
+            hits = (image @ text.transpose(1, 2)).argmax(2) == torch.tensor([d.label for d in items])
+            for record, share in zip(records, hits.double().mean(1).tolist(), strict=True):
+                record[half] = 100 * share
+    for record in records:
+        record["H"] = harmonic_mean(record["base"], record["new"])
+    return records
 
 
 def table(records: list[dict[str, object]]) -> str:
@@ -168,7 +180,6 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--part", default="0/1", help="which share of the runs this process does, e.g. 0/2")
     parser.add_argument("--features", type=Path, default=Path("features.pt"), help="cache of image features")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
     args = parser.parse_args()
@@ -176,26 +187,21 @@ def main() -> None:
     if args.table:
         print(table(records))
         return
-    torch.set_num_threads(1)  # tensors are small: two processes are faster than two threads
     clip_model, data = load_clip(), read_emoji()
     features = Features(clip_model, data, args.features)
-    grid = [
-        (seed, n_ctx, name)
-        for seed in range(args.first_seed, args.first_seed + args.seeds)
-        for n_ctx in args.contexts
-        for name in args.settings
-    ]
-    random.Random(0).shuffle(grid)
-    share, shares = map(int, args.part.split("/"))
+    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
     done = {(r["seed"], r["n_ctx"], r["setting"]) for r in records}
-    for seed, n_ctx, name in grid[share::shares]:
-        if (seed, n_ctx, name) in done:
-            continue
-        start = time.perf_counter()
-        result = run(clip_model, data, features, seed, n_ctx, name, args.split)
-        with args.out.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(f"{json.dumps(result)} {time.perf_counter() - start:.1f} s", flush=True)
+    for n_ctx in args.contexts:
+        for name in args.settings:
+            missing = [seed for seed in seeds if (seed, n_ctx, name) not in done]
+            if not missing:
+                continue
+            start = time.perf_counter()
+            new = run(clip_model, data, features, missing, n_ctx, name, args.split)
+            with args.out.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in new)
+            means = {m: f"{summary([r[m] for r in new])}" for m in ("base", "new", "H")}
+            print(f"{n_ctx} vectors, {name}: {means} {time.perf_counter() - start:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""The embedded default backbone: a tiny CLIP in OpenAI's architecture, beside this file (docs/embedded.md).
+
+Most of CLIP's 49,408 word vectors never occurred in its training captions. The file holds the trained rows,
+and for each of the others three trained tokens of similar spelling. `embedded_state_dict` builds the missing
+rows from these, in integers and single IEEE operations, so that every platform gets the same bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from plpp_reg.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FILE = Path(__file__).with_name("embedded.safetensors")
+FORMAT = "1"
+_ONE = 1 << 20  # fixed point: sums of squares of a row stay exact in 64-bit integers and in float64
+
+
+def embedded_state_dict() -> dict[str, torch.Tensor]:
+    """The embedded model's whole state dict, as `clip.model.build_model` takes it, in float16 on the CPU.
+
+    Raises:
+        InputError: the weight file is not beside this module, or of another format version; no package `safetensors`.
+    """
+    tensors, metadata = _read()
+    rows = tensors.pop("token_embedding.trained")
+    ids = tensors.pop("token_embedding.trained_ids").long()
+    neighbours = tensors.pop("token_embedding.neighbours")
+    other = torch.ones(len(rows) + len(neighbours), dtype=torch.bool)
+    other[ids] = False
+    table = torch.empty(len(other), rows.shape[1], dtype=torch.float16)
+    table[ids] = rows
+    tokens = other.nonzero()[:, 0]
+    spread, lean = float(metadata["fill_spread"]), float(metadata["fill_lean"])
+    filled = fill_untrained(rows.numpy(), tokens.numpy(), neighbours.numpy(), spread, lean)
+    table[tokens] = torch.from_numpy(filled)
+    return {**tensors, "token_embedding.weight": table}
+
+
+def trained_token_ids() -> torch.Tensor:
+    """The ids of the word vectors that training reached: sorted, int64."""
+    tensors, _ = _read("token_embedding.trained_ids")
+    return tensors["token_embedding.trained_ids"].long()
+
+
+def embedded_metadata() -> dict[str, str]:
+    """What the weight file's header says of its making: seed, steps, held-out vendor, sources and so on."""
+    return _read("logit_scale")[1]
+
+
+def fill_untrained(rows: np.ndarray, tokens: np.ndarray, neighbours: np.ndarray, spread: float, lean: float) -> np.ndarray:
+    """Word vectors for tokens that training never reached, made to look like the trained ones.
+
+    Args:
+        rows: (N, D) float16, the trained rows.
+        tokens: (U,) the vocabulary ids to fill.
+        neighbours: (U, K) for each of them, indices into `rows`.
+        spread: length of the token's own pseudo-random direction; that of the neighbours' mean is 1.
+        lean: length of the trained rows' common direction in the sum, which trained rows have too.
+
+    Returns:
+        (U, D) float16. Each row's norm is that of a trained row picked by the token's id.
+    """
+    import numpy as np
+
+    fixed = np.rint(rows.astype(np.float64) * _ONE).astype(np.int64)
+    norms = np.sqrt(np.sort((fixed * fixed).sum(1)).astype(np.float64)) / _ONE
+    centre = fixed.sum(0) // len(fixed)
+    fixed -= centre
+    common = centre / np.sqrt(np.float64((centre * centre).sum()))
+    out = np.empty((len(tokens), rows.shape[1]), dtype=np.float16)
+    dims = np.arange(rows.shape[1], dtype=np.uint64)
+    for start in range(0, len(tokens), 4096):
+        part = slice(start, start + 4096)
+        token = tokens[part].astype(np.uint64)
+        bits = _hash((token << np.uint64(16))[:, None] + dims)
+        # The sum of four 16-bit draws: near enough to a normal variable, and an integer.
+        noise = sum(((bits >> np.uint64(s)) & np.uint64(0xFFFF)).astype(np.int64) for s in (0, 16, 32, 48))
+        noise -= 2 * 0xFFFF
+        mean = sum(fixed[neighbours[part, k]] for k in range(neighbours.shape[1]))
+        direction = _unit(mean) + spread * _unit(noise) + lean * common
+        direction = np.rint(direction * _ONE).astype(np.int64)
+        picked = norms[(_hash(token ^ np.uint64(0x5DEECE66D)) % np.uint64(len(norms))).astype(np.int64)]
+        out[part] = (_unit(direction) * picked[:, None]).astype(np.float16)
+    return out
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Integer rows at length 1. The sum of squares is exact, so its order does not matter."""
+    import numpy as np
+
+    return x / np.sqrt((x * x).sum(1).astype(np.float64))[:, None]
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+    """splitmix64 of each element, modulo 2^64."""
+    import numpy as np
+
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _read(*names: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The named tensors of the weight file (all, if none is named) and its metadata."""
+    try:
+        from safetensors import safe_open
+    except ModuleNotFoundError as error:
+        raise InputError("the embedded backbone is read with the package safetensors: pip install safetensors") from error
+    if not FILE.is_file():
+        raise InputError(f"the embedded backbone's weights are missing: {FILE}")
+    file: Any
+    with safe_open(str(FILE), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            found = metadata.get("format")
+            raise InputError(f"{FILE.name} has format {found!r}, this version reads {FORMAT!r}")
+        return {name: file.get_tensor(name) for name in names or file.keys()}, metadata
