@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -506,3 +508,10 @@ def test_help(capsys: pytest.CaptureFixture, argv: list[str]) -> None:
 def test_no_command_shows_help(capsys: pytest.CaptureFixture) -> None:
     assert cli.main([]) == 0
     assert "usage: plpp" in capsys.readouterr().out
+
+
+def test_how_threads_wait_is_said_before_torch_is_loaded() -> None:
+    # Threads that spin make small tensors tens of times slower on a busy machine; torch reads the variable once.
+    code = "import os, sys, plpp_reg.cli; sys.exit('torch' in sys.modules or os.environ['OMP_WAIT_POLICY'] != 'passive')"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
