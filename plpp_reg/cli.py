@@ -11,7 +11,6 @@ from typing import NoReturn
 from plpp_reg import __version__
 from plpp_reg.errors import InputError, unknown
 
-
 # torch's threads wait for each other in a busy loop, which on a shared machine, with small tensors, is tens of times slower.
 # It is read when torch is loaded, so it stands here, before anything loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
