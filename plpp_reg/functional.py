@@ -116,7 +116,7 @@ def plpp_rows(
 
     ``ids`` are the label's words, nearest first (:func:`nearest_words`); K = 1 is the hard label, with which q is 1 and the
     inverted loss exactly 0. ``detach_label``: no gradient through the label's side of either loss: q in the perplexity
-    loss, p in the inverted one. ``with_nll=False`` may return zeros where the likelihood over V would cost extra.
+    loss, p in the inverted one. ``with_nll=False`` gives nan where the likelihood over V would cost extra.
     """
     E_I = E[ids]
     logits_I = torch.einsum("rd,rkd->rk", h, E_I)
@@ -125,7 +125,7 @@ def plpp_rows(
         hard_nll = -log_p[:, 0].detach()
     else:
         log_p = logits_I.log_softmax(-1)
-        hard_nll = v.new_zeros(len(v))
+        hard_nll = v.new_full((len(v),), torch.nan)
         if with_nll:  # reported over V whatever the loss is normalised over
             with torch.no_grad():
                 hard_nll = _VocabularyLogNormalizer.apply(h, E) - logits_I[:, 0]

@@ -53,11 +53,11 @@ class PerplexityRegularizer(nn.Module):
         self,
         embedding: Tensor,
         weight: float = 0.1,
-        inverse_weight: float = 0.1,
+        inverse_weight: float = 3.0,
         top_k: int = 10,
         temperature: float = 0.1,
         label: str = "soft",
-        normalize_over: str = "vocabulary",
+        normalize_over: str = "topk",
         detach_label: bool = True,
         chunk_size: int = 128,
         candidates: Sequence[int] | Tensor | None = None,
@@ -78,7 +78,9 @@ class PerplexityRegularizer(nn.Module):
             raise InputError(f"detach_label: expected True or False, got {detach_label!r}")
         self.detach_label = detach_label
         if normalize_over == "topk" and (label == "hard" or top_k == 1):
-            raise InputError("normalize_over: expected 'vocabulary' with a single label word, got 'topk': p over one word is 1")
+            raise InputError(
+                "normalize_over: expected 'vocabulary' with one label word (hard, or top_k 1), got 'topk': p is 1 there"
+            )
         self._source = (embedding,)  # a tuple, so that nn.Module does not register a host's Parameter as ours
         self._seen: tuple[Tensor, tuple] | None = None
         self.register_buffer("candidates", ids, persistent=False)
@@ -103,21 +105,23 @@ class PerplexityRegularizer(nn.Module):
         weighted = {"ppl": (self.weight, parts.perplexity_loss), "inverse_ppl": (self.inverse_weight, parts.inverse_loss)}
         return {name: weight * loss for name, (weight, loss) in weighted.items() if weight > 0}
 
-    def components(self, context: Tensor, hidden: Tensor) -> Components:
+    def components(self, context: Tensor, hidden: Tensor, with_perplexity: bool = True) -> Components:
         """Total, both losses (unweighted) and the perplexity, as scalars.
 
         Args:
             context: the learnable vectors v, (M, D) or (P, M, D), any floating dtype.
             hidden: the state h that precedes each of them, (M, D) or (P, M, D), any floating dtype. Where P is 1 in one of
                 the two, it is shared: one context read in P different places.
+            with_perplexity: False spares the prediction over the whole vocabulary where the losses need the top-k alone.
 
         Returns:
-            :class:`Components`. ``perplexity = exp(mean -log p(nearest word))`` over the vocabulary, dimensionless, detached.
+            :class:`Components`. ``perplexity = exp(mean -log p(nearest word))`` over the vocabulary, dimensionless, detached;
+            nan where it was neither asked for nor at hand.
 
         Raises:
             InputError (a ValueError): shapes, width or dtype do not fit the vocabulary.
         """
-        return self._measure(context, hidden, with_nll=True)
+        return self._measure(context, hidden, with_nll=with_perplexity)
 
     def _measure(self, context: Tensor, hidden: Tensor, with_nll: bool) -> Components:
         v, h = self._checked(context, hidden)

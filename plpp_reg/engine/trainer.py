@@ -250,7 +250,7 @@ class PromptTrainer:
         self.metrics = {}
         with self._computing():
             losses = self.compute_losses(batch)
-            losses.update(self._plpp_losses())
+            losses.update(self._plpp_losses(with_perplexity=index + 1 == len(self.loader("train"))))
         loss = sum(losses.values())
         values = {"loss": loss.item(), **self.metrics, **{name: value.item() for name, value in losses.items()}}
         self.loss_names = ["loss", *losses]
@@ -270,12 +270,16 @@ class PromptTrainer:
     def _plpp_acts(self) -> bool:
         return self.regularizer is not None and self.regularizer.active
 
-    def _plpp_losses(self) -> dict[str, Tensor]:
-        """PLPP's weighted terms from the text pass that the method has just made; with weights 0, none: off is exactly off."""
+    def _plpp_losses(self, with_perplexity: bool) -> dict[str, Tensor]:
+        """PLPP's weighted terms from the text pass that the method has just made; with weights 0, none: off is exactly off.
+
+        The perplexity is logged wherever it is at hand; where it costs a pass over the vocabulary, once an epoch.
+        """
         if not self._plpp_acts:
             return {}
-        parts = self.regularizer.components(self.context(), self.text.hidden)
-        self.metrics["perplexity"] = parts.perplexity.item()
+        parts = self.regularizer.components(self.context(), self.text.hidden, with_perplexity)
+        if math.isfinite(perplexity := parts.perplexity.item()):
+            self.metrics["perplexity"] = perplexity
         return self.regularizer.terms(parts)
 
     def _log_batch(self, index: int, batches: int, meters: Meters, data_clock: Clock, batch_clock: Clock) -> None:
