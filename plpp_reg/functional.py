@@ -55,8 +55,10 @@ def nearest_words(v: Tensor, E: Tensor, k: int, E_inverse_norm: Tensor | None = 
     if E_inverse_norm is None:
         E_inverse_norm = inverse_norm(E)
     with torch.no_grad():
-        similarity = (F.normalize(v, dim=-1) @ E.T).mul_(E_inverse_norm)
-        return similarity.topk(k, dim=-1)
+        # (V, R), the many rows first: on a CPU such a thin product is shared among threads by its first factor's rows
+        similarity = (E @ F.normalize(v, dim=-1).T).mul_(E_inverse_norm.unsqueeze(1))
+        cosines, ids = similarity.topk(k, dim=0)
+        return cosines.T, ids.T
 
 
 def label_log_probabilities(v: Tensor, E_I: Tensor, temperature: float) -> Tensor:
