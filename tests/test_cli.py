@@ -512,6 +512,6 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture) -> None:
 
 def test_how_threads_wait_is_said_before_torch_is_loaded() -> None:
     # Threads that spin make small tensors tens of times slower on a busy machine; torch reads the variable once.
-    code = "import os, sys, plpp_reg.cli; sys.exit('torch' in sys.modules or os.environ['OMP_WAIT_POLICY'] != 'passive')"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import os, sys, plpp_reg.cli; sys.exit('torch' in sys.modules or os.environ['GOMP_SPINCOUNT'] != '2000')"
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
