@@ -29,7 +29,10 @@ def node(**changes):
 
 def our_series(cfg, epochs: int) -> list[float]:
     optimizer = build_optimizer([nn.Parameter(torch.zeros(2))], cfg)
-    schedule = build_lr_schedule(optimizer, cfg)
+    return series_of(optimizer, build_lr_schedule(optimizer, cfg), epochs)
+
+
+def series_of(optimizer, schedule, epochs: int) -> list[float]:
     series = []
     for _ in range(epochs):
         series.append(optimizer.param_groups[0]["lr"])
@@ -92,12 +95,7 @@ def dassl_series(cfg, epochs: int) -> list[float]:
             schedule.last_epoch = cfg.WARMUP_EPOCH
         value = cfg.WARMUP_CONS_LR if cfg.WARMUP_TYPE == "constant" else cfg.WARMUP_MIN_LR
         schedule = DasslWarmup(optimizer, schedule, cfg.WARMUP_EPOCH, cfg.WARMUP_TYPE, value)
-    series = []
-    for _ in range(epochs):
-        series.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return series
+    return series_of(optimizer, schedule, epochs)
 
 
 SCHEDULES = [

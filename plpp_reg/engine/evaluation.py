@@ -25,6 +25,10 @@ class Classification:
         f1 = 2 * hits / (truths + predictions).clamp_min(1)
         return {"accuracy": accuracy, "error": 100 - accuracy, "macro_f1": 100 * f1[truths > 0].mean().item()}
 
+    def confusion_shares(self) -> Tensor:
+        """(C, C): of each class's images the share that each prediction got, as Dassl saves it."""
+        return self.confusion / self.confusion.sum(1, keepdim=True).clamp_min(1)
+
     def report(self) -> list[str]:
         """Dassl's lines."""
         result = self.evaluate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import random
 import time
@@ -315,8 +316,7 @@ class PromptTrainer:
             for line in evaluator.per_class_report(self.data.classnames):
                 self.log(line)
         if self.cfg.TEST.COMPUTE_CMAT and self.output_dir:
-            shares = evaluator.confusion / evaluator.confusion.sum(1, keepdim=True).clamp_min(1)  # of a class, as Dassl's
-            write_atomically(self.output_dir / "cmat.pt", lambda path: torch.save(shares, path))
+            write_atomically(self.output_dir / "cmat.pt", lambda path: torch.save(evaluator.confusion_shares(), path))
         result = evaluator.evaluate()
         for name, value in result.items():
             self.log.scalar(f"{split}/{name}", value, self.epoch)
@@ -357,12 +357,13 @@ class PromptTrainer:
                 "scaler": self.scaler.state_dict(),
                 "history": self.history,
                 "loss_names": self.loss_names,
-                "same": self._same(),
+                "same": self._same,
                 "seconds": self.seconds,
                 "best_val": self.best_val,
             },
         }
 
+    @functools.cached_property
     def _same(self) -> dict[str, str]:
         """What must not change between a run and its resumption, beside the configuration."""
         return {"files": self.data.sha256(), "precision": self.precision, "device": self.device.type}
@@ -404,8 +405,8 @@ class PromptTrainer:
             raise InputError(f"--resume: {str(path)!r} is not of plpp-reg: it can be evaluated (--eval-only), not resumed")
         checkpoint.load_weights(self.prompts, content["state_dict"], path)
         before = extra.get("same") if isinstance(extra, dict) else None
-        if isinstance(before, dict) and before != self._same():
-            changed = [f"{k}: {before.get(k)}, now {v}" for k, v in self._same().items() if before.get(k) != v]
+        if isinstance(before, dict) and before != self._same:
+            changed = [f"{k}: {before.get(k)}, now {v}" for k, v in self._same.items() if before.get(k) != v]
             raise InputError(f"checkpoint {str(path)!r}: expected a run on the same terms ({'; '.join(changed)})")
         try:
             self.optimizer.load_state_dict(content["optimizer"])
