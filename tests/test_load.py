@@ -299,7 +299,6 @@ def test_frozen_and_cast_as_openai_casts(which, precision, request, tmp_path):
 
 
 def test_the_embedded_default():
-    pytest.importorskip("safetensors")
     model = load_clip()
     assert model.trained_token_ids.dtype == torch.int64 and len(model.trained_token_ids) > 100
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
