@@ -618,7 +618,7 @@ def test_upstream_weights_are_taken_and_its_token_vectors_are_not(data: DataSpli
     content["state_dict"] = {f"module.{k}": v for k, v in content["state_dict"].items()}  # of a DataParallel run
     torch.save(content, tmp_path / "model.pth.tar-50")
     trainer = helpers.make_trainer(data)
-    trainer.load_weights(tmp_path / "model.pth.tar-50")
+    trainer.saving.load_weights(tmp_path / "model.pth.tar-50")
     assert torch.equal(trainer.prompts.ctx, content["state_dict"]["module.ctx"].float())
     assert trainer.prompts.ctx.dtype == torch.float32
 

@@ -57,10 +57,13 @@ class PromptLearner(nn.Module):
     Args:
         clip_model: its token embedding gives width, dtype and the init words' vectors.
         classnames: C names; underscores read as spaces, as upstream does.
-        n_ctx: number M of context vectors, >= 1. Ignored where ``ctx_init`` is given: M is then its number of tokens.
+        n_ctx: number M of context vectors, >= 1. Ignored where ``ctx_init`` is given: M is then its number of
+            tokens, or ``n_learned``.
         ctx_init: words to start from ("a photo of a"); empty: random, standard deviation 0.02.
         position: where the name stands: "end" (after the context), "middle" (after its first half) or "front".
         class_specific: one context a class, (C, M, D), instead of one for all, (M, D).
+        n_learned: of the init words' tokens, learn the first ``n_learned`` alone; the others stay words between the context
+            and the name, as in MaPLe ("[v_1] [v_2] of a name."). None: all.
 
     ``ctx`` is a float32 leaf whatever the model's precision: an fp16 leaf of size 0.02 ignores small updates.
 
@@ -76,6 +79,7 @@ class PromptLearner(nn.Module):
         ctx_init: str = "",
         position: str = "end",
         class_specific: bool = False,
+        n_learned: int | None = None,
     ) -> None:
         super().__init__()
         if position not in POSITIONS:
@@ -84,8 +88,17 @@ class PromptLearner(nn.Module):
             raise InputError("classnames: expected at least one class name, got none")
         embedding = clip_model.token_embedding.weight
         init_words = ctx_init.replace("_", " ").strip()
+        self._fixed: list[int] = []  # init words that stay words
         if init_words:
-            start = embedding.detach()[encode(init_words)].float()
+            tokens = encode(init_words)
+            if n_learned is not None:
+                if position != "end" or not 1 <= n_learned <= len(tokens):
+                    raise InputError(
+                        f"n_learned: expected position 'end' and 1 to {len(tokens)} of the tokens of {init_words!r}, "
+                        f"got position {position!r} and {n_learned}"
+                    )
+                tokens, self._fixed = tokens[:n_learned], tokens[n_learned:]
+            start = embedding.detach()[tokens].float()
         else:
             if not isinstance(n_ctx, int) or n_ctx < 1:
                 raise InputError(f"n_ctx: expected an integer >= 1, got {n_ctx!r}")
@@ -115,7 +128,7 @@ class PromptLearner(nn.Module):
             cut = len(encode(name))
             half = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[self.position]
             if self.position == "end":
-                body = context + words
+                body = context + self._fixed + words
             else:
                 body = context[:half] + words[:cut] + context[half:] + words[cut:]
             parts = f" ({self.n_ctx} context vectors, {len(words)} of the name, SOS and EOT)"
@@ -129,7 +142,8 @@ class PromptLearner(nn.Module):
 
     def name_positions(self) -> list[list[int]]:
         """For each class: where the tokens of its name, and the full stop, stand."""
-        return [[t for t, s in enumerate(p) if s >= 0][1:-1] for p in self.prompts]
+        first = 1 + len(self._fixed)
+        return [[t for t, s in enumerate(p) if s >= 0][first:-1] for p in self.prompts]
 
     def eot_positions(self) -> Tensor:
         """(C,): where the token stands whose state is the class feature."""
@@ -142,13 +156,18 @@ class PromptLearner(nn.Module):
             self._trees[key] = build_tree(self.prompts, self.n_ctx, max_nodes).to(self.ctx.device)
         return self._trees[key]
 
-    def forward(self, tower: TextTower, need_hidden: bool = True) -> TextOutput:
+    def forward(self, tower: TextTower, need_hidden: bool = True, deep: Sequence[Tensor] = ()) -> TextOutput:
         """Class features and context states of these prompts.
+
+        Args:
+            tower: the text tower.
+            need_hidden: whether ``hidden`` is wanted.
+            deep: for layers 1, 2, ...: rows like ``ctx`` that replace the context's at the layer's entry.
 
         Returns:
             ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), fit for the regularizer beside ``self.ctx``: P is
             1 where the context is shared and nothing class-specific precedes it, else C.
         """
-        rows = self.ctx.flatten(0, -2).unsqueeze(0)
-        out = tower(self.tree(tower.max_nodes()), rows, need_hidden=need_hidden)
+        rows, *deep = (r.flatten(0, -2).unsqueeze(0) for r in (self.ctx, *deep))
+        out = tower(self.tree(tower.max_nodes()), rows, deep, need_hidden)
         return TextOutput(out.features[0], out.hidden)

@@ -12,7 +12,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +145,24 @@ def _upstream_objects_as_data() -> Iterator[None]:
         yield
 
 
-def load_weights(module: torch.nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
+def load_weights(
+    module: torch.nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path, not_loaded: Sequence[str] = ()
+) -> None:
     """Copy a checkpoint's tensors into ``module``, ignoring upstream's fixed token vectors.
+
+    ``not_loaded``: beginnings of further names that are ignored where ``module`` has no such tensor: the frozen CLIP, say,
+    which some of upstream's methods save whole.
 
     Raises:
         InputError: a name or a shape does not fit; nothing is changed then.
     """
     ours = module.state_dict()
     theirs = {name.removeprefix("module."): t for name, t in state_dict.items()}
-    theirs = {name: t for name, t in theirs.items() if name not in FIXED_TOKENS}
+    theirs = {
+        name: t
+        for name, t in theirs.items()
+        if name in ours or (name.rsplit(".", 1)[-1] not in FIXED_TOKENS and not name.startswith(tuple(not_loaded)))
+    }
     for name, tensor in theirs.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise InputError(f"checkpoint {str(path)!r}: expected finite numbers in {name}, got something else")

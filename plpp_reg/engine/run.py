@@ -21,7 +21,7 @@ from plpp_reg.errors import InputError
 
 DEFAULT_TRAINER = "CoOp_PLPP"
 DEFAULT_DATASET = "emoji"
-DEFAULT_RECIPE = "few_shot_16"
+DEFAULT_RECIPES = ("few_shot_16", "base2new")  # the first of them that the method has
 
 
 class RunArguments(NamedTuple):
@@ -62,8 +62,9 @@ def resolve(args: RunArguments) -> tuple[CfgNode, type[PromptTrainer]]:
         files.append(args.config_file)
     else:
         embedded = (args.backbone or requested.get("MODEL.BACKBONE.NAME") or EMBEDDED) == EMBEDDED
-        recipe = shipped_config("trainers", plain, f"{EMBEDDED if embedded else DEFAULT_RECIPE}.yaml")
-        files += [recipe] if recipe.is_file() else []
+        names = [EMBEDDED] if embedded else DEFAULT_RECIPES
+        recipes = [shipped_config("trainers", plain, f"{name}.yaml") for name in names]
+        files += [recipe for recipe in recipes if recipe.is_file()][:1]
     for file in files:
         config.merge_file(cfg, file)
     flags = {
@@ -144,10 +145,10 @@ def run(
     trainer = cls(cfg, clip_model=clip_model, log=log)
     if args.eval_only:
         if args.model_dir:
-            trainer.load_model(args.model_dir, args.load_epoch)
+            trainer.saving.load_model(args.model_dir, args.load_epoch)
         elif trainer.trained():
             log("No --model-dir: evaluating the prompts as they are before training")
-    elif cfg.RESUME and not checkpoint.newest(folder / cls.model_name) and not trainer.resume(cfg.RESUME):
+    elif cfg.RESUME and not checkpoint.newest(folder / cls.model_name) and not trainer.saving.resume(cfg.RESUME):
         raise InputError(f"--resume {cfg.RESUME!r}: expected a run's folder with a checkpoint of {trainer.model_name}")
     for split in _parts_needed(trainer, args):
         if not getattr(trainer.data, split):
@@ -182,13 +183,13 @@ def _run_in(
         (folder / results.RESULT).unlink(missing_ok=True)
         write_text(folder / "config.yaml", config.to_yaml(cfg))
         if cfg.RESUME and trainer.epoch:
-            checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.model_folder)
+            checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.saving.folder)
         else:
-            trainer.resume(folder)
+            trainer.saving.resume(folder)
         trainer.train(folder, after_epoch)
         if cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
             log("Deploy the model with the best val performance")
-            trainer.load_model(folder)
+            trainer.saving.load_model(folder)
         else:
             log("Deploy the last-epoch model")
     metrics = {} if cfg.TEST.NO_TEST else trainer.test(cfg.TEST.SPLIT)

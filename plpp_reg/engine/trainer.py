@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,14 +18,16 @@ from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from plpp_reg.clip.load import load_clip
-from plpp_reg.clip.text import TextOutput, TextTower
+from plpp_reg.clip.prompts import PromptLearner
+from plpp_reg.clip.text import TextTower
+from plpp_reg.clip.vision import ImageTower
 from plpp_reg.datasets import DataSplit, load_dataset
-from plpp_reg.engine import checkpoint
 from plpp_reg.engine.data import build_loader
 from plpp_reg.engine.evaluation import Classification
 from plpp_reg.engine.files import write_atomically
 from plpp_reg.engine.log import Clock, Meters, RunLog
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
+from plpp_reg.engine.saving import Saving
 from plpp_reg.errors import InputError
 from plpp_reg.regularizer import Components, PerplexityRegularizer, settings_defaults
 from plpp_reg.words import candidate_ids
@@ -53,6 +54,7 @@ class PromptTrainer:
     config_defaults: ClassVar[dict[str, object]] = {}
     model_name: ClassVar[str] = "prompt_learner"  # the folder of its checkpoints
     learns_text_context: ClassVar[bool] = False
+    not_loaded: ClassVar[tuple[str, ...]] = ()  # beginnings of names that upstream's checkpoints hold beside what was learned
 
     # ---- what a method gives -------------------------------------------------------------------------------------
 
@@ -68,21 +70,56 @@ class PromptTrainer:
         """Named, weighted scalars; the base class adds PLPP's and sums."""
         raise TypeError(f"{type(self).__name__} learns nothing")
 
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, embed_dim), normalised; the frozen tower's where the method learns nothing of it."""
+        return self.frozen_image_features(images)
+
+    @property
+    def learner(self) -> PromptLearner:
+        """Where the context vectors are, for a method that learns some."""
+        return self.prompts
+
+    def deep_context(self) -> Sequence[Tensor]:
+        """For layers 1, 2, ... of the text tower: (M, D) rows that replace the context's."""
+        return ()
+
+    def backward(self, losses: dict[str, Tensor]) -> None:
+        """Gradients of the sum of the losses, for one step."""
+        self.scaler.scale(sum(losses.values())).backward()
+
+    def end_epoch(self) -> None:
+        """After the last step of an epoch, before it is measured and saved."""
+
+    def method_state(self) -> dict[str, Any]:
+        """What exact resume needs of a method beside its parameters; tensors and plain values."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`method_state` gave."""
+
+    def check_classes(self, trained_on: list[str] | None) -> None:
+        """Whether weights that were trained on other classes (None: unknown ones) may be loaded: prompts may.
+
+        Raises:
+            InputError: what was learned belongs to its classes.
+        """
+
     # ---- what a method uses --------------------------------------------------------------------------------------
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, embed_dim), normalised; the image tower is frozen."""
+    def frozen_image_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, embed_dim), normalised, no gradient: CLIP's own."""
         with torch.no_grad():
-            return self.normalize(self.clip_model.encode_image(images))
+            return self.normalize(self.image_tower(images))
 
     def class_features(self) -> Tensor:
-        """(C, embed_dim), normalised, by one text pass; PLPP reads its context states afterwards."""
-        self.text = self.prompts(self.tower, need_hidden=self._plpp_acts)
-        return self.normalize(self.text.features)
+        """(C, embed_dim), normalised, by one text pass, of which PLPP reads the context states afterwards."""
+        out = self.learner(self.tower, self.plpp_acts, self.deep_context())
+        self.plpp_reads = self.context(), out.hidden
+        return self.normalize(out.features)
 
     def context(self) -> Tensor:
-        """The vectors that PLPP acts on, (M, D) or (P, M, D)."""
-        return self.prompts.ctx
+        """The learned context vectors, (M, D) or (C, M, D)."""
+        return self.learner.ctx
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """(B, E), (C, E) -> (B, C): scaled cosines."""
@@ -130,9 +167,10 @@ class PromptTrainer:
                 f"INPUT.SIZE: expected {(resolution, resolution)} for backbone {cfg.MODEL.BACKBONE.NAME!r}, "
                 f"got {tuple(cfg.INPUT.SIZE)}"
             )
-        self.tower = TextTower(clip_model)
+        self.tower = TextTower(clip_model, cfg.MODEL.TEXT_MEMORY_MIB)
+        self.image_tower = ImageTower(clip_model)
         self.metrics: dict[str, float] = {}
-        self.text: TextOutput | None = None
+        self.plpp_reads: tuple[Tensor, Tensor | None] | None = None  # context and states of the last text pass
         self.regularizer: PerplexityRegularizer | None = None
         random.seed(cfg.SEED)  # whatever was drawn before, the run starts the same
         np.random.seed(cfg.SEED)
@@ -140,11 +178,12 @@ class PromptTrainer:
         self.prompts = self.build(clip_model, self.data.classnames)
         if cfg.TRAINER.PLPP.ENABLED:
             self.regularizer = self._regularizer()
+        self.saving = Saving(self)
         self.optimizer = self.schedule = None
         self.scaler = torch.amp.GradScaler(enabled=self.precision == "amp" and self.device.type == "cuda")
         if self.trained():
             if cfg.MODEL.INIT_WEIGHTS:
-                self.load_weights(Path(cfg.MODEL.INIT_WEIGHTS))
+                self.saving.load_weights(Path(cfg.MODEL.INIT_WEIGHTS))
             self.optimizer = build_optimizer(self.trained(), cfg.OPTIM)
             self.schedule = build_lr_schedule(self.optimizer, cfg.OPTIM)
         self.epoch = 0  # epochs that are done
@@ -215,18 +254,20 @@ class PromptTrainer:
             means = self.train_epoch()
             if not all(p.isfinite().all() for p in self.trained()):  # a finite loss can have a gradient that is not
                 raise NonFiniteLoss(
-                    f"the trained parameters are not finite after epoch {self.epoch + 1}: training stopped, {self._last_good()}"
+                    f"the trained parameters are not finite after epoch {self.epoch + 1}: training stopped, "
+                    f"{self.saving.last_good()}"
                 )
             self.schedule.step()
             self.epoch += 1
             self.history.append(means)
+            self.end_epoch()
             epochs.set_postfix({name: f"{value:.3f}" for name, value in means.items() if name != "lr"})
             if self.cfg.TEST.FINAL_MODEL == "best_val":
                 self._keep_best()
             self.seconds += time.perf_counter() - start
             if after_epoch is not None:
                 after_epoch(self)
-            self._save_epoch()
+            self.saving.save_epoch()
         self.log("Finish training")
 
     def train_epoch(self) -> dict[str, float]:
@@ -252,23 +293,23 @@ class PromptTrainer:
         with self._computing():
             losses = self.compute_losses(batch)
             losses.update(self._plpp_losses(with_perplexity=index + 1 == len(self.loader("train"))))
-        loss = sum(losses.values())
-        values = {"loss": loss.item(), **self.metrics, **{name: value.item() for name, value in losses.items()}}
+        values = {name: value.item() for name, value in losses.items()}
+        values = {"loss": sum(values.values()), **self.metrics, **values}
         self.loss_names = ["loss", *losses]
         for name in losses:
             if not math.isfinite(values[name]):
                 raise NonFiniteLoss(
                     f"loss {name!r} is {values[name]} in epoch {self.epoch + 1}, batch {index + 1}: training stopped, "
-                    f"{self._last_good()}"
+                    f"{self.saving.last_good()}"
                 )
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.backward(losses)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return values
 
     @property
-    def _plpp_acts(self) -> bool:
+    def plpp_acts(self) -> bool:
         return self.regularizer is not None and self.regularizer.active
 
     def _plpp_losses(self, with_perplexity: bool) -> dict[str, Tensor]:
@@ -276,9 +317,9 @@ class PromptTrainer:
 
         The perplexity is logged wherever it is at hand; where it costs a pass over the vocabulary, once an epoch.
         """
-        if not self._plpp_acts:
+        if not self.plpp_acts:
             return {}
-        parts = self.regularizer.components(self.context(), self.text.hidden, with_perplexity)
+        parts = self.regularizer.components(*self.plpp_reads, with_perplexity)
         if math.isfinite(perplexity := parts.perplexity.item()):
             self.metrics["perplexity"] = perplexity
         return self.regularizer.terms(parts)
@@ -336,50 +377,8 @@ class PromptTrainer:
         if not self.learns_text_context:
             return None
         regularizer = self.regularizer or self._regularizer()
-        hidden = self.prompts(self.tower).hidden
+        hidden = self.learner(self.tower, deep=self.deep_context()).hidden
         return regularizer.components(self.context(), hidden)
-
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
-
-    @property
-    def model_folder(self) -> Path:
-        return self.output_dir / self.model_name
-
-    def _checkpoint(self, val_result: float | None = None) -> dict[str, Any]:
-        return {
-            "state_dict": self.prompts.state_dict(),
-            "epoch": self.epoch,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.schedule.state_dict(),
-            "val_result": val_result,
-            "plpp_reg": {
-                "streams": checkpoint.random_streams(),
-                "scaler": self.scaler.state_dict(),
-                "history": self.history,
-                "loss_names": self.loss_names,
-                "same": self._same,
-                "seconds": self.seconds,
-                "best_val": self.best_val,
-            },
-        }
-
-    @functools.cached_property
-    def _same(self) -> dict[str, str]:
-        """What must not change between a run and its resumption, beside the configuration."""
-        return {"files": self.data.sha256(), "precision": self.precision, "device": self.device.type}
-
-    def _save_epoch(self) -> None:
-        if self.output_dir is None:
-            return
-        previous = checkpoint.newest(self.model_folder)
-        path = checkpoint.save(self.model_folder, self._checkpoint())
-        frequency = self.cfg.TRAIN.CHECKPOINT_FREQ
-        if previous is not None and previous != path:
-            epoch = int(previous.name.rsplit("-", 1)[1])
-            if not (frequency > 0 and epoch % frequency == 0):
-                previous.unlink()
-        if self.epoch == self.cfg.OPTIM.MAX_EPOCH or (frequency > 0 and self.epoch % frequency == 0):
-            self.log(f"Checkpoint saved to {path}")
 
     def _keep_best(self) -> None:
         if not self.data.val:
@@ -387,49 +386,4 @@ class PromptTrainer:
         accuracy = self.test("val")["accuracy"]
         if self.best_val is None or accuracy > self.best_val:
             self.best_val = accuracy
-            if self.output_dir is not None:
-                checkpoint.save(self.model_folder, self._checkpoint(accuracy), best=True)
-
-    def _last_good(self) -> str:
-        last = checkpoint.newest(self.model_folder) if self.output_dir else None
-        return f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
-
-    def resume(self, folder: str | Path) -> bool:
-        """Go on where the newest checkpoint in a run's folder stopped, to the bit; False if there is none."""
-        path = checkpoint.newest(Path(folder) / self.model_name)
-        if path is None or self.optimizer is None:
-            return False
-        content = checkpoint.load(path)
-        extra = content.get("plpp_reg")
-        if extra is None:
-            raise InputError(f"--resume: {str(path)!r} is not of plpp-reg: it can be evaluated (--eval-only), not resumed")
-        checkpoint.load_weights(self.prompts, content["state_dict"], path)
-        before = extra.get("same") if isinstance(extra, dict) else None
-        if isinstance(before, dict) and before != self._same:
-            changed = [f"{k}: {before.get(k)}, now {v}" for k, v in self._same.items() if before.get(k) != v]
-            raise InputError(f"checkpoint {str(path)!r}: expected a run on the same terms ({'; '.join(changed)})")
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.schedule.load_state_dict(content["scheduler"])
-            self.scaler.load_state_dict(extra["scaler"])
-            self.epoch, self.history = content["epoch"], list(extra["history"])
-            self.seconds, self.best_val = extra["seconds"], extra["best_val"]
-            self.loss_names = list(extra["loss_names"])
-            if not (isinstance(self.epoch, int) and len(self.history) == self.epoch <= self.cfg.OPTIM.MAX_EPOCH):
-                raise ValueError(f"epoch {self.epoch!r}")
-            checkpoint.restore_random_streams(extra["streams"])
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e:
-            raise InputError(f"checkpoint {str(path)!r}: expected the whole state of this run, refused ({e!r})") from e
-        self.log(f"Resumed from {path} (epoch {self.epoch})")
-        return True
-
-    def load_model(self, folder: str | Path, epoch: int | None = None) -> None:
-        """Weights alone, from a run's folder, ours or upstream's."""
-        if self.prompts is None:
-            raise InputError(f"--model-dir: {self.cfg.TRAINER.NAME} learns nothing, so there is nothing to load")
-        self.load_weights(checkpoint.find(folder, self.model_name, epoch))
-
-    def load_weights(self, path: Path) -> None:
-        content = checkpoint.load(path)
-        checkpoint.load_weights(self.prompts, content["state_dict"], path)
-        self.log(f'Loading weights to {self.model_name} from "{path}" (epoch = {content["epoch"]})')
+            self.saving.save_best(accuracy)
