@@ -48,7 +48,11 @@ DEFAULTS = {
         "TRAIN_X": {"BATCH_SIZE": 32},
         "TEST": {"BATCH_SIZE": 32},
     },
-    "MODEL": {"INIT_WEIGHTS": "", "BACKBONE": {"NAME": ""}},
+    "MODEL": {
+        "INIT_WEIGHTS": "",
+        "BACKBONE": {"NAME": ""},
+        "TEXT_MEMORY_MIB": 1024,  # bound on what the text tower keeps for backward: beyond it, classes go in chunks
+    },
     "OPTIM": {
         "NAME": "adam",
         "LR": 0.0003,
@@ -76,6 +80,7 @@ DEFAULTS = {
         "SPLIT": "test",
         "FINAL_MODEL": "last_step",
     },
+    "LOSS": {"T": 1.0, "LAMBDA": 1.0},  # ProGrad's, where its own code has them
     "TRAINER": {"NAME": ""},
 }
 
@@ -103,6 +108,8 @@ FIXED = {
     "TRAIN.COUNT_ITER": "train_x",
     "TEST.EVALUATOR": "Classification",
     "OPTIM.STAGED_LR": False,
+    "LOSS.NAME": "prograd",
+    "LOSS.GM": False,
 }
 
 
@@ -116,8 +123,12 @@ def get_cfg_default(trainer: type | None = None) -> CfgNode:
     return cfg
 
 
-def merge_file(cfg: CfgNode, path: str | Path) -> None:
-    """Merge a YAML file; keys and values as in :func:`set_value`."""
+def merge_file(cfg: CfgNode, path: str | Path, above: tuple[Path, ...] = ()) -> None:
+    """Merge a YAML file; keys and values as in :func:`set_value`.
+
+    ``_BASE_`` names a file, relative to this one, that is merged before it (as in fvcore and Detectron2); ``above`` are those
+    that led here.
+    """
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
@@ -128,6 +139,11 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
         return
     if not isinstance(loaded, dict):
         raise InputError(f"config file {str(path)!r}: expected keys and values, got {type(loaded).__name__}")
+    if (base := loaded.pop("_BASE_", None)) is not None:
+        place = Path(path).resolve()
+        if not isinstance(base, str) or place in above:
+            raise InputError(f"config file {str(path)!r}: _BASE_: expected another file's name, got {base!r}")
+        merge_file(cfg, place.parent / base, (*above, place))
     try:
         rows = _flat(loaded)
     except RecursionError as e:

@@ -20,9 +20,12 @@ def trainer_names() -> list[str]:
 
 
 def config_nodes(own: type[PromptTrainer] | None = None) -> dict[str, dict[str, object]]:
-    """The ``TRAINER.<node>`` defaults of every method, and of one's own trainer."""
-    classes = [_load(place) for place in TRAINERS.values()] + ([own] if own else [])
-    return {c.config_node: dict(c.config_defaults) for c in classes if c.config_node}
+    """The ``TRAINER.<node>`` defaults of every method, and of one's own trainer; some share a node, as upstream has it."""
+    nodes: dict[str, dict[str, object]] = {}
+    for c in [_load(place) for place in TRAINERS.values()] + ([own] if own else []):
+        if c.config_node:
+            nodes.setdefault(c.config_node, {}).update(c.config_defaults)
+    return nodes
 
 
 def find_trainer(name: str) -> tuple[type[PromptTrainer], str, bool]:
