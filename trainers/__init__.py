@@ -2,5 +2,13 @@
 
 TRAINERS = {
     "ZeroshotCLIP": "plpp_reg.trainers.zeroshot:ZeroshotCLIP",
+    "ZeroshotCLIP2": "plpp_reg.trainers.zeroshot:ZeroshotCLIP2",
     "CoOp": "plpp_reg.trainers.coop:CoOp",
+    "CoCoOp": "plpp_reg.trainers.cocoop:CoCoOp",
+    "KgCoOp": "plpp_reg.trainers.kgcoop:KgCoOp",
+    "ProGrad": "plpp_reg.trainers.prograd:ProGrad",
+    "MaPLe": "plpp_reg.trainers.maple:MaPLe",
+    "IVLP": "plpp_reg.trainers.ivlp:IVLP",
+    "VPT": "plpp_reg.trainers.vpt:VPT",
+    "PromptSRC": "plpp_reg.trainers.promptsrc:PromptSRC",
 }

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.errors import InputError
 
 
 class CoOp(PromptTrainer):
@@ -38,3 +39,11 @@ class CoOp(PromptTrainer):
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = self.logits(self.image_features(batch["img"]), self.class_features())
         return {"ce": self.cross_entropy(logits, batch["label"])}
+
+    def check_classes(self, trained_on: list[str] | None) -> None:
+        others = self.cfg.DATASET.SUBSAMPLE_CLASSES == "new" or trained_on not in (None, list(self.data.classnames))
+        if self.method_cfg.CSC and others:
+            raise InputError(
+                "TRAINER.COOP.CSC: expected shared context (False) to evaluate on other classes than those trained on, got "
+                "class-specific context: the new classes have no vectors"
+            )

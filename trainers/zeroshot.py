@@ -1,21 +1,46 @@
-"""Zero-shot CLIP: one hand-crafted template a data set, nothing learned (arXiv 2103.00020)."""
+"""Zero-shot CLIP: hand-crafted templates, nothing learned (arXiv 2103.00020)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from plpp_reg.clip.prompts import encode_texts
+from plpp_reg.clip.text import TextTower
 from plpp_reg.datasets import template
+from plpp_reg.datasets.templates import SEVEN
 from plpp_reg.engine.trainer import PromptTrainer
 
 
+@torch.no_grad()
+def template_features(tower: TextTower, templates: Sequence[str], classnames: Sequence[str]) -> Tensor:
+    """(n_templates, C, embed_dim): the text features of each class in each template, not normalised."""
+    names = [name.replace("_", " ") for name in classnames]
+    features = encode_texts(tower, [pattern.format(name) for pattern in templates for name in names])
+    return features.unflatten(0, (len(templates), len(names)))
+
+
 class ZeroshotCLIP(PromptTrainer):
-    """The baseline that every prompt learner is measured against."""
+    """One template a data set: the baseline that every prompt learner is measured against."""
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> None:
-        pattern = template(self.cfg.DATASET.NAME)
-        self.texts = [pattern.format(name.replace("_", " ")) for name in classnames]
-        self.log(f"Prompts: {self.texts[0]!r}, …")
+        self.templates = self.choose_templates()
+        first = classnames[0].replace("_", " ")
+        self.log(f"Prompts: {', '.join(repr(t.format(first)) for t in self.templates)}, …")
+
+    def choose_templates(self) -> list[str]:
+        return [template(self.cfg.DATASET.NAME)]
 
     def class_features(self) -> Tensor:
-        return self.normalize(encode_texts(self.tower, self.texts))
+        features = self.normalize(template_features(self.tower, self.templates, self.data.classnames))
+        return self.normalize(features.mean(0))
+
+
+class ZeroshotCLIP2(ZeroshotCLIP):
+    """The mean of several templates' normalised features: OpenAI's seven, and the data set's own except for ImageNet."""
+
+    def choose_templates(self) -> list[str]:
+        own = [] if self.cfg.DATASET.NAME == "ImageNet" else [template(self.cfg.DATASET.NAME)]
+        return [*SEVEN, *own]
