@@ -18,6 +18,7 @@ OUR CHOICE in docs/method.md. All logarithms are natural (units: nats). Whatever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,11 @@ def nearest_words(v: Tensor, E: Tensor, k: int, E_inverse_norm: Tensor | None = 
         similarity = (E @ F.normalize(v, dim=-1).T).mul_(E_inverse_norm.unsqueeze(1))
         cosines, ids = similarity.topk(k, dim=0)
         return cosines.T, ids.T
+
+
+def search_all(v: Tensor, E: Tensor, E_inverse_norm: Tensor | None, k: int, chunk_size: int) -> Tensor:
+    """Ids I (R, k) of :func:`nearest_words`, ``chunk_size`` rows at a time."""
+    return torch.cat([nearest_words(part, E, k, E_inverse_norm)[1] for part in v.split(chunk_size)])
 
 
 def label_log_probabilities(v: Tensor, E_I: Tensor, temperature: float) -> Tensor:
@@ -145,18 +151,19 @@ def plpp(
     top_k: int,
     chunk_size: int,
     E_inverse_norm: Tensor | None = None,
+    search: Callable[..., Tensor] = search_all,
     **settings,
 ) -> PLPPRows:
     """:func:`plpp_rows` of every context vector: context (1 or P, M, D), hidden (1 or P, M, D) -> 3 x (P * M,).
 
     At most ``chunk_size`` rows meet E at a time, so no (rows, V) matrix is larger than that; what a chunk made is dropped
-    after its forward pass and computed again in backward. A context that is shared by P prompts is looked up once.
+    after its forward pass and computed again in backward. A context that is shared by P prompts is looked up once, by
+    ``search`` (same arguments and answer as :func:`search_all`).
     """
     dtype = compute_dtype(context, hidden, E)
     with torch.autocast(device_type=context.device.type, enabled=False):
         v, h, E = context.to(dtype), hidden.to(dtype), E.to(dtype)
-        chunks = v.detach().flatten(0, 1).split(chunk_size)
-        ids = torch.cat([nearest_words(c, E, top_k, E_inverse_norm)[1] for c in chunks]).view(*v.shape[:2], top_k)
+        ids = search(v.detach().flatten(0, 1), E, E_inverse_norm, top_k, chunk_size).view(*v.shape[:2], top_k)
         prompts = max(len(v), len(h))
         v, h, ids = (t.expand(prompts, -1, -1).flatten(0, 1) for t in (v, h, ids))
         if len(v) <= chunk_size:

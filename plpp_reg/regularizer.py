@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from plpp_reg import functional as PF
 from plpp_reg.errors import InputError
+from plpp_reg.nearest import NearestWords
 
 
 class Components(NamedTuple):
@@ -81,6 +82,7 @@ class PerplexityRegularizer(nn.Module):
             raise InputError(
                 "normalize_over: expected 'vocabulary' with one label word (hard, or top_k 1), got 'topk': p is 1 there"
             )
+        self.nearest = NearestWords()
         self._source = (embedding,)  # a tuple, so that nn.Module does not register a host's Parameter as ours
         self._seen: tuple[Tensor, tuple] | None = None
         self.register_buffer("candidates", ids, persistent=False)
@@ -133,6 +135,7 @@ class PerplexityRegularizer(nn.Module):
             top_k=self.top_k if self.label == "soft" else 1,
             chunk_size=self.chunk_size,
             E_inverse_norm=self.inverse_norm,
+            search=self.nearest,
             temperature=self.temperature,
             normalize_over=self.normalize_over,
             detach_label=self.detach_label,
@@ -179,6 +182,7 @@ class PerplexityRegularizer(nn.Module):
             rows = rows[self.candidates.to(rows.device)]
         self.vocabulary = rows.to(device=device, dtype=PF.compute_dtype(source))
         self.inverse_norm = PF.inverse_norm(self.vocabulary)
+        self.nearest.forget()
         # the tensor too: while its storage is alive, no other weights can come to stand at its address
         self._seen = (source.detach(), _fingerprint(source))
 

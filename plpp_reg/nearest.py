@@ -1,0 +1,72 @@
+"""The K words nearest to each context vector, exactly, without meeting all V words at every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plpp_reg import functional as PF
+
+KEPT = 4  # words kept for each one asked for
+SLACK = 1e-5  # of float32 cosines, which rounding moves by about 1e-7
+
+
+class NearestWords:
+    """Finds ids I (R, K) as :func:`plpp_reg.functional.nearest_words` does, and remembers where it looked.
+
+    A row that is looked up over all V words keeps the ``KEPT * K`` nearest ones and the cosine b of the best word left out, at
+    its direction u0 = v / |v|. Cosines of unit vectors move by at most |u - u0| (Cauchy-Schwarz), so as long as::
+
+        K-th best cosine of the kept words at u  >  b + |u - u0| + slack
+
+    no word left out can be among the K nearest: they are found among the kept ones. A row that fails this is looked up again.
+    Training moves a context vector by little a step, so most steps look at 4 K words a row instead of at V. Whatever is
+    remembered, the answer is the same: it is always taken from the same sum over the kept words.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The vocabulary has changed."""
+        self.direction: Tensor | None = None  # (R, D) u0
+        self.kept: Tensor | None = None  # (R, KEPT * K) ids
+        self.left_out: Tensor | None = None  # (R,) b
+        self.looked_up = 0  # rows that met all V words, since the last forget()
+
+    @torch.no_grad()
+    def __call__(self, v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int, chunk_size: int) -> Tensor:
+        """v (R, D), E (V, D), E_inverse_norm (V,) -> ids (R, k), nearest first. ``chunk_size`` rows at a time."""
+        count = KEPT * k
+        if count >= len(E):
+            return PF.search_all(v, E, E_inverse_norm, k, chunk_size)
+        known = self.kept is not None and self.kept.shape == (len(v), count)
+        if not (known and self.direction.device == v.device and self.direction.dtype == v.dtype):
+            self.direction = torch.full_like(v, torch.nan)  # no row is sure of anything
+            self.kept = torch.zeros(len(v), count, dtype=torch.long, device=v.device)
+            self.left_out = v.new_zeros(len(v))
+        chunks = range(0, len(v), chunk_size)
+        return torch.cat([self._chunk(slice(i, i + chunk_size), v[i : i + chunk_size], E, E_inverse_norm, k) for i in chunks])
+
+    def _chunk(self, place: slice, v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> Tensor:
+        """The ids of the rows at ``place``, after looking up those that are not sure of their kept words."""
+        u = F.normalize(v, dim=-1)
+        direction, kept, left_out = self.direction[place], self.kept[place], self.left_out[place]  # views
+        cosines, ids = _among(kept, u, E, E_inverse_norm, k)
+        drift = (u - direction).norm(dim=-1)
+        unsure = (~(cosines[:, -1] > left_out + drift + SLACK)).nonzero()[:, 0]  # nan is unsure
+        if not len(unsure):
+            return ids
+        self.looked_up += len(unsure)
+        found, nearest = PF.nearest_words(u[unsure], E, kept.shape[1] + 1, E_inverse_norm)
+        direction[unsure], kept[unsure], left_out[unsure] = u[unsure], nearest[:, :-1], found[:, -1]
+        return _among(kept, u, E, E_inverse_norm, k)[1]
+
+
+def _among(kept: Tensor, u: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of each row's kept words: cosines (R, k), ids (R, k)."""
+    # a sum a word, not a matrix product: its bits do not depend on where among the kept ones the word stands
+    cosines = (E[kept] * u.unsqueeze(1)).sum(-1) * E_inverse_norm[kept]
+    best, place = cosines.topk(k, dim=1)
+    return best, kept.gather(1, place)

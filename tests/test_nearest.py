@@ -1,0 +1,119 @@
+"""NearestWords: the same answer as looking at every word, whatever it remembers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plpp_reg import PerplexityRegularizer
+from plpp_reg import functional as PF
+from plpp_reg.nearest import KEPT, NearestWords
+
+V, D, K = 400, 24, 5
+
+
+def vocabulary(seed: int = 0, words: int = V) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    E = torch.randn(words, D, generator=g) * torch.rand(words, 1, generator=g).add(0.1)
+    return E, PF.inverse_norm(E)
+
+
+def walk(rows: int, steps: int, size: float, seed: int) -> list[torch.Tensor]:
+    """A random walk of context vectors, as training makes one; relative steps of ``size``."""
+    g = torch.Generator().manual_seed(seed)
+    v = torch.randn(rows, D, generator=g)
+    path = [v]
+    for _ in range(steps):
+        path.append(path[-1] + size * torch.randn(rows, D, generator=g))
+    return path
+
+
+@given(seed=st.integers(0, 10_000), size=st.sampled_from([0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0]), chunk=st.sampled_from([1, 3, 64]))
+def test_every_step_of_a_walk_gives_the_words_that_a_full_search_gives(seed, size, chunk):
+    E, inverse = vocabulary(seed)
+    search = NearestWords()
+    for v in walk(4, 8, size, seed):
+        assert torch.equal(search(v, E, inverse, K, chunk), PF.nearest_words(v, E, K, inverse)[1])
+
+
+def test_small_steps_meet_few_words_and_large_ones_all():
+    E, inverse = vocabulary()
+    counts = {}
+    for size in (1e-4, 1.0):
+        search = NearestWords()
+        for v in walk(4, 20, size, 1):
+            search(v, E, inverse, K, 64)
+        counts[size] = search.looked_up
+    assert counts[1e-4] == 4  # once a row
+    assert counts[1.0] > 60  # of 84
+
+
+def test_only_rows_that_moved_are_looked_up_again():
+    E, inverse = vocabulary()
+    v = walk(6, 0, 0, 2)[0]
+    search = NearestWords()
+    search(v, E, inverse, K, 64)
+    moved = v.clone()
+    moved[2] = -moved[2]
+    assert torch.equal(search(moved, E, inverse, K, 64), PF.nearest_words(moved, E, K, inverse)[1])
+    assert search.looked_up == 6 + 1
+
+
+def test_the_answer_does_not_depend_on_what_is_remembered_by_a_bit():
+    """A resumed run remembers nothing; its losses must be those of the run that was never interrupted."""
+    E, _ = vocabulary()
+    old = PerplexityRegularizer(E, top_k=K)
+    for v in walk(4, 30, 1e-3, 3):
+        h = v.flip(0)
+        fresh = PerplexityRegularizer(E, top_k=K)
+        assert torch.equal(old(v, h), fresh(v, h))
+    assert old.nearest.looked_up < 20
+
+
+def test_an_adversarial_word_just_outside_the_kept_ones_is_found():
+    """Words on a circle: the kept ones are those nearest to u0, and a turn by half their spread brings in the next."""
+    angles = torch.linspace(0, 3.14, V)
+    E = torch.stack([angles.cos(), angles.sin()], 1)
+    inverse = PF.inverse_norm(E)
+    search = NearestWords()
+    for turn in torch.linspace(0.5, 0.5 + 3 * KEPT * K * (3.14 / V), 200):
+        v = torch.stack([turn.cos(), turn.sin()]).unsqueeze(0)
+        assert set(search(v, E, inverse, K, 64)[0].tolist()) == set(PF.nearest_words(v, E, K, inverse)[1][0].tolist())
+    assert 1 < search.looked_up < 200
+
+
+@pytest.mark.parametrize("words", [K, KEPT * K - 1, KEPT * K, KEPT * K + 1])
+def test_a_small_vocabulary(words):
+    E, inverse = vocabulary(words=words)
+    search = NearestWords()
+    for v in walk(3, 3, 0.1, 0):
+        assert torch.equal(search(v, E, inverse, K, 64), PF.nearest_words(v, E, K, inverse)[1])
+
+
+def test_another_number_of_rows_or_words_starts_anew():
+    E, inverse = vocabulary()
+    search = NearestWords()
+    for rows, k in ((4, 5), (3, 5), (3, 2), (4, 5)):
+        v = walk(rows, 0, 0, rows)[0]
+        assert torch.equal(search(v, E, inverse, k, 64), PF.nearest_words(v, E, k, inverse)[1])
+
+
+def test_a_vector_that_is_not_finite_is_not_taken_from_memory():
+    E, inverse = vocabulary()
+    search = NearestWords()
+    v = walk(2, 0, 0, 0)[0]
+    search(v, E, inverse, K, 64)
+    search(v * torch.nan, E, inverse, K, 64)
+    assert torch.equal(search(v, E, inverse, K, 64), PF.nearest_words(v, E, K, inverse)[1])
+
+
+def test_new_weights_in_the_embedding_are_seen():
+    E, _ = vocabulary()
+    E = torch.nn.Parameter(E, requires_grad=False)
+    regularizer = PerplexityRegularizer(E, top_k=K)
+    v, h = walk(4, 1, 1.0, 5)
+    regularizer(v, h)
+    E.copy_(vocabulary(9)[0])
+    assert torch.equal(regularizer(v, h), PerplexityRegularizer(E.clone(), top_k=K)(v, h))
