@@ -32,7 +32,7 @@ demo = [
     "matplotlib",
     "scipy",  # Student's t for the paired intervals
 ]
-test = [*demo, "pytest", "hypothesis", "ruff", "build", "scikit-learn"]
+test = [*demo, "open_clip_torch", "pytest", "hypothesis", "ruff", "build", "scikit-learn"]
 
 setup(
     name="plpp-reg",

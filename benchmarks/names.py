@@ -30,7 +30,9 @@ BODIES = ("Sedan", "SUV", "Coupe", "Convertible", "Hatchback", "Extended Cab", "
 
 
 def short_names(n: int) -> list[str]:
-    return [name.replace("_", " ") for name in SHORT[:n]]
+    """CIFAR-100's; beyond 100 of them, two together."""
+    names = [name.replace("_", " ") for name in SHORT]
+    return (names + [f"{a} {b}" for a in names for b in names])[:n]
 
 
 def car_names(n: int) -> list[str]:

@@ -137,8 +137,7 @@ def test_losses_are_named_weighted_and_summed_once(
 ) -> None:
     trainer = helpers.make_trainer(data, *PLPP, "TRAINER.PLPP.WEIGHT", weight, "TRAINER.PLPP.INVERSE_WEIGHT", inverse_weight)
     parts = plpp_by_itself(trainer)
-    last = len(trainer.loader("train")) - 1  # where perplexity costs extra, it is an epoch's last batch that has it
-    values = trainer.step(helpers.fixed_batches(1)[0], last)
+    values = trainer.step(helpers.fixed_batches(1)[0], with_perplexity=True)
     assert names <= values.keys() and not ({"ppl", "inverse_ppl"} - names) & values.keys()
     assert values["loss"] == pytest.approx(sum(values[name] for name in names), rel=1e-6)
     assert abs(parts.perplexity_loss.item() - parts.inverse_loss.item()) > 0.01  # else the next lines prove nothing

@@ -37,8 +37,9 @@ def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.devic
     """A CLIP model, frozen: no parameter requires a gradient, eval mode, weights in ``precision``.
 
     Args:
-        name: "embedded" (the small model that the package carries), one of OpenAI's names ("ViT-B/16", "RN50", ...), or the
-            path of a JIT archive, a state_dict (``torch.save`` or safetensors) with OpenAI's keys.
+        name: "embedded" (the small model that the package carries), one of OpenAI's names ("ViT-B/16", "RN50", ...), the path
+            of a JIT archive, a state_dict (``torch.save`` or safetensors) with OpenAI's keys, or a model of open_clip's
+            ("open_clip:ViT-B-16/laion2b_s34b_b88k", "open_clip:ViT-B-16/FILE").
         precision: "fp32", "amp" (fp32 weights), "bf16" or "fp16"; LayerNorm and embeddings stay float32, as OpenAI has it.
         device: where the model goes.
 
@@ -51,16 +52,27 @@ def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.devic
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     trained = None
-    if name == EMBEDDED:
+    if name.startswith("open_clip:"):
+        from plpp_reg.clip.from_open_clip import load_open_clip
+
+        model = load_open_clip(name)
+    elif name == EMBEDDED:
         from plpp_reg.clip.embedded import embedded_state_dict, trained_token_ids
 
-        state_dict, trained = embedded_state_dict(), trained_token_ids()
+        model, trained = _build(embedded_state_dict(), name), trained_token_ids()
     elif name in openai_clip().clip._MODELS:
-        state_dict = _read_state_dict(_download(name))
+        model = _build(read_state_dict(_download(name)), name)
     elif Path(name).is_file():
-        state_dict = _read_state_dict(Path(name))
+        model = _build(read_state_dict(Path(name)), name)
     else:
         raise unknown("backbone (a model name or a file)", name, [EMBEDDED, *openai_clip().clip._MODELS])
+    model = set_precision(model, PRECISIONS[precision]).to(device)
+    model.trained_token_ids = trained
+    return freeze(model)
+
+
+def _build(state_dict: dict[str, torch.Tensor], name: str) -> nn.Module:
+    """``clip.model.CLIP`` in float32 from weights with OpenAI's keys."""
     try:
         weights = dict(state_dict)  # build_model takes three scalars out of it
         model = openai_clip().model.build_model(weights).float()
@@ -68,9 +80,7 @@ def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.devic
     except (KeyError, RuntimeError, AssertionError, IndexError, ZeroDivisionError, ValueError) as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"backbone {name!r}: expected weights of OpenAI's CLIP, got something else ({first})") from e
-    model = set_precision(model, PRECISIONS[precision]).to(device)
-    model.trained_token_ids = trained
-    return freeze(model)
+    return model
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -109,7 +119,7 @@ def _download(name: str) -> Path:
         ) from e
 
 
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Tensors by name from a JIT archive, a ``torch.save`` file (weights only: nothing in it is run) or safetensors."""
     try:
         if path.suffix == ".safetensors":

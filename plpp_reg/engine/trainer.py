@@ -167,6 +167,13 @@ class PromptTrainer:
                 f"INPUT.SIZE: expected {(resolution, resolution)} for backbone {cfg.MODEL.BACKBONE.NAME!r}, "
                 f"got {tuple(cfg.INPUT.SIZE)}"
             )
+        if getattr(clip_model, "pixel_mean", None):  # open_clip's models say how their images are normalised
+            for key in ("PIXEL_MEAN", "PIXEL_STD"):
+                wanted = list(getattr(clip_model, key.lower()))
+                if not np.allclose(wanted, cfg.INPUT[key], atol=1e-4):
+                    raise InputError(
+                        f"INPUT.{key}: expected {wanted} for backbone {cfg.MODEL.BACKBONE.NAME!r}, got {cfg.INPUT[key]}"
+                    )
         self.tower = TextTower(clip_model, cfg.MODEL.TEXT_MEMORY_MIB)
         self.image_tower = ImageTower(clip_model)
         self.metrics: dict[str, float] = {}
@@ -277,7 +284,7 @@ class PromptTrainer:
         meters, data_clock, batch_clock = Meters(), Clock(), Clock()
         for index, batch in enumerate(loader):
             data_clock.tick()
-            meters.update(self.step(self._on_device(batch), index))
+            meters.update(self.step(self._on_device(batch), index, with_perplexity=index + 1 == len(loader)))
             batch_clock.tick()
             self._log_batch(index, len(loader), meters, data_clock, batch_clock)
             data_clock.start = batch_clock.start
@@ -287,12 +294,12 @@ class PromptTrainer:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def step(self, batch: dict[str, Tensor], index: int = 0) -> dict[str, float]:
+    def step(self, batch: dict[str, Tensor], index: int = 0, with_perplexity: bool = False) -> dict[str, float]:
         """One update; every loss by its name, their sum as ``loss``, and the metrics."""
         self.metrics = {}
         with self._computing():
             losses = self.compute_losses(batch)
-            losses.update(self._plpp_losses(with_perplexity=index + 1 == len(self.loader("train"))))
+            losses.update(self._plpp_losses(with_perplexity))
         values = {name: value.item() for name, value in losses.items()}
         values = {"loss": sum(values.values()), **self.metrics, **values}
         self.loss_names = ["loss", *losses]

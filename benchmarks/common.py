@@ -1,0 +1,102 @@
+"""What the benchmarks share: random CLIPs of ViT-B/16's sizes, the literal text tower, time, and peak memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from plpp_reg.clip.load import freeze, openai_clip
+from plpp_reg.clip.prompts import PromptLearner
+
+CAN_MEASURE_MEMORY = Path("/proc/self/clear_refs").exists()  # Linux
+
+
+class Sizes(NamedTuple):
+    embed_dim: int
+    resolution: int
+    vision_layers: int
+    vision_width: int
+    patch: int
+    width: int
+    layers: int
+
+
+VIT_B_16 = Sizes(embed_dim=512, resolution=224, vision_layers=12, vision_width=768, patch=16, width=512, layers=12)
+SMALL = Sizes(embed_dim=128, resolution=32, vision_layers=3, vision_width=64, patch=8, width=128, layers=3)
+
+
+def random_clip(sizes: Sizes) -> nn.Module:
+    """A frozen float32 CLIP with random weights: what is computed does not depend on them."""
+    torch.manual_seed(0)
+    vision = (sizes.vision_layers, sizes.vision_width, sizes.patch)
+    text = (77, 49408, sizes.width, sizes.width // 64, sizes.layers)
+    model = freeze(openai_clip().model.CLIP(sizes.embed_dim, sizes.resolution, *vision, *text).float())
+    model.trained_token_ids = None
+    return model
+
+
+class LiteralText:
+    """All 77 positions of all classes through the stock transformer, as upstream computes it."""
+
+    def __init__(self, clip_model: nn.Module, prompts: PromptLearner) -> None:
+        self.clip_model = clip_model
+        tokens = torch.zeros(len(prompts.prompts), clip_model.positional_embedding.shape[0], dtype=torch.long)
+        for c, symbols in enumerate(prompts.prompts):
+            tokens[c, : len(symbols)] = torch.tensor([max(s, 0) for s in symbols])
+        self.embedded = clip_model.token_embedding(tokens)
+        self.rows = torch.arange(len(tokens)).unsqueeze(1)
+        self.at, self.eot = prompts.context_positions(), prompts.eot_positions()
+
+    def __call__(self, context: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
+        """context (M, D) or (C, M, D), deep (M, D) a layer -> (C, embed_dim), not normalised."""
+        model, n = self.clip_model, len(self.rows)
+        context, *deep = (rows if rows.dim() == 3 else rows.expand(n, -1, -1) for rows in (context, *deep))
+        x = self.embedded.index_put((self.rows, self.at), context) + model.positional_embedding
+        x = x.permute(1, 0, 2)
+        for layer, block in enumerate(model.transformer.resblocks):
+            if 0 < layer <= len(deep):
+                x = x.permute(1, 0, 2).index_put((self.rows, self.at), deep[layer - 1]).permute(1, 0, 2)
+            x = block(x)
+        x = model.ln_final(x.permute(1, 0, 2))
+        return x[self.rows[:, 0], self.eot] @ model.text_projection
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def peak_mib(prepare: Callable[..., Callable[[], object]], *args: object) -> float | None:
+    """Peak resident memory of one step, ``prepare(*args)()``, over what was resident before it, in a fresh process."""
+    if not CAN_MEASURE_MEMORY:
+        return None
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_in_this_process, (prepare, args, torch.get_num_threads()))
+
+
+def _peak_in_this_process(prepare: Callable[..., Callable[[], object]], args: tuple, threads: int) -> float:
+    torch.set_num_threads(threads)
+    step = prepare(*args)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = _status("VmRSS")
+    step()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])  # KiB
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def machine() -> dict[str, object]:
+    return {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}

@@ -1,0 +1,253 @@
+"""Each prompt learner's step beside a literal one, and with PLPP beside without, in one run.
+
+    python benchmarks/methods.py --json methods.json            # ViT-B/16's sizes, 100 classes, fp32, random weights
+    python benchmarks/methods.py --quick --json methods.json    # small towers: shows that it runs, not how fast
+
+``literal-…``: CoCoOp's text part (image features given), MaPLe's and PromptSRC's whole step, against what their own code
+does: all 77 positions of every class (in CoCoOp of every image), stock modules, all positions of the last layer.
+``plpp-…``: a training step of X_PLPP over one of X, alternating, while SGD moves the context at the recipe's rate. Image
+features are given where the image tower is frozen, so the share is of the text part alone: of a whole step it is smaller.
+``memory-…``: what PLPP adds to the peak of a step with class-specific context.
+Seconds are medians; the two take turns, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, peak_mib, random_clip, seconds
+from torch import Tensor
+from torch.nn import functional as F
+
+from plpp_reg.datasets import DataSplit
+from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.run import RunArguments, resolve
+from plpp_reg.engine.trainer import PromptTrainer
+
+from names import short_names
+
+
+class Size(NamedTuple):
+    model: Sizes
+    classes: int
+    repeats: int
+    depth: int  # layers with prompts, where a method has that
+
+
+FULL, QUICK = Size(VIT_B_16, 100, 7, 9), Size(SMALL, 20, 2, 2)
+DEPTHS = {
+    "MaPLe": ["MAPLE.PROMPT_DEPTH"],
+    "IVLP": ["IVLP.PROMPT_DEPTH_TEXT", "IVLP.PROMPT_DEPTH_VISION"],
+    "PromptSRC": ["PROMPTSRC.PROMPT_DEPTH_TEXT", "PROMPTSRC.PROMPT_DEPTH_VISION"],
+}
+LITERAL = {
+    "cocoop-batch-1": ("CoCoOp", 1),
+    "cocoop-batch-8": ("CoCoOp", 8),
+    "maple": ("MaPLe", 4),
+    "promptsrc": ("PromptSRC", 4),
+}
+WITH_PLPP: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "coop": ("CoOp", 32, ()),
+    "coop-class-specific": ("CoOp", 32, ("TRAINER.COOP.CSC", "True")),
+    "cocoop-batch-1": ("CoCoOp", 1, ()),
+    "cocoop-batch-8": ("CoCoOp", 8, ()),
+    "kgcoop": ("KgCoOp", 128, ()),
+    "prograd": ("ProGrad", 32, ()),
+    "maple": ("MaPLe", 4, ()),
+    "ivlp": ("IVLP", 4, ()),
+    "promptsrc": ("PromptSRC", 4, ()),
+}
+
+
+def make_trainer(name: str, size: Size, opts: tuple[str, ...] = ()) -> PromptTrainer:
+    resolution = size.model.resolution
+    depths = [o for key in DEPTHS.get(name.removesuffix("_PLPP"), []) for o in (f"TRAINER.{key}", str(size.depth))]
+    fixed = ("INPUT.SIZE", f"({resolution},{resolution})", "DATASET.NAME", "random")
+    cfg, cls = resolve(RunArguments(trainer=name, backbone="ViT-B/16", opts=(*fixed, *depths, *opts)))
+    data = DataSplit([], [], [], short_names(size.classes))
+    return cls(cfg, data=data, clip_model=random_clip(size.model), log=RunLog(quiet=True))
+
+
+def make_batch(size: Size, images: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    side = size.model.resolution
+    return {
+        "img": torch.randn(images, 3, side, side, generator=g),
+        "label": torch.randint(size.classes, (images,), generator=g),
+    }
+
+
+def give_image_features(trainer: PromptTrainer, size: Size, images: int) -> None:
+    """Where the image tower is frozen: its output is known."""
+    features = trainer.normalize(torch.randn(images, size.model.embed_dim, generator=torch.Generator().manual_seed(2)))
+    trainer.frozen_image_features = lambda _: features
+
+
+def literal_images(trainer: PromptTrainer, images: Tensor, prompts: list[Tensor]) -> Tensor:
+    """MaPLe's image tower over the stock modules: prompts (M, width) a layer, replaced at the end of the sequence."""
+    v = trainer.clip_model.visual
+    x = v.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], 1) + v.positional_embedding
+    x = v.ln_pre(torch.cat([x, prompts[0].expand(len(x), -1, -1)], 1)).permute(1, 0, 2)
+    for layer, block in enumerate(v.transformer.resblocks):
+        if 0 < layer < len(prompts):
+            x = torch.cat([x[: -len(prompts[layer])], prompts[layer].unsqueeze(1).expand(-1, x.shape[1], -1)])
+        x = block(x)
+    return trainer.normalize(v.ln_post(x[0]) @ v.proj)
+
+
+def literal_losses(trainer: PromptTrainer, tower: LiteralText, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same losses by the plain computation, with the trainer's own parameters."""
+    name = type(trainer).__name__
+    if name == "CoCoOp":
+        rows = []
+        for feature, context in zip(trainer.frozen_image_features(batch["img"]), _contexts(trainer, batch), strict=True):
+            rows.append(trainer.logits(feature, trainer.normalize(tower(context))))
+        return {"ce": F.cross_entropy(torch.stack(rows), batch["label"])}
+    w = trainer.normalize(tower(trainer.context(), trainer.deep_context()))
+    f = literal_images(trainer, batch["img"], list(trainer.image_prompts()))
+    logits = trainer.logits(f, w)
+    losses = {"ce": F.cross_entropy(logits, batch["label"])}
+    if name == "PromptSRC":
+        with torch.no_grad():
+            f0 = trainer.normalize(trainer.clip_model.visual(batch["img"]))
+        w0, cfg = trainer.frozen_class_features, trainer.method_cfg
+        p, p0 = logits.log_softmax(1), trainer.logits(f0, w0).log_softmax(1)
+        losses["scl_text"] = cfg.TEXT_LOSS_WEIGHT * F.l1_loss(w, w0)
+        losses["scl_image"] = cfg.IMAGE_LOSS_WEIGHT * F.l1_loss(f, f0)
+        losses["scl_logits"] = F.kl_div(p, p0, reduction="sum", log_target=True) / logits.numel()
+    return losses
+
+
+def _contexts(trainer: PromptTrainer, batch: dict[str, Tensor]) -> Tensor:
+    return trainer.prompts.context(trainer.frozen_image_features(batch["img"]))
+
+
+def prepare_literal(case: str, size: Size, which: str) -> Callable[[], tuple[dict[str, float], Tensor]]:
+    """A step without the update: named losses and the gradient of everything trained, in one vector."""
+    name, images = LITERAL[case]
+    trainer, batch = make_trainer(name, size), make_batch(size, images)
+    if name == "CoCoOp":
+        give_image_features(trainer, size, images)
+    tower = LiteralText(trainer.clip_model, trainer.learner)
+
+    def step() -> tuple[dict[str, float], Tensor]:
+        losses = trainer.compute_losses(batch) if which == "fast" else literal_losses(trainer, tower, batch)
+        gradients = torch.autograd.grad(sum(losses.values()), trainer.trained())
+        return {n: loss.item() for n, loss in losses.items()}, torch.cat([g.flatten() for g in gradients])
+
+    return step
+
+
+def measure_literal(case: str, size: Size) -> dict[str, Any]:
+    fast, literal = prepare_literal(case, size, "fast"), prepare_literal(case, size, "literal")
+    (fast_losses, fast_gradient), (losses, gradient) = fast(), literal()
+    times: dict[str, list[float]] = {"fast": [], "literal": []}
+    for i in range(size.repeats):
+        times["fast"].append(seconds(fast))
+        if i < 3:
+            times["literal"].append(seconds(literal))
+    fast_s, literal_s = (statistics.median(times[n]) for n in ("fast", "literal"))
+    return {
+        "case": f"literal-{case}",
+        "classes": size.classes,
+        "seconds": fast_s,
+        "reference_seconds": literal_s,
+        "speedup": literal_s / fast_s,
+        "loss_rel_diff": max(abs(fast_losses[n] - losses[n]) / abs(losses[n]) for n in losses),
+        "grad_rel_diff": ((fast_gradient - gradient).norm() / gradient.norm()).item(),
+        "peak_mib": peak_mib(prepare_literal, case, size, "fast"),
+        "reference_peak_mib": peak_mib(prepare_literal, case, size, "literal"),
+    }
+
+
+def prepare_plpp(name: str, size: Size, images: int, opts: tuple[str, ...]) -> tuple[PromptTrainer, dict]:
+    trainer, batch = make_trainer(name, size, opts), make_batch(size, images)
+    if not hasattr(trainer, "image_prompts"):
+        give_image_features(trainer, size, images)
+    trainer.optimizer.param_groups[0]["lr"] = trainer.cfg.OPTIM.LR  # not the warm-up epoch's
+    return trainer, batch
+
+
+def prepare_step(*args: Any) -> Callable[[], dict[str, float]]:
+    trainer, batch = prepare_plpp(*args)
+    return lambda: trainer.step(batch)
+
+
+def measure_plpp(case: str, size: Size) -> dict[str, Any]:
+    name, images, opts = WITH_PLPP[case]
+    (plain, batch), (treated, _) = (prepare_plpp(n, size, images, opts) for n in (name, f"{name}_PLPP"))
+    plain.step(batch), treated.step(batch)
+    nearest = treated.regularizer.nearest
+    before, pairs = nearest.looked_up, []
+    for i in range(2 * size.repeats):  # which of the two goes first alternates
+        pair = [seconds(lambda t=t: t.step(batch)) for t in ((plain, treated) if i % 2 else (treated, plain))]
+        pairs.append(pair if i % 2 else pair[::-1])
+    looked_up = (nearest.looked_up - before) / (len(nearest.left_out) * len(pairs))
+    return {
+        "case": f"plpp-{case}",
+        "classes": size.classes,
+        "seconds": statistics.median(t for _, t in pairs),
+        "reference_seconds": statistics.median(p for p, _ in pairs),
+        "plpp_overhead": statistics.median(t / p - 1 for p, t in pairs),
+        "plpp_looked_up": looked_up,
+    }
+
+
+def measure_memory(case: str, size: Size) -> dict[str, Any]:
+    size = size._replace(classes=10 * size.classes)
+    opts = WITH_PLPP["coop-class-specific"][2]
+    plain, treated = (peak_mib(prepare_step, n, size, 32, opts) for n in ("CoOp", "CoOp_PLPP"))
+    added = None if plain is None else treated - plain
+    return {
+        "case": f"memory-{case}",
+        "classes": size.classes,
+        "peak_mib": treated,
+        "reference_peak_mib": plain,
+        "added_mib": added,
+    }
+
+
+CASES: dict[str, Callable[[Size], dict[str, Any]]] = {
+    **{f"literal-{case}": lambda size, case=case: measure_literal(case, size) for case in LITERAL},
+    **{f"plpp-{case}": lambda size, case=case: measure_plpp(case, size) for case in WITH_PLPP},
+    "memory-class-specific": lambda size: measure_memory("class-specific", size),
+}
+
+
+def describe(row: dict[str, Any]) -> str:
+    parts = [f"{row['case']:28s}{row['classes']:5d} classes"]
+    if "seconds" in row:
+        parts.append(f"{row['reference_seconds']:8.3f} s -> {row['seconds']:7.3f} s")
+    if "speedup" in row:
+        parts.append(f"{row['speedup']:5.1f}x, loss {row['loss_rel_diff']:.0e}, gradient {row['grad_rel_diff']:.0e}")
+    if "plpp_overhead" in row:
+        parts.append(f"{100 * row['plpp_overhead']:+5.1f}%, {100 * row['plpp_looked_up']:.0f}% of rows looked up")
+    if row.get("peak_mib") is not None:
+        parts.append(f"{row['peak_mib']:.0f} / {row['reference_peak_mib']:.0f} MiB")
+    return "  ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small towers, few repeats")
+    parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for case in args.cases:
+        rows.append(CASES[case](QUICK if args.quick else FULL))
+        print(describe(rows[-1]), flush=True)
+    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

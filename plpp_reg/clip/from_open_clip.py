@@ -1,0 +1,82 @@
+"""Models of open_clip, as OpenAI's architecture: one interface whatever the source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from plpp_reg.clip.load import openai_clip, read_state_dict
+from plpp_reg.errors import InputError, unknown
+
+PREFIX = "open_clip:"
+TOLERANCE = 1e-3  # of the largest feature, in float32: two implementations of one model agree to about 1e-6
+
+
+def load_open_clip(name: str) -> nn.Module:
+    """``"open_clip:ViT-B-16/laion2b_s34b_b88k"`` (downloaded by open_clip) or ``"open_clip:ViT-B-16/FILE"``.
+
+    Returns:
+        ``clip.model.CLIP`` in float32 with the same weights, heads and activation; ``pixel_mean`` and ``pixel_std`` say how its
+        images are normalised.
+
+    Raises:
+        InputError: open_clip is not installed, no such model or weights, or a model of another architecture.
+    """
+    try:
+        import open_clip
+    except ImportError as e:
+        raise InputError(f"backbone {name!r}: expected the package open_clip: pip install 'plpp-reg[open_clip]' ({e})") from e
+    architecture, _, weights = name.removeprefix(PREFIX).partition("/")
+    if architecture not in open_clip.list_models():
+        raise unknown("open_clip model", architecture, open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    local = Path(weights).is_file()
+    if not local and weights not in tags:
+        raise unknown(f"weights of open_clip:{architecture} (a tag or a file)", weights, tags)
+    try:
+        source = open_clip.create_model(architecture, pretrained=None if local else weights)
+        if local:
+            state_dict = read_state_dict(Path(weights))
+            source.load_state_dict({k.removeprefix("module."): v for k, v in state_dict.items()})
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"backbone {name!r}: expected weights of {architecture} ({' '.join(str(e).split())[:200]})") from e
+    return as_openai(source.float().eval(), name)
+
+
+@torch.no_grad()
+def as_openai(source: nn.Module, name: str = "open_clip model") -> nn.Module:
+    """A model of open_clip rebuilt from openai-clip's modules; what it computes is compared with the source, once.
+
+    Raises:
+        InputError: it is not of that architecture (another text tower, pooling, ...).
+    """
+    state_dict = dict(source.state_dict())
+    try:
+        # build_model takes its sizes from the weights; it rounds them, so they are loaded once more
+        model = openai_clip().model.build_model(dict(state_dict)).float()
+        model.load_state_dict(state_dict)
+        for path, block in model.named_modules():
+            if hasattr(block, "attn") and hasattr(block, "mlp"):
+                _take_settings(block, source.get_submodule(path))
+        side = model.visual.input_resolution
+        image = torch.linspace(-2, 2, 3 * side * side).sin().view(1, 3, side, side)
+        text = openai_clip().tokenize(["a photo of a cat.", "tea"])
+        pairs = [(model.encode_image(image), source.encode_image(image)), (model.encode_text(text), source.encode_text(text))]
+        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    except (KeyError, RuntimeError, AttributeError, ValueError, IndexError, ZeroDivisionError) as e:
+        raise InputError(f"{name}: expected a model of OpenAI's architecture ({' '.join(str(e).split())[:200]})") from e
+    if not worst < TOLERANCE:
+        raise InputError(f"{name}: expected a model of OpenAI's architecture, got one whose features differ by {worst:.1g}")
+    settings = getattr(source.visual, "preprocess_cfg", None) or {}
+    model.pixel_mean, model.pixel_std = settings.get("mean"), settings.get("std")
+    return model
+
+
+def _take_settings(block: nn.Module, source: nn.Module) -> None:
+    """What a transformer block's weights do not tell: the number of heads, and the activation."""
+    heads = source.attn.num_heads
+    block.attn.num_heads, block.attn.head_dim = heads, block.attn.embed_dim // heads
+    if isinstance(source.mlp.gelu, nn.GELU):  # OpenAI's own weights want QuickGELU, as block has it
+        block.mlp.gelu = nn.GELU()
