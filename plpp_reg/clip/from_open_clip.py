@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from plpp_reg.clip.load import openai_clip, read_state_dict
+from plpp_reg.clip.load import OPEN_CLIP, openai_clip, read_state_dict
 from plpp_reg.errors import InputError, unknown
 
-PREFIX = "open_clip:"
 TOLERANCE = 1e-3  # of the largest feature, in float32: two implementations of one model agree to about 1e-6
 
 
@@ -28,7 +27,7 @@ def load_open_clip(name: str) -> nn.Module:
         import open_clip
     except ImportError as e:
         raise InputError(f"backbone {name!r}: expected the package open_clip: pip install 'plpp-reg[open_clip]' ({e})") from e
-    architecture, _, weights = name.removeprefix(PREFIX).partition("/")
+    architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
     if architecture not in open_clip.list_models():
         raise unknown("open_clip model", architecture, open_clip.list_models())
     tags = open_clip.list_pretrained_tags_by_model(architecture)
@@ -60,6 +59,8 @@ def as_openai(source: nn.Module, name: str = "open_clip model") -> nn.Module:
         for path, block in model.named_modules():
             if hasattr(block, "attn") and hasattr(block, "mlp"):
                 _take_settings(block, source.get_submodule(path))
+        if hasattr(model.visual, "attnpool"):
+            model.visual.attnpool.num_heads = source.visual.attnpool.num_heads
         side = model.visual.input_resolution
         image = torch.linspace(-2, 2, 3 * side * side).sin().view(1, 3, side, side)
         text = openai_clip().tokenize(["a photo of a cat.", "tea"])

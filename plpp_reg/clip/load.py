@@ -16,6 +16,7 @@ from torch import nn
 from plpp_reg.errors import InputError, unknown
 
 EMBEDDED = "embedded"
+OPEN_CLIP = "open_clip:"  # what the names of open_clip's models begin with
 PRECISIONS = {"fp32": torch.float32, "amp": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,7 +53,7 @@ def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.devic
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     trained = None
-    if name.startswith("open_clip:"):
+    if name.startswith(OPEN_CLIP):
         from plpp_reg.clip.from_open_clip import load_open_clip
 
         model = load_open_clip(name)
