@@ -58,7 +58,8 @@ def _parser() -> _Parser:
     train.add_argument("--no-train", action="store_true", help="build everything, train nothing")
     train.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys, after the flags")
 
-    demo = commands.add_parser("demo", help="CoOp with and without PLPP on the embedded default: one table, one picture")
+    demo = commands.add_parser("demo", help="methods with and without PLPP on the embedded default: one table, one picture")
+    demo.add_argument("--methods", nargs="+", default=["CoOp"], help="prompt learners, or all (default: CoOp)")
     demo.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
     demo.add_argument("--output-dir", default="output/demo", help="where runs, table and picture go")
     demo.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys for every run")
@@ -75,7 +76,7 @@ def _train(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from plpp_reg.demo import demo
 
-    demo(args.seeds, args.output_dir, args.opts)
+    demo(args.seeds, args.output_dir, args.opts, args.methods)
 
 
 def _check_opts(opts: Sequence[str]) -> None:

@@ -52,6 +52,23 @@ def test_demo_trains_prints_and_draws_and_goes_on(tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in trained} == written  # done is not done again
 
 
+def test_several_methods_stand_in_one_table_each_beside_its_own_plain_one(tmp_path, capsys):
+    arguments = ["demo", "--methods", "VPT", "MaPLe", "IVLP", "--seeds", "1", "2", "--output-dir", str(tmp_path / "demo")]
+    assert cli.main([*arguments, "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    first = [line.split()[0] for line in lines[2:-1]]
+    assert first == ["zero-shot", "VPT", "MaPLe", "MaPLe_PLPP", "difference", "IVLP", "IVLP_PLPP", "difference"]
+    with Image.open(tmp_path / "demo" / "demo.png") as picture:
+        assert min(picture.size) >= 250
+
+
+def test_an_unknown_method(tmp_path, capsys):
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "demo"), "--methods", "MaPLE"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'MaPLe'" in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize("seeds", [["1", "1"], ["-2"], ["x"]])
 def test_bad_seeds(seeds, tmp_path, capsys):
     assert cli.main(["demo", "--output-dir", str(tmp_path / "demo"), "--seeds", *seeds]) == 2
