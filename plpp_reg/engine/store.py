@@ -1,0 +1,118 @@
+"""Tensors that are computed once: image features, and later what a teacher says of them.
+
+A file is named by the hash of what it was computed from, so there is nothing to invalidate: other weights, pictures or
+settings have another name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from plpp_reg.engine.files import write_atomically
+from plpp_reg.errors import InputError
+
+SUFFIX = ".safetensors"
+
+
+class Entry(NamedTuple):
+    """A file of the store."""
+
+    path: Path
+    size: int  # bytes
+    used: float  # when it was last read or written, seconds since the epoch
+
+
+class TensorStore:
+    """A folder of safetensors files, read through memory maps, the longest unused removed when it grows over its bound.
+
+    Any number of processes may use one folder: files are whole or not there, and two that compute the same write the same.
+    A file that is cut short or damaged is computed again.
+
+    Args:
+        folder: where the files are; made when the first one is written.
+        max_gib: bound on their size together; 0: nothing is kept.
+    """
+
+    def __init__(self, folder: str | Path, max_gib: float) -> None:
+        if not max_gib >= 0:
+            raise InputError(f"the store's bound: expected a number >= 0 of GiB, got {max_gib}")
+        self.folder, self.max_bytes = Path(folder), int(max_gib * 2**30)
+
+    def get(self, what: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors computed from ``what`` (plain values, JSON): read, or else computed and kept."""
+        if not self.max_bytes:
+            return compute()
+        key = json.dumps(what, sort_keys=True)
+        path = self.folder / (hashlib.sha256(key.encode()).hexdigest() + SUFFIX)
+        tensors = _read(path, key)
+        if tensors is None:
+            tensors = {name: t.contiguous() for name, t in compute().items()}
+            if sum(t.nbytes for t in tensors.values()) <= self.max_bytes:
+                with contextlib.suppress(OSError):  # a full disk or a folder that cannot be written: the run goes on without
+                    write_atomically(path, lambda p: _write(p, tensors, key))
+                    self.trim(keep=path)
+        else:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return tensors
+
+    def entries(self) -> list[Entry]:
+        """What is there, longest unused first."""
+        return sorted(self._entries(), key=lambda entry: entry.used)
+
+    def _entries(self) -> Iterator[Entry]:
+        for path in self.folder.glob("*" + SUFFIX):
+            with contextlib.suppress(OSError):  # another process has removed it
+                stat = path.stat()
+                yield Entry(path, stat.st_size, stat.st_mtime)
+
+    def trim(self, keep: Path | None = None) -> None:
+        """Remove the longest unused files until the bound holds; ``keep`` stays."""
+        entries = self.entries()
+        excess = sum(entry.size for entry in entries) - self.max_bytes
+        for entry in entries:
+            if excess <= 0:
+                return
+            if entry.path != keep and _remove(entry.path):
+                excess -= entry.size
+
+    def clear(self) -> int:
+        """Remove every file; how many there were."""
+        return sum(_remove(entry.path) for entry in self.entries())
+
+
+def _remove(path: Path) -> bool:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return True
+    except OSError:  # in use, where the system does not allow that
+        return False
+    return True
+
+
+def _write(path: Path, tensors: dict[str, Tensor], key: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: t.cpu() for name, t in tensors.items()}, path, {"what": key})
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of a file; None where there is no whole file of ``key``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("what") != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (OSError, SafetensorError):
+        return None

@@ -1,0 +1,131 @@
+"""TensorStore: computed once, whole or not there, bounded, shared by processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from plpp_reg.engine.store import TensorStore
+from plpp_reg.errors import InputError
+
+
+class Counting:
+    def __init__(self, value: float = 1.0, rows: int = 256) -> None:
+        self.value, self.rows, self.calls = value, rows, 0
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return {"features": torch.full((self.rows, 4), float(self.value)), "index": torch.arange(self.rows)}
+
+
+def test_a_second_asking_computes_nothing_and_gives_the_same_bits(tmp_path: Path) -> None:
+    compute = Counting(1 / 3)
+    first = TensorStore(tmp_path, 1).get({"model": "a", "epoch": 1}, compute)
+    second = TensorStore(tmp_path, 1).get({"epoch": 1, "model": "a"}, compute)  # another process, another order of keys
+    assert compute.calls == 1
+    assert first.keys() == second.keys() == {"features", "index"}
+    assert all(torch.equal(first[n], second[n]) and first[n].dtype == second[n].dtype for n in first)
+
+
+def test_something_else_is_computed_from_something_else(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path, 1)
+    assert store.get({"epoch": 1}, Counting(1.0))["features"][0, 0] == 1
+    assert store.get({"epoch": 2}, Counting(2.0))["features"][0, 0] == 2
+    assert store.get({"epoch": 1}, Counting(3.0))["features"][0, 0] == 1
+    assert len(store.entries()) == 2
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_file_that_is_cut_short_is_computed_again(tmp_path: Path, keep: int) -> None:
+    store, compute = TensorStore(tmp_path, 1), Counting()
+    store.get({"a": 1}, compute)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    again = store.get({"a": 1}, compute)
+    assert compute.calls == 2 and torch.equal(again["features"], compute()["features"])
+    assert path.read_bytes() == whole
+
+
+def test_a_file_of_something_else_under_the_name_is_not_taken(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path, 1)
+    store.get({"a": 1}, Counting(1.0))
+    (first,) = tmp_path.glob("*.safetensors")
+    store.get({"a": 2}, Counting(2.0))
+    (second,) = set(tmp_path.glob("*.safetensors")) - {first}
+    second.write_bytes(first.read_bytes())
+    assert store.get({"a": 2}, Counting(2.0))["features"][0, 0] == 2
+
+
+def test_the_longest_unused_goes_when_the_bound_is_reached(tmp_path: Path) -> None:
+    size = TensorStore(tmp_path / "one", 1)
+    size.get({}, Counting())
+    one = size.entries()[0].size
+    store = TensorStore(tmp_path / "two", 2.5 * one / 2**30)
+    for i in range(2):
+        store.get({"i": i}, Counting(i))
+        path = max(store.folder.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+        os.utime(path, (i, i))  # long ago, in this order
+    store.get({"i": 0}, Counting(0))  # used again: now the other one is the longest unused
+    store.get({"i": 2}, Counting(2))
+    compute = Counting()
+    for i in (0, 2):
+        store.get({"i": i}, compute)
+    assert compute.calls == 0
+    store.get({"i": 1}, compute)
+    assert compute.calls == 1
+    assert sum(entry.size for entry in store.entries()) <= store.max_bytes
+
+
+def test_what_is_larger_than_the_bound_is_not_kept(tmp_path: Path) -> None:
+    store, compute = TensorStore(tmp_path, 1000 / 2**30), Counting()
+    for _ in range(2):
+        assert store.get({}, compute)["features"].shape == (256, 4)
+    assert compute.calls == 2 and store.entries() == []
+
+
+def test_a_bound_of_zero_keeps_nothing(tmp_path: Path) -> None:
+    store, compute = TensorStore(tmp_path / "none", 0), Counting()
+    store.get({}, compute), store.get({}, compute)
+    assert compute.calls == 2 and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("bound", [-1, float("nan")])
+def test_a_bad_bound(tmp_path: Path, bound: float) -> None:
+    with pytest.raises(InputError, match="expected a number >= 0"):
+        TensorStore(tmp_path, bound)
+
+
+def test_a_folder_that_cannot_be_written_costs_the_keeping_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert TensorStore(tmp_path / "file", 1).get({}, Counting(5.0))["features"][0, 0] == 5
+
+
+def test_clear(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path, 1)
+    for i in range(3):
+        store.get({"i": i}, Counting())
+    assert store.clear() == 3 and store.entries() == []
+
+
+def _ask(folder: Path, out) -> None:
+    torch.set_num_threads(1)
+    store = TensorStore(folder, 1)
+    out.put([store.get({"i": i}, Counting(i, 20_000))["features"].double().sum().item() for i in range(5)])
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    workers = [context.Process(target=_ask, args=(tmp_path, out)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    answers = [out.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert answers[0] == answers[1] == [80_000.0 * i for i in range(5)]
+    assert len(list(tmp_path.iterdir())) == 5  # no temporary file stays
