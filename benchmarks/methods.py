@@ -107,7 +107,7 @@ def literal_losses(trainer: PromptTrainer, tower: LiteralText, batch: dict[str, 
     name = type(trainer).__name__
     if name == "CoCoOp":
         rows = []
-        for feature, context in zip(trainer.frozen_image_features(batch["img"]), _contexts(trainer, batch), strict=True):
+        for feature, context in zip(trainer.frozen_image_features(batch), _contexts(trainer, batch), strict=True):
             rows.append(trainer.logits(feature, trainer.normalize(tower(context))))
         return {"ce": F.cross_entropy(torch.stack(rows), batch["label"])}
     w = trainer.normalize(tower(trainer.context(), trainer.deep_context()))
@@ -126,7 +126,7 @@ def literal_losses(trainer: PromptTrainer, tower: LiteralText, batch: dict[str, 
 
 
 def _contexts(trainer: PromptTrainer, batch: dict[str, Tensor]) -> Tensor:
-    return trainer.prompts.context(trainer.frozen_image_features(batch["img"]))
+    return trainer.prompts.context(trainer.frozen_image_features(batch))
 
 
 def prepare_literal(case: str, size: Size, which: str) -> Callable[[], tuple[dict[str, float], Tensor]]:

@@ -48,6 +48,7 @@ RECIPE: dict[str, Any] = {
         "WARMUP_EPOCH": 1,
         "WARMUP_TYPE": "constant",
     },
+    "FEATURES": {"MAX_GIB": 0.0},  # nothing is left in the user's cache
     "TRAINER": {"COOP": {"N_CTX": 3, "PREC": "fp32"}},
 }
 

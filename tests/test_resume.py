@@ -173,11 +173,11 @@ from plpp_reg.trainers.coop import CoOp
 engine_helpers.register()
 CoOp.compute_losses = engine_helpers.noisy_losses
 original, left = PromptTrainer.step, [int(sys.argv[1])]
-def step(self, *args):
+def step(self, *args, **options):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGTERM if os.name == "nt" else signal.SIGKILL)  # on Windows any of them is final
-    return original(self, *args)
+    return original(self, *args, **options)
 PromptTrainer.step = step
 from plpp_reg.cli import main
 sys.exit(main(sys.argv[2:]))

@@ -18,6 +18,7 @@ from plpp_reg.clip.load import openai_clip
 from plpp_reg.clip.text import TextTower
 from plpp_reg.datasets import DATASETS, DatasetEntry, DataSplit
 from plpp_reg.engine import checkpoint
+from plpp_reg.engine.data import build_loader
 from plpp_reg.engine.evaluation import Classification
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, run
@@ -156,7 +157,7 @@ def test_the_step_descends_the_weighted_sum(data: DataSplit) -> None:
     stepped, literal = (helpers.make_trainer(data, *options) for _ in range(2))
     stepped.step(batch)
     parts = plpp_by_itself(literal)
-    logits = literal.logits(literal.image_features(batch["img"]), literal.class_features())
+    logits = literal.logits(literal.image_features(batch), literal.class_features())
     total = F.cross_entropy(logits, batch["label"]) + 0.3 * parts.perplexity_loss + 0.7 * parts.inverse_loss
     total.backward()
     torch.testing.assert_close(stepped.prompts.ctx.grad, literal.prompts.ctx.grad, rtol=1e-4, atol=1e-7)
@@ -326,7 +327,7 @@ def test_figures_are_scikit_learns_on_the_final_context(arguments, data: DataSpl
     trainer.prompts.ctx.data.copy_(load(a.output_dir)["state_dict"]["ctx"])
     with torch.no_grad():
         text = trainer.class_features()
-        logits = torch.cat([trainer.logits(trainer.image_features(b["img"]), text) for b in trainer.loader("test")])
+        logits = torch.cat([trainer.logits(trainer.image_features(b), text) for b in trainer.batches("test")])
     truth, guess = [d.label for d in data.test], logits.argmax(1).numpy()
     assert result["metrics"]["accuracy"] == pytest.approx(100 * accuracy_score(truth, guess))
     assert result["metrics"]["error"] == pytest.approx(100 - 100 * accuracy_score(truth, guess))
@@ -388,16 +389,16 @@ def break_loss(monkeypatch: pytest.MonkeyPatch, name: str, value: float, epoch: 
     compute, plpp = CoOp.compute_losses, PromptTrainer._plpp_losses
     now = {"bad": False}
 
-    def step(self, batch, index=0):
+    def step(self, batch, index=0, **options):
         now["bad"] = self.epoch == epoch and index >= 1
-        return original(self, batch, index)
+        return original(self, batch, index, **options)
 
     def spoil(losses):
         return {n: loss * value if n == name and now["bad"] else loss for n, loss in losses.items()}
 
     monkeypatch.setattr(PromptTrainer, "step", step)
     monkeypatch.setattr(CoOp, "compute_losses", lambda self, batch: spoil(compute(self, batch)))
-    monkeypatch.setattr(PromptTrainer, "_plpp_losses", lambda self, **options: spoil(plpp(self, **options)))
+    monkeypatch.setattr(PromptTrainer, "_plpp_losses", lambda self, *args: spoil(plpp(self, *args)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -496,10 +497,10 @@ def test_classes_are_encoded_once_in_a_test_pass(data: DataSplit, monkeypatch: p
     trainer.test()
     assert len(calls) == 1 and len(trainer.loader("test")) == 4
     if cls is CoOp:  # and anew once the model has changed
-        before = trainer._test_features
+        before = trainer.test_features
         trainer.step(helpers.fixed_batches(1)[0])
         trainer.test()
-        assert not torch.equal(trainer._test_features, before)
+        assert not torch.equal(trainer.test_features, before)
 
 
 def test_testing_changes_no_weight_and_no_stream(data: DataSplit) -> None:
@@ -517,7 +518,7 @@ def test_zeroshot_is_clip_with_the_template(data: DataSplit) -> None:
         text = text / text.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(trainer.class_features(), text, rtol=0, atol=1e-5)
     with torch.no_grad():
-        images = torch.cat([b["img"] for b in trainer.loader("test")])
+        images = torch.cat([b["img"] for b in build_loader(trainer.cfg, data.test, train=False)])
         guess = (trainer.normalize(model.encode_image(images)) @ text.t()).argmax(1)
     truth = torch.tensor([d.label for d in data.test])
     assert trainer.test()["accuracy"] == pytest.approx(100 * (guess == truth).float().mean().item())

@@ -33,6 +33,7 @@ class CoCoOp(PromptTrainer):
     config_node = "COCOOP"
     config_defaults = {"N_CTX": 16, "CTX_INIT": "", "PREC": "fp16"}
     learns_text_context = True
+    sees_pixels = False
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
         return ConditionalPromptLearner(clip_model, classnames, self.method_cfg.N_CTX, self.method_cfg.CTX_INIT)
@@ -51,15 +52,15 @@ class CoCoOp(PromptTrainer):
             return self.clip_model.logit_scale.exp() * cosines
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = self.conditional_logits(self.image_features(batch["img"]), self.plpp_acts)
+        logits = self.conditional_logits(self.image_features(batch), self.plpp_acts)
         return {"ce": self.cross_entropy(logits, batch["label"])}
 
     def prepare_inference(self) -> None:
         """Nothing is the same for two images."""
 
-    def inference(self, images: Tensor) -> Tensor:
+    def inference(self, batch: dict[str, Tensor]) -> Tensor:
         # every image has C features: as many images at once as leave them in a part of the memory bound
         a_image = 4 * len(self.data.classnames) * self.clip_model.text_projection.shape[1]
         at_once = max(1, int(self.tower.memory_mib * 2**20 / 8 / a_image))
-        parts = self.image_features(images).split(at_once)
+        parts = self.image_features(batch).split(at_once)
         return torch.cat([self.conditional_logits(part, need_hidden=False) for part in parts])

@@ -21,6 +21,7 @@ class CoOp(PromptTrainer):
         "CLASS_TOKEN_POSITION": "end",
     }
     learns_text_context = True
+    sees_pixels = False
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
         cfg = self.method_cfg
@@ -37,7 +38,7 @@ class CoOp(PromptTrainer):
         return [self.prompts.ctx]
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = self.logits(self.image_features(batch["img"]), self.class_features())
+        logits = self.logits(self.image_features(batch), self.class_features())
         return {"ce": self.cross_entropy(logits, batch["label"])}
 
     def check_classes(self, trained_on: list[str] | None) -> None:

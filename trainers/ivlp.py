@@ -62,6 +62,7 @@ class IVLP(PromptTrainer):
         "PROMPT_DEPTH_TEXT": 9,
     }
     learns_text_context = True
+    sees_frozen_features = False
     model_name = "VLPromptLearner"
     not_loaded = ("image_encoder.", "text_encoder.", "logit_scale", "prompt_learner.ZS_image_encoder.")  # the frozen CLIP
 
@@ -82,10 +83,10 @@ class IVLP(PromptTrainer):
         """(M, width) for layers 0, 1, ... of the image tower."""
         return self.prompts.layers
 
-    def image_features(self, images: Tensor) -> Tensor:
+    def image_features(self, batch: dict[str, Tensor]) -> Tensor:
         first, *deep = self.image_prompts()
-        return self.normalize(self.image_tower(images, first, deep))
+        return self.normalize(self.image_tower(batch["img"], first, deep))
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = self.logits(self.image_features(batch["img"]), self.class_features())
+        logits = self.logits(self.image_features(batch), self.class_features())
         return {"ce": self.cross_entropy(logits, batch["label"])}

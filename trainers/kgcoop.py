@@ -27,7 +27,7 @@ class KgCoOp(CoOp):
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         class_features = self.class_features()
-        logits = self.logits(self.image_features(batch["img"]), class_features)
+        logits = self.logits(self.image_features(batch), class_features)
         similarity = (class_features * self.hand_crafted).sum(-1)
         return {
             "ce": self.cross_entropy(logits, batch["label"]),

@@ -38,7 +38,7 @@ class ProGrad(CoOp):
         return super().build(clip_model, classnames)
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        images, t = self.image_features(batch["img"]), self.cfg.LOSS.T
+        images, t = self.image_features(batch), self.cfg.LOSS.T
         logits = self.logits(images, self.class_features())
         with torch.no_grad():
             zero_shot = (self.logits(images, self.hand_crafted).float() / t).softmax(-1)

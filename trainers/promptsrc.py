@@ -28,6 +28,7 @@ class PromptSRC(IVLP):
     """
 
     config_node = "PROMPTSRC"
+    sees_frozen_features = True
     config_defaults = {
         **IVLP.config_defaults,
         "N_CTX_VISION": 4,
@@ -54,7 +55,7 @@ class PromptSRC(IVLP):
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         cfg, w, w0 = self.method_cfg, self.class_features(), self.frozen_class_features
-        f, f0 = self.image_features(batch["img"]), self.frozen_image_features(batch["img"])
+        f, f0 = self.image_features(batch), self.frozen_image_features(batch)
         logits = self.logits(f, w)
         log_p, log_p0 = logits.float().log_softmax(1), self.logits(f0, w0).float().log_softmax(1)
         return {

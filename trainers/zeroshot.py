@@ -25,6 +25,8 @@ def template_features(tower: TextTower, templates: Sequence[str], classnames: Se
 class ZeroshotCLIP(PromptTrainer):
     """One template a data set: the baseline that every prompt learner is measured against."""
 
+    sees_pixels = False
+
     def build(self, clip_model: nn.Module, classnames: list[str]) -> None:
         self.templates = self.choose_templates()
         first = classnames[0].replace("_", " ")

@@ -42,6 +42,7 @@ DEFAULTS = {
         "NAME": "",
         "NUM_SHOTS": -1,
         "SUBSAMPLE_CLASSES": "all",  # CoOp's: all, base or new
+        "SEED": -1,  # of the few-shot picks and of the augmentation; -1: SEED
     },
     "DATALOADER": {
         "NUM_WORKERS": 4,
@@ -80,6 +81,7 @@ DEFAULTS = {
         "SPLIT": "test",
         "FINAL_MODEL": "last_step",
     },
+    "FEATURES": {"MAX_GIB": 10.0},  # bound on the kept features of the frozen image tower, for all runs together; 0: none
     "LOSS": {"T": 1.0, "LAMBDA": 1.0},  # ProGrad's, where its own code has them
     "TRAINER": {"NAME": ""},
 }
@@ -95,6 +97,7 @@ NOT_IN_THE_RESULT = {
     "TRAIN.PRINT_FREQ",
     "TEST.PER_CLASS_RESULT",
     "TEST.COMPUTE_CMAT",
+    "FEATURES.MAX_GIB",
 }
 
 # Dassl's keys that name a choice of which this engine has one: accepted as they are, so that configuration files merge.

@@ -111,6 +111,19 @@ class ImageDataset(Dataset):
             torch.set_rng_state(state)
 
 
+class Labels(Dataset):
+    """The same items without their pictures, for methods that read features of them."""
+
+    def __init__(self, items: Sequence[Datum]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, int]:
+        return {"label": self.items[key[1]].label, "index": key[1]}
+
+
 class EpochBatches(Sampler):
     """Batches of (epoch, index). In training the order is a permutation by (seed, epoch) alone, and a smaller last batch is
     dropped where there is a full one, as Dassl does; in evaluation it is 0, 1, 2, ..."""
@@ -132,21 +145,44 @@ class EpochBatches(Sampler):
             yield [(self.epoch, i) for i in order[b * self.batch_size : (b + 1) * self.batch_size]]
 
 
-def build_loader(cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: bool = False) -> DataLoader:
-    """A loader whose ``batch_sampler.epoch`` the trainer sets. The number of workers changes no bit of any batch."""
+def image_seed_of(cfg: CfgNode) -> int:
+    """The seed of the pictures: which are picked, and how they are augmented."""
+    return cfg.DATASET.SEED if cfg.DATASET.SEED >= 0 else cfg.SEED
+
+
+def build_loader(
+    cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: bool = False, pixels: bool = True
+) -> DataLoader:
+    """A loader whose ``batch_sampler.epoch`` the trainer sets. The number of workers changes no bit of any batch.
+
+    Without ``pixels`` a batch has labels and indices alone.
+    """
     if not items:
         raise InputError(f"expected images to {'train' if train else 'test'} on, got none")
     batch_size = cfg.DATALOADER.TRAIN_X.BATCH_SIZE if train else cfg.DATALOADER.TEST.BATCH_SIZE
     if batch_size < 1:
         raise InputError(f"DATALOADER.{'TRAIN_X' if train else 'TEST'}.BATCH_SIZE: expected an integer >= 1, got {batch_size}")
-    workers = cfg.DATALOADER.NUM_WORKERS
+    workers = cfg.DATALOADER.NUM_WORKERS if pixels else 0
     if workers < 0:
         raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer >= 0, got {workers}")
+    images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg))
     return DataLoader(
-        ImageDataset(items, build_transform(cfg, train), cfg.SEED),
+        images if pixels else Labels(items),
         batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader's own seed for its workers, not the run's stream
+    )
+
+
+def canonical_loader(cfg: CfgNode, items: Sequence[Datum], train: bool, epoch: int, size: int) -> DataLoader:
+    """All images by index, always ``size`` in a batch: the last is filled up with the first image."""
+    keys = [(epoch, i) for i in range(len(items))]
+    keys += [(epoch, 0)] * (-len(keys) % size)
+    return DataLoader(
+        ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg)),
+        batch_sampler=[keys[i : i + size] for i in range(0, len(keys), size)],
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        generator=torch.Generator(),
     )

@@ -24,6 +24,7 @@ from plpp_reg.clip.vision import ImageTower
 from plpp_reg.datasets import DataSplit, load_dataset
 from plpp_reg.engine.data import build_loader
 from plpp_reg.engine.evaluation import Classification
+from plpp_reg.engine.features import FrozenFeatures
 from plpp_reg.engine.files import write_atomically
 from plpp_reg.engine.log import Clock, Meters, RunLog
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
@@ -54,6 +55,8 @@ class PromptTrainer:
     config_defaults: ClassVar[dict[str, object]] = {}
     model_name: ClassVar[str] = "prompt_learner"  # the folder of its checkpoints
     learns_text_context: ClassVar[bool] = False
+    sees_pixels: ClassVar[bool] = True  # batches have "img"; where all that a method reads of it is frozen, it need not
+    sees_frozen_features: ClassVar[bool] = True  # batches have "features", computed ahead and kept for other runs
     not_loaded: ClassVar[tuple[str, ...]] = ()  # beginnings of names that upstream's checkpoints hold beside what was learned
 
     # ---- what a method gives -------------------------------------------------------------------------------------
@@ -70,9 +73,9 @@ class PromptTrainer:
         """Named, weighted scalars; the base class adds PLPP's and sums."""
         raise TypeError(f"{type(self).__name__} learns nothing")
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, embed_dim), normalised; the frozen tower's where the method learns nothing of it."""
-        return self.frozen_image_features(images)
+    def image_features(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, embed_dim), normalised; the frozen tower's where the method learns nothing of it."""
+        return self.frozen_image_features(batch)
 
     @property
     def learner(self) -> PromptLearner:
@@ -106,10 +109,14 @@ class PromptTrainer:
 
     # ---- what a method uses --------------------------------------------------------------------------------------
 
-    def frozen_image_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, embed_dim), normalised, no gradient: CLIP's own."""
-        with torch.no_grad():
-            return self.normalize(self.image_tower(images))
+    def frozen_image_features(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, embed_dim), normalised, no gradient: CLIP's own, computed ahead ("features") or of the pixels ("img")."""
+        return batch["features"] if "features" in batch else self.encode_frozen(batch["img"])
+
+    @torch.no_grad()
+    def encode_frozen(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, embed_dim), normalised."""
+        return self.normalize(self.image_tower(images))
 
     def class_features(self) -> Tensor:
         """(C, embed_dim), normalised, by one text pass, of which PLPP reads the context states afterwards."""
@@ -199,6 +206,8 @@ class PromptTrainer:
         self.seconds = 0.0
         self.best_val: float | None = None
         self.output_dir: Path | None = None
+        self.frozen_features = FrozenFeatures(self)
+        self.test_features: Tensor | None = None
         self._loaders: dict[str, Any] = {}
 
     def _precision(self, asked: str) -> str:
@@ -224,15 +233,22 @@ class PromptTrainer:
     def loader(self, split: str) -> Any:
         if split not in self._loaders:
             self._loaders[split] = build_loader(
-                self.cfg, getattr(self.data, split), split == "train", self.device.type == "cuda"
+                self.cfg, getattr(self.data, split), split == "train", self.device.type == "cuda", self.sees_pixels
             )
         return self._loaders[split]
 
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
+    def batches(self, split: str) -> Iterator[dict[str, Tensor]]:
+        """A split's batches of this epoch, on the device, with what the method sees of each image."""
+        loader = self.loader(split)
+        loader.batch_sampler.epoch = self.epoch
+        features = self.frozen_features.of(split, self.epoch) if self.sees_frozen_features else None
+        for batch in loader:
+            if features is not None:
+                batch["features"] = features[batch["index"]]
+            yield {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
 
     @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         """Autocast where PREC is amp; nothing otherwise, the weights' own dtype rules then."""
         if self.precision != "amp":
             yield
@@ -279,14 +295,13 @@ class PromptTrainer:
 
     def train_epoch(self) -> dict[str, float]:
         """One pass over the training images; the means of what was logged, and the learning rate."""
-        loader = self.loader("train")
-        loader.batch_sampler.epoch = self.epoch
+        batches = len(self.loader("train"))
         meters, data_clock, batch_clock = Meters(), Clock(), Clock()
-        for index, batch in enumerate(loader):
+        for index, batch in enumerate(self.batches("train")):
             data_clock.tick()
-            meters.update(self.step(self._on_device(batch), index, with_perplexity=index + 1 == len(loader)))
+            meters.update(self.step(batch, index, with_perplexity=index + 1 == batches))
             batch_clock.tick()
-            self._log_batch(index, len(loader), meters, data_clock, batch_clock)
+            self._log_batch(index, batches, meters, data_clock, batch_clock)
             data_clock.start = batch_clock.start
         return {**meters.means(), "lr": self.learning_rate}
 
@@ -297,7 +312,7 @@ class PromptTrainer:
     def step(self, batch: dict[str, Tensor], index: int = 0, with_perplexity: bool = False) -> dict[str, float]:
         """One update; every loss by its name, their sum as ``loss``, and the metrics."""
         self.metrics = {}
-        with self._computing():
+        with self.computing():
             losses = self.compute_losses(batch)
             losses.update(self._plpp_losses(with_perplexity))
         values = {name: value.item() for name, value in losses.items()}
@@ -353,11 +368,10 @@ class PromptTrainer:
         """Accuracy, error and macro-F1 on a split; the classes are encoded once, not once a batch."""
         self.log(f"Evaluate on the *{split}* set")
         evaluator = Classification(len(self.data.classnames))
-        with self._computing():
+        with self.computing():
             self.prepare_inference()
-            for batch in self.log.progress(self.loader(split), split):
-                batch = self._on_device(batch)
-                evaluator.process(self.inference(batch["img"]), batch["label"])
+            for batch in self.log.progress(self.batches(split), split, total=len(self.loader(split))):
+                evaluator.process(self.inference(batch), batch["label"])
         for line in evaluator.report():
             self.log(line)
         if self.cfg.TEST.PER_CLASS_RESULT:
@@ -372,11 +386,11 @@ class PromptTrainer:
 
     def prepare_inference(self) -> None:
         """What is the same for every test batch of one model state."""
-        self._test_features = self.class_features()
+        self.test_features = self.class_features()
 
-    def inference(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, C)."""
-        return self.logits(self.image_features(images), self._test_features)
+    def inference(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (B, C) of a batch's images."""
+        return self.logits(self.image_features(batch), self.test_features)
 
     @torch.no_grad()
     def measure_prompts(self) -> Components | None:

@@ -1,0 +1,95 @@
+"""Features of the frozen image tower, once for each image that is ever seen.
+
+What an image looks like in an epoch is a function of (seed, epoch, index), so the frozen tower's feature of it is one too: it
+is computed ahead for a whole epoch, and kept (:class:`plpp_reg.engine.store.TensorStore`) for the next method or prompt.
+A feature's last bits depend on where in which batch its image stands. So images are encoded in canonical batches: by index,
+always :data:`BATCH` of them, the last one filled up. Kept or not, cold or warm, the features are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from plpp_reg.datasets import Datum
+from plpp_reg.datasets.emoji import cache_folder
+from plpp_reg.engine.data import canonical_loader, image_seed_of
+from plpp_reg.engine.store import TensorStore
+
+if TYPE_CHECKING:
+    from plpp_reg.engine.trainer import PromptTrainer
+
+BATCH = 64  # images of a canonical batch
+VERSION = 1  # of what is computed: raise it when the image tower or the transforms change by a bit
+
+
+def feature_store(max_gib: float) -> TensorStore:
+    return TensorStore(cache_folder() / "features", max_gib)
+
+
+class FrozenFeatures:
+    """The normalised features (N, embed_dim), float32 on the CPU, of a trainer's images."""
+
+    def __init__(self, trainer: PromptTrainer) -> None:
+        self.trainer = trainer
+        self.store = feature_store(trainer.cfg.FEATURES.MAX_GIB)
+        self._last: tuple[tuple[str, int], Tensor] | None = None
+
+    def of(self, split: str, epoch: int = 0) -> Tensor:
+        """Of every image of "train", as augmented in ``epoch``, of "val" or of "test"."""
+        key = (split, epoch if split == "train" else 0)
+        if self._last is None or self._last[0] != key:
+            found = self.store.get(self._described(*key), lambda: {"features": self._compute(*key)})
+            self._last = key, found["features"]
+        return self._last[1]
+
+    def _compute(self, split: str, epoch: int) -> Tensor:
+        t, items = self.trainer, getattr(self.trainer.data, split)
+        parts = []
+        with t.computing():
+            for batch in canonical_loader(t.cfg, items, split == "train", epoch, BATCH):
+                parts.append(t.encode_frozen(batch["img"].to(t.device)).cpu())
+        return torch.cat(parts)[: len(items)]
+
+    def _described(self, split: str, epoch: int) -> dict[str, Any]:
+        """Everything that a bit of the features depends on."""
+        t, cfg, train = self.trainer, self.trainer.cfg, split == "train"
+        return {
+            "what": "normalised features of CLIP's image tower",
+            "version": VERSION,
+            "weights": weights_sha256(t.clip_model.visual),
+            "precision": t.precision,
+            "device": torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else t.device.type,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "input": {name: list(v) if isinstance(v, tuple) else v for name, v in sorted(cfg.INPUT.items())},
+            "train": train,
+            "seed": image_seed_of(cfg) if train else None,
+            "epoch": epoch,
+            "files": _files_sha256(getattr(t.data, split)),
+        }
+
+
+def weights_sha256(module: torch.nn.Module) -> str:
+    """Hash of a module's tensors, made once a module."""
+    if "_plpp_sha256" not in module.__dict__:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        module.__dict__["_plpp_sha256"] = digest.hexdigest()
+    return module.__dict__["_plpp_sha256"]
+
+
+def _files_sha256(items: Sequence[Datum]) -> str:
+    """Hash of which files these are, in order, and of their sizes and times: a file that was changed is another one."""
+    digest = hashlib.sha256()
+    for item in items:
+        stat = os.stat(item.impath)
+        digest.update(f"{item.name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

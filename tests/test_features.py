@@ -1,0 +1,151 @@
+"""Features of the frozen image tower: computed once, the same bits however they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from plpp_reg.clip.vision import ImageTower
+from plpp_reg.datasets import DataSplit
+from plpp_reg.engine import features
+from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.trainers.cocoop import CoCoOp
+from plpp_reg.trainers.coop import CoOp
+from plpp_reg.trainers.ivlp import IVLP
+from plpp_reg.trainers.promptsrc import PromptSRC
+
+import engine_helpers as helpers
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataSplit:
+    return helpers.read_tiny(helpers.make_images(tmp_path / "images"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PLPP_REG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each pass of the image tower had."""
+    original, sizes = ImageTower.forward, []
+
+    def forward(self, images, *args):
+        sizes.append(len(images))
+        return original(self, images, *args)
+
+    monkeypatch.setattr(ImageTower, "forward", forward)
+    return sizes
+
+
+def trained(data: DataSplit, *opts: object, cls: type[PromptTrainer] = CoOp) -> tuple[dict, dict]:
+    trainer = helpers.make_trainer(data, *opts, cls=cls)
+    trainer.train()
+    return dict(trainer.prompts.state_dict()), {"history": trainer.history, **trainer.test()}
+
+
+def test_off_cold_and_warm_are_the_same_bits(data: DataSplit, encoded: list[int], own_cache: Path) -> None:
+    off = trained(data)
+    assert not own_cache.exists()
+    on = ("FEATURES.MAX_GIB", 1.0)
+    before = len(encoded)
+    cold = trained(data, *on)
+    assert len(encoded) == 2 * before  # as often as without
+    warm = trained(data, *on)
+    assert len(encoded) == 2 * before  # not once more
+    helpers.assert_same(off, cold)
+    helpers.assert_same(off, warm)
+
+
+def test_another_method_weight_or_prompt_seed_on_the_same_images_encodes_nothing(data: DataSplit, encoded: list[int]) -> None:
+    same = ("FEATURES.MAX_GIB", 1.0, "DATASET.SEED", 7)
+    trained(data, *same)
+    encoded.clear()
+    trained(data, *same, "TRAINER.PLPP.ENABLED", True, "TRAINER.PLPP.WEIGHT", 2.0)
+    trained(data, *same, "SEED", 5)
+    trained(data, *same, "TRAINER.COCOOP.N_CTX", 2, cls=CoCoOp)
+    assert encoded == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("SEED", 5),
+        ("INPUT.RRCROP_SCALE", (0.5, 1.0)),
+        ("INPUT.TRANSFORMS", ("random_flip", "normalize")),
+        ("INPUT.PIXEL_MEAN", [0.4, 0.4, 0.4]),
+    ],
+    ids=lambda changed: changed[0],
+)
+def test_what_changes_a_feature_is_another_one(data: DataSplit, encoded: list[int], changed: tuple) -> None:
+    on = ("FEATURES.MAX_GIB", 1.0)
+    first = helpers.make_trainer(data, *on).frozen_features
+    second = helpers.make_trainer(data, *on, *changed).frozen_features
+    assert not torch.equal(first.of("train", 1), second.of("train", 1))
+    assert len(encoded) == 2
+
+
+def test_other_weights_are_another_model(data: DataSplit) -> None:
+    on = ("FEATURES.MAX_GIB", 1.0)
+    one, two = (
+        helpers.make_trainer(data, *on, clip_model=helpers.tiny_clip(seed)).frozen_features.of("test") for seed in (0, 1)
+    )
+    assert not torch.equal(one, two)
+
+
+def test_a_picture_that_was_changed_is_encoded_again(data: DataSplit, encoded: list[int]) -> None:
+    on = ("FEATURES.MAX_GIB", 1.0)
+    before = helpers.make_trainer(data, *on).frozen_features.of("test")
+    first, other = data.test[0].impath, data.test[-1].impath
+    Path(first).write_bytes(Path(other).read_bytes())
+    os.utime(first, (1, 1))
+    after = helpers.make_trainer(data, *on).frozen_features.of("test")
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1:], after[1:])
+
+
+def test_a_feature_does_not_depend_on_its_neighbours(data: DataSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of images that is cut short has the same features as far as it goes, also where its last batch is filled up."""
+    monkeypatch.setattr(features, "BATCH", 4)
+    whole = helpers.make_trainer(data).frozen_features.of("train", 3)
+    some = dataclasses.replace(data, train=data.train[:6])
+    part = helpers.make_trainer(some).frozen_features.of("train", 3)
+    assert torch.equal(part, whole[:6])
+
+
+def test_epochs_differ_and_evaluation_does_not(data: DataSplit) -> None:
+    frozen = helpers.make_trainer(data).frozen_features
+    assert not torch.equal(frozen.of("train", 0), frozen.of("train", 1))
+    assert torch.equal(frozen.of("test", 0), frozen.of("test", 1))
+
+
+def test_features_are_those_of_the_tower(data: DataSplit) -> None:
+    trainer = helpers.make_trainer(data)
+    for batch in trainer.batches("train"):
+        assert "img" not in batch
+        direct = trainer.encode_frozen(torch.stack([image(trainer, i) for i in batch["index"].tolist()]))
+        torch.testing.assert_close(batch["features"], direct, rtol=0, atol=1e-6)
+
+
+def image(trainer: PromptTrainer, index: int) -> torch.Tensor:
+    from plpp_reg.engine.data import ImageDataset, build_transform
+
+    return ImageDataset(trainer.data.train, build_transform(trainer.cfg, True), trainer.cfg.SEED)[trainer.epoch, index]["img"]
+
+
+@pytest.mark.parametrize(("cls", "names"), [(IVLP, {"img"}), (PromptSRC, {"img", "features"}), (CoOp, {"features"})])
+def test_a_batch_holds_what_its_method_sees(data: DataSplit, cls: type[PromptTrainer], names: set[str]) -> None:
+    node = cls.config_node
+    depths = ("TRAINER.IVLP.PROMPT_DEPTH_VISION", 1, "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", 1)
+    depths += ("TRAINER.IVLP.PROMPT_DEPTH_TEXT", 2, "TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", 2)
+    trainer = helpers.make_trainer(data, f"TRAINER.{node}.PREC", "fp32", *depths, cls=cls)
+    batch = next(iter(trainer.batches("train")))
+    assert batch.keys() == names | {"label", "index"}
+    if "features" in names and "img" in names:  # the frozen tower's, of the very same crops
+        torch.testing.assert_close(batch["features"], trainer.encode_frozen(batch["img"]), rtol=0, atol=1e-6)
