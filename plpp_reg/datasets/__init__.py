@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from plpp_reg.datasets.own import check_shots, own_kind, read_own
 from plpp_reg.datasets.sampling import DataSplit, Datum, sample_few_shot, subsample_classes
+from plpp_reg.datasets.table import DATASETS, FALLBACK_TEMPLATE, DatasetEntry
 from plpp_reg.errors import unknown
 
-__all__ = ["DATASETS", "DataSplit", "DatasetEntry", "Datum", "load_dataset", "template"]
-
-FALLBACK_TEMPLATE = "a photo of a {}."
-
-
-@dataclass(frozen=True)
-class DatasetEntry:
-    """A row of the table: where the reader is, and the template that zero-shot CLIP uses."""
-
-    reader: str  # "module:function", called with the root folder
-    template: str = FALLBACK_TEMPLATE
-
-
-DATASETS = {
-    "emoji": DatasetEntry("plpp_reg.datasets.emoji:read_emoji"),
-}
+__all__ = [
+    "DATASETS",
+    "DataSplit",
+    "DatasetEntry",
+    "Datum",
+    "full_name",
+    "load_dataset",
+    "paper_name",
+    "short_name",
+    "template",
+]
 
 
 def template(name: str) -> str:
@@ -33,21 +29,62 @@ def template(name: str) -> str:
     return DATASETS[name].template if name in DATASETS else FALLBACK_TEMPLATE
 
 
+def full_name(name: str) -> str:
+    """The table's key: ``"dtd"``, ``"DTD"`` and ``"DescribableTextures"`` are ``"DescribableTextures"``; folder: and csv: stay.
+
+    Raises:
+        InputError: no such data set.
+    """
+    if own_kind(name) or name in DATASETS:
+        return name
+    for key, entry in DATASETS.items():
+        if name.lower() in (key.lower(), entry.short.lower(), entry.paper.lower()):
+            return key
+    raise unknown("data set", name, [entry.short or key for key, entry in DATASETS.items()] + ["folder:PATH", "csv:PATH"])
+
+
+def short_name(name: str) -> str:
+    """The name that a folder of results gets: ``dtd``; of one's own data the last part of its path."""
+    if own_kind(name):
+        return Path(name.partition(":")[2]).resolve().stem
+    return (DATASETS[name].short if name in DATASETS else "") or name
+
+
+def paper_name(name: str) -> str:
+    """The name that a table prints: ``DTD``; of one's own data the last part of its path."""
+    return (DATASETS[name].paper if name in DATASETS else "") or short_name(name)
+
+
+def read_dataset(name: str, root: str | Path = "") -> DataSplit:
+    """Everything that a data set has.
+
+    Raises:
+        InputError: no such data set, or its files are not there or not what they should be.
+    """
+    if own_kind(name):
+        return read_own(name)
+    if name not in DATASETS:
+        raise unknown("data set", name, [*DATASETS, "folder:PATH", "csv:PATH"])
+    entry = DATASETS[name]
+    module, _, function = entry.reader.partition(":")
+    read: Callable[..., DataSplit] = getattr(importlib.import_module(module), function)
+    return read(root, **entry.options)
+
+
 def load_dataset(name: str, root: str | Path = "", shots: int = -1, seed: int = 1, subsample: str = "all") -> DataSplit:
     """A data set as one run sees it.
 
     Args:
-        name: a name of the table.
-        root: folder of the data sets; the embedded default needs none.
+        name: a name of the table, ``folder:PATH`` or ``csv:PATH``.
+        root: folder of the data sets; the embedded default and one's own need none.
         shots: training images a class, and min(shots, 4) validation images; -1: all.
         seed: of the few-shot sample.
         subsample: "all", "base" (the first half of the labels) or "new" (the second, relabelled from 0).
 
     Raises:
-        InputError: no such data set, or its files are not there.
+        InputError: as :func:`read_dataset`; or a class of one's own data has fewer training images than shots.
     """
-    if name not in DATASETS:
-        raise unknown("data set", name, DATASETS)
-    module, _, function = DATASETS[name].reader.partition(":")
-    read: Callable[[str | Path], DataSplit] = getattr(importlib.import_module(module), function)
-    return subsample_classes(sample_few_shot(read(root), shots, seed), subsample)
+    data = read_dataset(name, root)
+    if own_kind(name):
+        check_shots(data, shots, name)
+    return subsample_classes(sample_few_shot(data, shots, seed), subsample)

@@ -12,13 +12,17 @@ import importlib.util
 import io
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from plpp_reg.datasets.sampling import DataSplit, Datum
+from plpp_reg.datasets.sampling import DataSplit, Datum, keep_labels
 from plpp_reg.engine.files import write_atomically
 from plpp_reg.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PIXELS = 96  # rasterised once; the embedded model sees 48, and random crops want more than that
 SPLIT_SEED = 1
@@ -38,8 +42,14 @@ def table() -> list[tuple[str, str, str]]:
         return [(row["code"], row["class"], row["group"]) for row in csv.DictReader(file)]
 
 
-def read_emoji(root: str | Path = "") -> DataSplit:
-    """OpenMoji in three fixed parts; ``root`` is not needed and not used."""
+def read_emoji(root: str | Path = "", classes: str = "all", domain: str = "") -> DataSplit:
+    """OpenMoji in three fixed parts; ``root`` is not needed and not used.
+
+    Args:
+        root: as every reader has it.
+        classes: "all", or every other class: "even" or "odd" ones of the sorted names.
+        domain: "grey", "outline", "blurred" or "rotated": the test pictures in that dress, and nothing to train on.
+    """
     by_class: dict[str, dict[str, list[str]]] = {}
     for code, classname, group in table():
         by_class.setdefault(classname, {}).setdefault(group, []).append(code)
@@ -50,7 +60,56 @@ def read_emoji(root: str | Path = "") -> DataSplit:
     for label, classname in enumerate(classnames):
         for part, codes in split_groups(by_class[classname], rng).items():
             parts[part] += [Datum(str(folder / f"{c}.png"), label, classname, f"{c}.png") for c in codes]
-    return DataSplit(parts["train"], parts["val"], parts["test"], classnames)
+    data = DataSplit(parts["train"], parts["val"], parts["test"], classnames)
+    if classes != "all":
+        data = keep_labels(data, range({"even": 0, "odd": 1}[classes], len(classnames), 2))
+    if domain:
+        folder = change(folder, domain, [datum.name for datum in data.test])
+        data = DataSplit([], [], [datum._replace(impath=str(folder / datum.name)) for datum in data.test], data.classnames)
+    return data
+
+
+def _grey(picture: Image.Image) -> Image.Image:
+    return picture.convert("L").convert("RGB")
+
+
+def _outline(picture: Image.Image) -> Image.Image:
+    from PIL import ImageFilter
+
+    return picture.convert("L").filter(ImageFilter.CONTOUR).convert("RGB")
+
+
+def _blurred(picture: Image.Image) -> Image.Image:
+    from PIL import ImageFilter
+
+    return picture.filter(ImageFilter.GaussianBlur(PIXELS / 32))
+
+
+def _rotated(picture: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    return picture.rotate(45, resample=Image.Resampling.BICUBIC, fillcolor="white")
+
+
+DOMAINS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "grey": _grey,
+    "outline": _outline,
+    "blurred": _blurred,
+    "rotated": _rotated,
+}
+
+
+def change(folder: Path, domain: str, names: Iterable[str]) -> Path:
+    """Folder beside ``folder`` with these pictures in another dress, made where they are not there yet."""
+    changed = folder.parent / f"{folder.name}-{domain}-pillow-{_version('pillow')}"
+    missing = [name for name in names if not (changed / name).is_file()]
+    if missing:
+        from PIL import Image
+
+        for name in missing:
+            picture = DOMAINS[domain](Image.open(folder / name))
+            write_atomically(changed / name, functools.partial(picture.save, format="PNG"))
+    return changed
 
 
 def split_groups(groups: dict[str, list[str]], rng: random.Random) -> dict[str, list[str]]:

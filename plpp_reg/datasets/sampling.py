@@ -70,11 +70,16 @@ def subsample_classes(data: DataSplit, subsample: str) -> DataSplit:
         raise unknown("DATASET.SUBSAMPLE_CLASSES", subsample, SUBSAMPLES)
     if subsample == "all":
         return data
-    labels = sorted({item.label for item in data.train})
+    labels = sorted({item.label for item in data.train or data.test})
     half = math.ceil(len(labels) / 2)
     chosen = labels[:half] if subsample == "base" else labels[half:]
     if not chosen:
         raise InputError(f"DATASET.SUBSAMPLE_CLASSES: {subsample!r} of {len(labels)} class(es) is empty")
+    return keep_labels(data, chosen)
+
+
+def keep_labels(data: DataSplit, chosen: Sequence[int]) -> DataSplit:
+    """Only these classes, relabelled from 0 in the order given."""
     new_label = {label: i for i, label in enumerate(chosen)}
 
     def keep(items: Sequence[Datum]) -> list[Datum]:
