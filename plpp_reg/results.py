@@ -15,6 +15,7 @@ from plpp_reg import __version__
 from plpp_reg.engine.files import write_text
 
 RESULT = "result.json"
+FEW_SHOT = "few_shot.json"  # which images a run was trained on
 
 
 class Summary(NamedTuple):
@@ -81,3 +82,12 @@ def write_result(folder: str | Path, result: dict[str, Any]) -> Path:
 
 def read_result(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))
+
+
+def read_if_whole(folder: str | Path) -> dict[str, Any] | None:
+    """A run's record; None where there is none, or something else under its name."""
+    try:
+        result = read_result(folder)
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and {"config", "metrics", "files_sha256"} <= result.keys() else None

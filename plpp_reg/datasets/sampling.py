@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 from collections.abc import Sequence
@@ -39,6 +40,16 @@ class DataSplit:
             for datum in getattr(self, part):
                 digest.update(f"{part}\t{datum.name}\t{datum.label}\t{datum.classname}\n".encode())
         return digest.hexdigest()
+
+    def sampled_json(self) -> str:
+        """The images to train and to choose on as JSON: [path below the data set's folder, label, class name] of each."""
+        parts = {part: [[d.name, d.label, d.classname] for d in getattr(self, part)] for part in ("train", "val")}
+        lists = {part: ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) for part, rows in parts.items()}
+        return "{" + ",\n".join(f'"{part}": [\n{rows}\n]' for part, rows in lists.items()) + "}\n"
+
+    def sampled_sha256(self) -> str:
+        """Hash of :meth:`sampled_json`, as of the file that a run keeps of it."""
+        return hashlib.sha256(self.sampled_json().encode()).hexdigest()
 
 
 def sample_few_shot(data: DataSplit, shots: int, seed: int) -> DataSplit:

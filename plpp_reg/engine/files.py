@@ -27,7 +27,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda p: p.write_bytes(text.encode()))  # the same bytes on every system
 
 
 @contextlib.contextmanager

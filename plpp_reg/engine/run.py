@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from plpp_reg import results
 from plpp_reg.clip.load import EMBEDDED
+from plpp_reg.datasets import DataSplit, load_dataset, short_name
 from plpp_reg.engine import checkpoint, config, registry
 from plpp_reg.engine.files import locked, write_text
 from plpp_reg.engine.log import RunLog
@@ -107,11 +108,33 @@ def output_dir(cfg: CfgNode, eval_only: bool) -> Path:
     """Where a run writes: OUTPUT_DIR, else a folder that says what it is."""
     if cfg.OUTPUT_DIR:
         return Path(cfg.OUTPUT_DIR)
-    parts = [cfg.DATASET.NAME]
+    parts = [short_name(cfg.DATASET.NAME)]
     if cfg.DATASET.SUBSAMPLE_CLASSES != "all":
         parts.append(cfg.DATASET.SUBSAMPLE_CLASSES)
     parts += [cfg.TRAINER.NAME.replace(":", "."), f"seed{cfg.SEED}"]
     return Path("output", *parts, *(["eval"] if eval_only else []))
+
+
+class FurtherTest(NamedTuple):
+    """The trained prompts on another data set, or on other classes of it."""
+
+    name: str
+    cfg: CfgNode
+    data: DataSplit
+
+
+def load_data(cfg: CfgNode) -> DataSplit:
+    """What ``cfg.DATASET`` names, sampled."""
+    node = cfg.DATASET
+    return load_dataset(node.NAME, node.ROOT, node.NUM_SHOTS, cfg.SEED, node.SUBSAMPLE_CLASSES)
+
+
+def further_config(cfg: CfgNode, opts: Sequence[str]) -> CfgNode:
+    """The run's configuration with KEY VALUE pairs on top, for one further test."""
+    changed = cfg.clone()
+    config.merge_list(changed, opts)
+    _check(changed)
+    return changed
 
 
 def run(
@@ -119,6 +142,8 @@ def run(
     log: RunLog | None = None,
     clip_model: nn.Module | None = None,
     after_epoch: Callable[[PromptTrainer], None] | None = None,
+    tests: Mapping[str, Sequence[str]] | None = None,
+    note: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], PromptTrainer]:
     """Train and test, or what the flags say. Everything that can be wrong is found before a folder is made.
 
@@ -127,6 +152,9 @@ def run(
         log: where lines go.
         clip_model: a CLIP that is loaded already; it must be the one that ``args`` name.
         after_epoch: called with the trainer after each epoch.
+        tests: what the trained prompts are tested on beside the run's own data: KEY VALUE pairs on top of the run's
+            configuration, by name; ``result["tests"]`` holds the figures.
+        note: recorded with the result as ``result["protocol"]``.
 
     Returns:
         What ``result.json`` holds (its ``metrics`` are empty where nothing was tested), and the trainer as it ended.
@@ -154,11 +182,12 @@ def run(
         if not getattr(trainer.data, split):
             raise InputError(f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none")
         trainer.loader(split)
+    further = _further_tests(cfg, tests or {})
     with locked(folder):
         _check_folders(cfg, folder)  # once more: another run may have come and gone while this one was loading
         log.open(folder)
         try:
-            return _run_in(folder, trainer, args, after_epoch), trainer
+            return _run_in(folder, trainer, args, after_epoch, further, note), trainer
         finally:
             log.close()
 
@@ -171,8 +200,41 @@ def _parts_needed(trainer: PromptTrainer, args: RunArguments) -> set[str]:
     return parts
 
 
+def _further_tests(cfg: CfgNode, tests: Mapping[str, Sequence[str]]) -> list[FurtherTest]:
+    found = []
+    for name, opts in tests.items():
+        changed = further_config(cfg, opts)
+        data = load_data(changed)
+        if not getattr(data, changed.TEST.SPLIT):
+            raise InputError(
+                f"data set {changed.DATASET.NAME!r}: expected images in its {changed.TEST.SPLIT} part, it has none"
+            )
+        found.append(FurtherTest(name, changed, data))
+    return found
+
+
+def _test_further(folder: Path, trainer: PromptTrainer, test: FurtherTest) -> dict[str, Any]:
+    """The prompts that ``trainer`` has written, over another test's class names and images."""
+    trainer.log(f"Test {test.name}:")
+    other = type(trainer)(test.cfg, data=test.data, clip_model=trainer.clip_model, log=trainer.log)
+    if other.trained():
+        other.load_model(folder)
+    metrics = other.test(test.cfg.TEST.SPLIT)
+    return {
+        "dataset": test.cfg.DATASET.NAME,
+        "subsample": test.cfg.DATASET.SUBSAMPLE_CLASSES,
+        "metrics": metrics,
+        "files_sha256": test.data.sha256(),
+    }
+
+
 def _run_in(
-    folder: Path, trainer: PromptTrainer, args: RunArguments, after_epoch: Callable[[PromptTrainer], None] | None
+    folder: Path,
+    trainer: PromptTrainer,
+    args: RunArguments,
+    after_epoch: Callable[[PromptTrainer], None] | None,
+    further: Sequence[FurtherTest] = (),
+    note: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     cfg, log = trainer.cfg, trainer.log
     trainer.output_dir = folder
@@ -182,6 +244,8 @@ def _run_in(
             return record(trainer, {})
         (folder / results.RESULT).unlink(missing_ok=True)
         write_text(folder / "config.yaml", config.to_yaml(cfg))
+        if cfg.DATASET.NUM_SHOTS > 0:
+            write_text(folder / results.FEW_SHOT, trainer.data.sampled_json())
         if cfg.RESUME and trainer.epoch:
             checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.saving.folder)
         else:
@@ -194,6 +258,10 @@ def _run_in(
             log("Deploy the last-epoch model")
     metrics = {} if cfg.TEST.NO_TEST else trainer.test(cfg.TEST.SPLIT)
     result = record(trainer, metrics)
+    if further:
+        result["tests"] = {test.name: _test_further(folder, trainer, test) for test in further}
+    if note is not None:
+        result["protocol"] = dict(note)
     if args.eval_only:
         write_text(folder / "config.yaml", config.to_yaml(cfg))
     path = results.write_result(folder, result)
@@ -215,6 +283,7 @@ def record(trainer: PromptTrainer, metrics: dict[str, float]) -> dict[str, Any]:
         "config": config.flat(cfg),
         "versions": {**results.versions(), "device": trainer.device.type, "precision": trainer.precision},
         "files_sha256": trainer.data.sha256(),
+        "few_shot_sha256": trainer.data.sampled_sha256() if cfg.DATASET.NUM_SHOTS > 0 else None,
     }
 
 
