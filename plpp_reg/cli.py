@@ -63,6 +63,35 @@ def _parser() -> _Parser:
     demo.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
     demo.add_argument("--output-dir", default="output/demo", help="where runs, table and picture go")
     demo.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys for every run")
+
+    run = commands.add_parser("run", help="a protocol: every method, data set and seed of it; what is done is skipped")
+    run.add_argument("protocol", help="few_shot, base_to_new, cross_dataset, domain_generalization, ablation, or a YAML file")
+    run.add_argument("--methods", nargs="+", default=[], help="trainers: CoOp CoOp_PLPP …")
+    run.add_argument("--datasets", nargs="+", default=[], help="data sets to train on: caltech101 dtd folder:PATH csv:PATH …")
+    run.add_argument("--targets", nargs="+", default=[], help="other data sets to test on")
+    run.add_argument("--seeds", nargs="+", type=int, default=[], help="seeds (default: 1 2 3)")
+    run.add_argument("--shots", nargs="+", type=int, default=[], help="training images a class")
+    run.add_argument("--recipe", default="", help="file of configs/trainers/<method>/, without .yaml")
+    run.add_argument("--root", default="", help="folder of the data sets; without it and --backbone, the embedded default")
+    run.add_argument("--backbone", default="", help="'embedded', a name of OpenAI's (ViT-B/16) or a file")
+    run.add_argument("--output", default="output", metavar="DIR", help="where the runs go (default: output)")
+    run.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    run.add_argument("--set", dest="opts", nargs="+", default=[], metavar="KEY VALUE", help="configuration keys for every run")
+
+    table = commands.add_parser("table", help="the tables of a folder of runs, beside published figures")
+    table.add_argument("dir", metavar="DIR", help="what plpp run wrote")
+    table.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown")
+    table.add_argument("--output", default="", metavar="FILE", help="write it there (default: print it)")
+    table.add_argument("--mean-h", action="store_true", help="beside H of the averages, the mean of H")
+    table.add_argument("--no-published", action="store_true", help="without rows of published figures")
+    table.set_defaults(opts=[])
+
+    data = commands.add_parser("data", help="the papers' data sets: what is there, what is missing, where to get it")
+    data.add_argument("action", choices=("check",))
+    data.add_argument("root", metavar="ROOT", help="folder of the data sets")
+    data.add_argument("--datasets", nargs="+", default=[], help="these alone (also folder:PATH, csv:PATH)")
+    data.add_argument("--every-image", action="store_true", help="decode every image, not one of each data set")
+    data.set_defaults(opts=[])
     return parser
 
 
@@ -77,6 +106,31 @@ def _demo(args: argparse.Namespace) -> None:
     from plpp_reg.demo import demo
 
     demo(args.seeds, args.output_dir, args.opts, args.methods)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from plpp_reg import protocols, sweep
+
+    fields = {name: getattr(args, name) for name in protocols.Choice._fields}
+    jobs = protocols.plan(args.protocol, protocols.Choice(**fields), args.output)
+    if args.dry_run:
+        print("\n".join(sweep.planned(jobs)))
+        return 0
+    failed = sweep.sweep(jobs, say=lambda line: print(line, flush=True))
+    print("\n".join(sweep.report(failed) or [f"All {len(jobs)} runs are there: plpp table {args.output}"]))
+    return 1 if failed else 0
+
+
+def _table(args: argparse.Namespace) -> None:
+    from plpp_reg.tables import write_tables
+
+    write_tables(args.dir, args.format, args.output, mean_h=args.mean_h, published=not args.no_published)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from plpp_reg.datasets.check import check
+
+    return check(args.root, args.datasets, args.every_image)
 
 
 def _check_opts(opts: Sequence[str]) -> None:
@@ -97,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         _check_opts(args.opts)
-        {"train": _train, "demo": _demo}[args.command](args)
+        commands = {"train": _train, "demo": _demo, "run": _run, "table": _table, "data": _data}
+        return commands[args.command](args) or 0
     except InputError as e:
         print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

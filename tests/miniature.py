@@ -222,6 +222,6 @@ def make(root: Path, name: str) -> Path:
 
 
 def digest_all(lists: dict[str, Sequence]) -> str:
-    """A short hash of the parts, (path below the image folder, label, class name) of each image in order, and of the classes."""
+    """A short hash of the parts, (path below the image folder, label, class name) of each image, and of the classes."""
     text = json.dumps([lists[part] for part in ("train", "val", "test", "classnames")])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -67,7 +67,7 @@ def _class_folders(path: Path, part: str) -> dict[str, list[str]]:
         inside = sorted(p.name for p in (path / part / folder).iterdir() if _is_picture(p))
         if not inside:
             raise InputError(f"folder:{path}: expected pictures in {str(path / part / folder)!r}, got none")
-        found[classname] = [os.path.join(part, folder, name) for name in inside]
+        found[classname] = ["/".join(filter(None, (part, folder, name))) for name in inside]
     if not found:
         raise InputError(f"folder:{path}: expected one folder a class in {str(path / part)!r}, got none")
     return found

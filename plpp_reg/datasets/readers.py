@@ -181,7 +181,7 @@ def _class_folders(folder: Path, layout: Layout) -> Parts:
 
     def groups() -> Iterable[tuple[int, str, list[str]]]:
         for label, category in enumerate(sorted(c for c in _listed(images) if c not in layout.ignored)):
-            names = [os.path.join(category, name) for name in _listed(images / category)]
+            names = [f"{category}/{name}" for name in _listed(images / category)]
             yield label, layout.renamed.get(category, category), names
 
     return split_three(groups(), random.Random(SPLIT_SEED))
@@ -206,7 +206,7 @@ def _cars(folder: Path, layout: Layout) -> Parts:
         for car in _mat(file, "annotations"):
             label = int(car["class"][0, 0]) - 1
             make_and_model, _, year = names[label].rpartition(" ")
-            found.append(Row(os.path.join(images, str(car["fname"][0])), label, f"{year} {make_and_model}"))
+            found.append(Row(f"{images}/{car['fname'][0]}", label, f"{year} {make_and_model}"))
         return found
 
     trainval = rows("cars_train", folder / "devkit" / "cars_train_annos.mat")
@@ -261,7 +261,7 @@ def _ucf(folder: Path, layout: Layout) -> Parts:
         for line in _lines(lists / file):
             action, video = line.split(" ")[0].split("/")
             classname = "_".join(re.findall("[A-Z][^A-Z]*", action))
-            found.append(Row(os.path.join(classname, video.replace(".avi", ".jpg")), label[action], classname))
+            found.append(Row(f"{classname}/{video.replace('.avi', '.jpg')}", label[action], classname))
         return found
 
     return _train_val_test(rows("trainlist01.txt"), rows("testlist01.txt"))
@@ -285,7 +285,8 @@ def _wnids(images: Path, part: str, classnames: Mapping[str, str], ignored: Sequ
     for label, wnid in enumerate(wnids):
         if wnid not in classnames:
             raise InputError(f"{str(images / part / wnid)!r}: expected a folder of ImageNet's classnames.txt")
-        rows += [Row(os.path.join(part, wnid, name), label, classnames[wnid]) for name in _listed(images / part / wnid)]
+        place = f"{part}/{wnid}" if part else wnid
+        rows += [Row(f"{place}/{name}", label, classnames[wnid]) for name in _listed(images / place)]
     return rows
 
 
@@ -294,7 +295,7 @@ def _imagenet_numbered(folder: Path, layout: Layout) -> Parts:
     rows = []
     for label, classname in enumerate(read_classnames(folder / "classnames.txt").values()):
         names = _listed(folder / layout.images / str(label))
-        rows += [Row(os.path.join(str(label), name), label, classname) for name in names]
+        rows += [Row(f"{label}/{name}", label, classname) for name in names]
     return (), (), rows
 
 

@@ -1,0 +1,214 @@
+"""Running many runs: what is done is skipped, what failed is listed, what was killed goes on.
+
+A run is :func:`execute`: a pure function of its job, in the job's own folder. :func:`sweep` gives the jobs that are left to a
+``runner``, which may hand them to other processes or machines; :func:`one_after_another` runs them here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from plpp_reg import results
+from plpp_reg.engine import config
+from plpp_reg.engine.files import locked, write_text
+from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.run import further_config, load_data, resolve, run
+from plpp_reg.errors import InputError
+from plpp_reg.protocols import Job
+
+JOB = "job.json"  # what is planned in a folder; without a result beside it that fits, the run is missing
+FAILED = "failed.json"
+SUPERSEDED = "superseded"  # results of other settings, set aside: never counted, never deleted
+TAIL = 8  # lines of a failed run's log that are shown
+
+
+class Outcome(NamedTuple):
+    """How a run ended: its result, or what went wrong and the last lines of its log."""
+
+    job: Job
+    result: dict[str, Any] | None
+    seconds: float
+    error: str = ""
+    log: tuple[str, ...] = ()
+
+
+Say = Callable[[str], None]
+Runner = Callable[[Sequence[Job]], Iterator[Outcome]]
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------------
+
+
+def finished(job: Job) -> bool:
+    """Whether the folder holds this job's result: the same resolved configuration and the same files, in every test."""
+    result = results.read_if_whole(job.folder)
+    if result is None or result.get("protocol") != job.note:
+        return False
+    cfg, _ = resolve(job.arguments)
+    if config.differences(result["config"], config.flat(cfg)):
+        return False
+    hashes = {"": result["files_sha256"], **{name: test["files_sha256"] for name, test in result.get("tests", {}).items()}}
+    configs = {"": cfg, **{name: further_config(cfg, opts) for name, opts in job.tests.items()}}
+    return hashes.keys() == configs.keys() and all(load_data(c).sha256() == hashes[name] for name, c in configs.items())
+
+
+def execute(job: Job, models: Models | None = None) -> Outcome:
+    """Run one job to its result.json, going on from its last checkpoint; an exception becomes an outcome with an error."""
+    start = time.perf_counter()
+    models = models if models is not None else Models()
+    try:
+        with locked(job.folder):
+            (job.folder / FAILED).unlink(missing_ok=True)
+            _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
+            if _other_settings(job):
+                set_aside(job)
+        begun = (job.folder / "config.yaml").is_file()
+        try:
+            result = _run(job, models)
+        except InputError:
+            if not begun:
+                raise
+            with locked(job.folder):  # a checkpoint that does not fit, of other files or another device: from the beginning
+                set_aside(job)
+            result = _run(job, models)
+        return Outcome(job, result, time.perf_counter() - start)
+    except Exception as e:
+        return _failure(job, e, time.perf_counter() - start)
+
+
+class Models(dict):
+    """The CLIP of the run before, kept for the next one that wants the same."""
+
+    @staticmethod
+    def key(job: Job) -> tuple:
+        cfg, cls = resolve(job.arguments)
+        node = cfg.TRAINER[cls.config_node] if cls.config_node else {}
+        return cfg.MODEL.BACKBONE.NAME, node.get("PREC", "fp32"), cfg.USE_CUDA
+
+    def keep(self, key: tuple, model: nn.Module) -> None:
+        self.clear()
+        self[key] = model
+
+
+def _run(job: Job, models: Models) -> dict[str, Any]:
+    key = models.key(job)
+    result, trainer = run(job.arguments, RunLog(quiet=True), models.get(key), tests=job.tests, note=job.note)
+    models.keep(key, trainer.clip_model)
+    return result
+
+
+def _failure(job: Job, error: Exception, seconds: float) -> Outcome:
+    message = " ".join(str(error).split()) or type(error).__name__
+    log = job.folder / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if log.is_file() else []
+    if not isinstance(error, InputError):  # a fault of a program: where it was
+        message = f"{type(error).__name__}: {message}"
+        lines += "".join(traceback.format_exception(error)).splitlines()[-TAIL:]
+    outcome = Outcome(job, None, seconds, message, tuple(lines))
+    try:
+        write_text(job.folder / FAILED, json.dumps({"error": message, "log": lines}, indent=1) + "\n")
+    except OSError:
+        pass  # a full or read-only disk is what failed: the outcome says so
+    return outcome
+
+
+def _other_settings(job: Job) -> bool:
+    """Whether the folder holds a run, finished or not, of another configuration, or a finished one of other files."""
+    there = job.folder / "config.yaml"
+    if not there.is_file():
+        return False
+    cfg, _ = resolve(job.arguments)
+    if config.differences(config.from_yaml(there), config.flat(cfg)):
+        return True
+    result = results.read_if_whole(job.folder)
+    return result is not None and result["files_sha256"] != load_data(cfg).sha256()
+
+
+def set_aside(job: Job) -> Path:
+    """Move what a folder holds out of the way. config.yaml goes last: it says whose the rest is, should this be killed."""
+    place = job.output / SUPERSEDED / job.folder.relative_to(job.output)
+    target = next(t for i in itertools.count(1) if not (t := place.with_name(f"{place.name}-{i}")).exists())
+    target.mkdir(parents=True)
+    for name in sorted(os.listdir(job.folder), key=lambda name: name == "config.yaml"):
+        if name not in (".lock", JOB):
+            os.replace(job.folder / name, target / name)
+    return target
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+# ---- many runs ---------------------------------------------------------------------------------------------------------
+
+
+def one_after_another(jobs: Sequence[Job]) -> Iterator[Outcome]:
+    """Here, in this process, in order."""
+    models = Models()
+    for job in jobs:
+        yield execute(job, models)
+
+
+def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_another) -> list[Outcome]:
+    """Run what is not finished; the outcomes of what failed.
+
+    Each job's folder is told what is planned in it first, so that a table names what is missing however this ends.
+    """
+    left = [job for job in jobs if not finished(job)]
+    if len(left) < len(jobs):
+        say(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
+    for job in left:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
+    failed: list[Outcome] = []
+    start, done, total = time.perf_counter(), 0.0, sum(job.cost for job in left)
+    for number, outcome in enumerate(runner(left), start=1):
+        done += outcome.job.cost
+        spent = time.perf_counter() - start
+        remaining = f", about {duration(spent * (total - done) / done)} left" if number < len(left) else ""
+        what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
+        say(f"[{number}/{len(left)}] {outcome.job.label}: {what} ({duration(outcome.seconds)}{remaining})")
+        if outcome.result is None:
+            failed.append(outcome)
+    return failed
+
+
+def figures(result: dict[str, Any]) -> str:
+    """``base 71.2, new 55.3``."""
+    metrics = {result["protocol"]["test"]: result["metrics"]}
+    metrics.update({name: test["metrics"] for name, test in result.get("tests", {}).items()})
+    return ", ".join(f"{name} {values['accuracy']:.1f}" for name, values in metrics.items())
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def report(failed: Iterable[Outcome]) -> list[str]:
+    """What failed, each with the last lines of its log."""
+    lines: list[str] = []
+    for outcome in failed:
+        lines += [f"FAILED {outcome.job.label}: {outcome.error}", f"  in {outcome.job.folder}"]
+        lines += [f"  | {line}" for line in outcome.log]
+    return lines
+
+
+def planned(jobs: Sequence[Job]) -> list[str]:
+    """What ``--dry-run`` prints: each run, and whether it is there."""
+    lines = []
+    for job in jobs:
+        state = "there already" if finished(job) else "to go on with" if (job.folder / "config.yaml").is_file() else "to run"
+        lines.append(f"{job.label}: {state}, in {job.folder}")
+    return [*lines, f"{len(jobs)} runs"]
