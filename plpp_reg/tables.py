@@ -431,7 +431,10 @@ LEGEND = (
     "Accuracy in percent, mean ± sample standard deviation over seeds. Differences are paired over seeds, ± half the 95% "
     "interval (Student's t)."
 )
-LEGEND_H = " H is the harmonic mean of the mean base and the mean new accuracy, in the average too; its spread is that of each seed's H."
+LEGEND_H = (
+    " H is the harmonic mean of the mean base and the mean new accuracy, in the average too; its spread is that of each "
+    "seed's H."
+)
 
 
 def markdown(tables: Sequence[Table], missing: Sequence[str]) -> str:
