@@ -1,0 +1,85 @@
+"""Kill a sweep at random moments, start it again each time, and compare its tables with an undisturbed sweep's.
+
+    python tools/kill_sweep.py [--kills 20] [--protocol base_to_new] [--seed 0] [-- MORE ARGUMENTS OF plpp run]
+
+A kill is SIGKILL: nothing is tidied up. Moments are drawn over the time that two runs take here, start-up included, so that
+they fall into loading, training, writing, testing. Exit status 0: Markdown, CSV and LaTeX are equal to the byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from plpp_reg import tables
+
+PLPP = [sys.executable, "-c", "import sys; from plpp_reg.cli import main; sys.exit(main())"]
+
+
+def command(protocol: str, output: Path, more: list[str]) -> list[str]:
+    return [*PLPP, "run", protocol, "--output", str(output), *more]
+
+
+def state(output: Path) -> str:
+    """Where a killed sweep stood: finished runs, and runs with a checkpoint."""
+    finished = len(list(output.rglob("result.json")))
+    begun = len(list(output.rglob("prompt_learner/checkpoint")))
+    return f"{finished} finished, {begun} with a checkpoint"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--protocol", default="base_to_new")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--output", type=Path, default=None, help="folder (default: a temporary one)")
+    parser.add_argument("--json", type=Path, default=None, help="write what was done here")
+    parser.add_argument("more", nargs="*", help="arguments of plpp run, after --")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        place = args.output or Path(temporary)
+        undisturbed, disturbed = place / "undisturbed", place / "disturbed"
+        start = time.perf_counter()
+        subprocess.run(command(args.protocol, undisturbed, args.more), check=True)
+        whole = time.perf_counter() - start
+        runs = len(list(undisturbed.rglob("result.json")))
+        each = whole / runs
+        rng, moments = random.Random(args.seed), []
+        while True:
+            process = subprocess.Popen(command(args.protocol, disturbed, args.more), stdout=subprocess.DEVNULL)
+            begun = time.perf_counter()
+            try:
+                # Up to two runs' time after the start-up's share, so that the sweep moves on between kills.
+                process.wait(timeout=rng.uniform(0, 2 * each + 5) if len(moments) < args.kills else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                moments.append(round(time.perf_counter() - begun, 2))
+                print(f"kill {len(moments)} after {moments[-1]:.1f} s: {state(disturbed)}", flush=True)
+                continue
+            break
+        if process.returncode:
+            print(f"the sweep ended with status {process.returncode}")
+            return 1
+        equal = {}
+        for form in tables.WRITERS:
+            texts = []
+            for output in (undisturbed, disturbed):
+                texts.append(tables.write_tables(output, form, output=os.fspath(place / f"{output.name}.{form}")))
+            equal[form] = texts[0] == texts[1]
+        words = [f"{form} {'equal' if same else 'DIFFERENT'}" for form, same in equal.items()]
+        print(f"{runs} runs, {len(moments)} kills: {', '.join(words)}")
+        if args.json:
+            args.json.write_text(json.dumps({"runs": runs, "kills": moments, "equal": equal}, indent=1) + "\n")
+        return 0 if all(equal.values()) and len(moments) == args.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
