@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
+from yacs.config import CfgNode
 
 from plpp_reg import results
 from plpp_reg.engine import config
 from plpp_reg.engine.files import locked, write_text
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.run import further_config, load_data, resolve, run
+from plpp_reg.engine.run import UnusableCheckpoint, further_config, load_data, resolve, run
 from plpp_reg.errors import InputError
 from plpp_reg.protocols import Job
 
@@ -48,17 +49,29 @@ Runner = Callable[[Sequence[Job]], Iterator[Outcome]]
 # ---- one run -----------------------------------------------------------------------------------------------------------
 
 
-def finished(job: Job) -> bool:
+class Hashes(dict):
+    """The hash of each data set as it is sampled, read once: many runs of a sweep share them."""
+
+    def of(self, cfg: CfgNode) -> str:
+        node = cfg.DATASET
+        key = (node.NAME, node.ROOT, node.NUM_SHOTS, cfg.SEED if node.NUM_SHOTS > 0 else None, node.SUBSAMPLE_CLASSES)
+        if key not in self:
+            self[key] = load_data(cfg).sha256()
+        return self[key]
+
+
+def finished(job: Job, hashes: Hashes | None = None) -> bool:
     """Whether the folder holds this job's result: the same resolved configuration and the same files, in every test."""
+    read = hashes if hashes is not None else Hashes()
     result = results.read_if_whole(job.folder)
     if result is None or result.get("protocol") != job.note:
         return False
     cfg, _ = resolve(job.arguments)
     if config.differences(result["config"], config.flat(cfg)):
         return False
-    hashes = {"": result["files_sha256"], **{name: test["files_sha256"] for name, test in result.get("tests", {}).items()}}
+    recorded = {"": result["files_sha256"], **{name: test["files_sha256"] for name, test in result.get("tests", {}).items()}}
     configs = {"": cfg, **{name: further_config(cfg, opts) for name, opts in job.tests.items()}}
-    return hashes.keys() == configs.keys() and all(load_data(c).sha256() == hashes[name] for name, c in configs.items())
+    return recorded.keys() == configs.keys() and all(read.of(c) == recorded[name] for name, c in configs.items())
 
 
 def execute(job: Job, models: Models | None = None) -> Outcome:
@@ -71,13 +84,10 @@ def execute(job: Job, models: Models | None = None) -> Outcome:
             _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
             if _other_settings(job):
                 set_aside(job)
-        begun = (job.folder / "config.yaml").is_file()
         try:
             result = _run(job, models)
-        except InputError:
-            if not begun:
-                raise
-            with locked(job.folder):  # a checkpoint that does not fit, of other files or another device: from the beginning
+        except UnusableCheckpoint:
+            with locked(job.folder):
                 set_aside(job)
             result = _run(job, models)
         return Outcome(job, result, time.perf_counter() - start)
@@ -164,7 +174,8 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
 
     Each job's folder is told what is planned in it first, so that a table names what is missing however this ends.
     """
-    left = [job for job in jobs if not finished(job)]
+    hashes = Hashes()
+    left = [job for job in jobs if not finished(job, hashes)]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
     for job in left:
@@ -207,8 +218,9 @@ def report(failed: Iterable[Outcome]) -> list[str]:
 
 def planned(jobs: Sequence[Job]) -> list[str]:
     """What ``--dry-run`` prints: each run, and whether it is there."""
-    lines = []
+    lines, hashes = [], Hashes()
     for job in jobs:
-        state = "there already" if finished(job) else "to go on with" if (job.folder / "config.yaml").is_file() else "to run"
+        state = "to go on with" if (job.folder / "config.yaml").is_file() else "to run"
+        state = "there already" if finished(job, hashes) else state
         lines.append(f"{job.label}: {state}, in {job.folder}")
     return [*lines, f"{len(jobs)} runs"]

@@ -441,7 +441,7 @@ def markdown(tables: Sequence[Table], missing: Sequence[str]) -> str:
     lines: list[str] = []
     for table in tables:
         lines += [f"## {table.protocol} ({table.backbone})", ""]
-        header = ["data set", "method", *(_title(c) for c in table.columns), "seeds", "source"]
+        header = ["data set", "method", *(_title(c) for c in table.columns), "seeds", "reference"]
         lines += [f"| {' | '.join(header)} |", "|" + "---|" * 2 + "---:|" * (len(table.columns) + 1) + "---|"]
         for row in table.rows:
             cells = [_cell(row, column, "±", "") for column in table.columns]

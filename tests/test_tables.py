@@ -64,7 +64,7 @@ def halves(tmp_path: Path) -> Path:
 GOLDEN = """\
 ## base_to_new (ViT-B/16)
 
-| data set | method | base | new | H | seeds | source |
+| data set | method | base | new | H | seeds | reference |
 |---|---|---:|---:|---:|---:|---|
 | DTD | CoOp | 80.00 ± 1.00 | 50.00 ± 2.00 | 61.54 ± 1.22 | 3 |  |
 | DTD | CoOp_PLPP | 80.17 ± 0.29 | 54.83 ± 0.76 | 65.12 ± 0.56 | 3 |  |
@@ -173,7 +173,7 @@ def test_few_shot_table(tmp_path: Path) -> None:
                 accuracy = {"accuracy": 45.0 + shots + seed + offset}
                 record(tmp_path, "CoOp", seed, accuracy, dataset, protocol="few_shot", shots=shots)
     text = tables.write_tables(tmp_path, "markdown", published=False)
-    assert "| data set | method | 1 | 16 | seeds | source |" in text
+    assert "| data set | method | 1 | 16 | seeds | reference |" in text
     assert "| DTD | ZeroshotCLIP | 40.00 | 40.00 | 1 |" in text  # the same at any number of shots
     assert "| DTD | CoOp | 47.50 ± 0.71 | 62.50 ± 0.71 | 2 |" in text
     assert "| Average of 2 | CoOp | 52.50 ± 0.71 | 67.50 ± 0.71 | 2 |" in text
@@ -189,7 +189,7 @@ def test_targets_table_beside_published_figures(tmp_path: Path) -> None:
         record(tmp_path, "CoOp", seed, {k: v + seed for k, v in targets.items()}, "imagenet", protocol="domain_generalization")
     text = tables.write_tables(tmp_path, "markdown")
     columns = "source | ImageNetV2 | ImageNet-Sketch | ImageNet-A | ImageNet-R | average"
-    assert f"| data set | method | {columns} | seeds | source |" in text
+    assert f"| data set | method | {columns} | seeds | reference |" in text
     ours = " | ".join(f"{v:.2f} ± 0.71" for v in (72.5, 65.5, 49.5, 51.5, 77.5, 61.0))
     assert f"| ImageNet | CoOp | {ours} | 2 |" in text
     assert "| ImageNet | CoOp (published) | 71.51 | 64.20 | 47.99 | 49.71 | 75.21 | 59.28 |" in text

@@ -115,6 +115,10 @@ def output_dir(cfg: CfgNode, eval_only: bool) -> Path:
     return Path("output", *parts, *(["eval"] if eval_only else []))
 
 
+class UnusableCheckpoint(InputError):
+    """What lies in a run's own folder cannot be gone on from: cut short, or of other images or another device."""
+
+
 class FurtherTest(NamedTuple):
     """The trained prompts on another data set, or on other classes of it."""
 
@@ -218,7 +222,7 @@ def _test_further(folder: Path, trainer: PromptTrainer, test: FurtherTest) -> di
     trainer.log(f"Test {test.name}:")
     other = type(trainer)(test.cfg, data=test.data, clip_model=trainer.clip_model, log=trainer.log)
     if other.trained():
-        other.load_model(folder)
+        other.saving.load_model(folder)
     metrics = other.test(test.cfg.TEST.SPLIT)
     return {
         "dataset": test.cfg.DATASET.NAME,
@@ -249,7 +253,10 @@ def _run_in(
         if cfg.RESUME and trainer.epoch:
             checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.saving.folder)
         else:
-            trainer.saving.resume(folder)
+            try:
+                trainer.saving.resume(folder)
+            except InputError as e:
+                raise UnusableCheckpoint(str(e)) from e
         trainer.train(folder, after_epoch)
         if cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
             log("Deploy the model with the best val performance")
