@@ -11,6 +11,7 @@ import pytest
 from plpp_reg import cli
 from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, resolve
+from plpp_reg.protocols import Choice, plan
 from plpp_reg.regularizer import settings_defaults
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,8 @@ def test_every_command_line_means_something(line):
     if args.command == "train":
         fields = {name: getattr(args, name) for name in RunArguments._fields}
         resolve(RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
+    if args.command == "run":
+        assert plan(args.protocol, Choice(**{name: getattr(args, name) for name in Choice._fields}), args.output)
 
 
 def test_there_are_command_lines_to_check():

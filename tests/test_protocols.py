@@ -19,7 +19,7 @@ import yaml
 from plpp_reg import protocols, sweep, tables
 from plpp_reg.cli import main
 from plpp_reg.datasets import DATASETS, DatasetEntry
-from plpp_reg.engine import config
+from plpp_reg.engine import config, registry
 from plpp_reg.engine.files import locked
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.run import run as run_once
@@ -117,9 +117,7 @@ def executed(jobs: Sequence[Job]) -> list[str]:
 
 
 def test_the_papers_protocols_expand(tmp_path: Path) -> None:
-    choice = Choice(
-        methods=["CoOp", "CoOp_PLPP"], datasets=["caltech101", "dtd"], seeds=[1, 2, 3], root="DATA", recipe="few_shot_16"
-    )
+    choice = Choice(methods=["CoOp", "CoOp_PLPP"], datasets=["caltech101", "dtd"], seeds=[1, 2, 3], root="DATA")
     jobs = plan("base_to_new", choice, tmp_path)
     assert len(jobs) == 12 and len({job.folder for job in jobs}) == 12 and not list(tmp_path.iterdir())
     for job in jobs:
@@ -144,11 +142,39 @@ def test_the_papers_protocols_expand(tmp_path: Path) -> None:
     ],
 )
 def test_one_training_is_tested_on_each_target(name: str, targets: str, tmp_path: Path) -> None:
-    jobs = plan(name, Choice(methods=["CoOp"], root="DATA", recipe="few_shot_16"), tmp_path)
+    jobs = plan(name, Choice(methods=["CoOp"], root="DATA"), tmp_path)
     assert [job.note["seed"] for job in jobs] == [1, 2, 3]
     assert list(jobs[0].tests) == targets.split()
     cfg, _ = resolve(jobs[0].arguments)
     assert (cfg.DATASET.NAME, cfg.DATASET.SUBSAMPLE_CLASSES) == ("ImageNet", "all")
+
+
+def epochs(jobs: Sequence[Job]) -> dict[tuple[str, int], int]:
+    return {(j.note["dataset"], j.note["shots"]): resolve(j.arguments)[0].OPTIM.MAX_EPOCH for j in jobs}
+
+
+def test_recipes_follow_method_data_set_and_shots(tmp_path: Path) -> None:
+    """DESIGN's table of the papers' recipes, as far as it depends on data set and shots."""
+    papers = {"root": "DATA", "seeds": [1]}
+    for method in ("CoOp", "CoOp_PLPP"):
+        found = epochs(plan("few_shot", Choice(methods=[method], datasets=["dtd", "imagenet"], **papers), tmp_path))
+        assert found == {
+            **{("imagenet", s): 50 for s in (1, 2, 4, 8, 16)},
+            **{("dtd", 1): 50, ("dtd", 2): 100, ("dtd", 4): 100},
+        } | {
+            ("dtd", 8): 200,
+            ("dtd", 16): 200,
+        }
+    found = epochs(plan("base_to_new", Choice(methods=["ProGrad"], datasets=["dtd", "imagenet"], **papers), tmp_path))
+    assert found == {("dtd", 16): 100, ("imagenet", 16): 50}
+    jobs = plan("few_shot", Choice(methods=["PromptSRC"], datasets=["dtd", "food101"], shots=[4], **papers), tmp_path)
+    assert [resolve(job.arguments)[0].TRAINER.PROMPTSRC.GPA_MEAN for job in jobs] == [45.0, 30.0]
+
+
+@pytest.mark.parametrize("name", [n for n in registry.trainer_names() if not n.endswith("_PLPP")])
+def test_every_method_has_a_recipe_base_to_new(name: str, tmp_path: Path) -> None:
+    (job,) = plan("base_to_new", Choice(methods=[name], datasets=["dtd"], seeds=[1], root="DATA"), tmp_path)
+    assert resolve(job.arguments)[0].INPUT.SIZE == (224, 224)
 
 
 @pytest.mark.parametrize("name", protocols.protocol_names())
