@@ -158,13 +158,8 @@ def test_recipes_follow_method_data_set_and_shots(tmp_path: Path) -> None:
     papers = {"root": "DATA", "seeds": [1]}
     for method in ("CoOp", "CoOp_PLPP"):
         found = epochs(plan("few_shot", Choice(methods=[method], datasets=["dtd", "imagenet"], **papers), tmp_path))
-        assert found == {
-            **{("imagenet", s): 50 for s in (1, 2, 4, 8, 16)},
-            **{("dtd", 1): 50, ("dtd", 2): 100, ("dtd", 4): 100},
-        } | {
-            ("dtd", 8): 200,
-            ("dtd", 16): 200,
-        }
+        assert {shots: found["dtd", shots] for shots in (1, 2, 4, 8, 16)} == {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
+        assert {found["imagenet", shots] for shots in (1, 2, 4, 8, 16)} == {50}
     found = epochs(plan("base_to_new", Choice(methods=["ProGrad"], datasets=["dtd", "imagenet"], **papers), tmp_path))
     assert found == {("dtd", 16): 100, ("imagenet", 16): 50}
     jobs = plan("few_shot", Choice(methods=["PromptSRC"], datasets=["dtd", "food101"], shots=[4], **papers), tmp_path)

@@ -2,8 +2,9 @@
 
     python tools/kill_sweep.py [--kills 20] [--protocol base_to_new] [--seed 0] [-- MORE ARGUMENTS OF plpp run]
 
-A kill is SIGKILL: nothing is tidied up. Moments are drawn over the time that two runs take here, start-up included, so that
-they fall into loading, training, writing, testing. Exit status 0: Markdown, CSV and LaTeX are equal to the byte.
+A kill is SIGKILL: nothing is tidied up. Moments are drawn over the start-up and twice the share that a kill has of the whole
+sweep's time, so that they fall into loading, training, writing and testing, and the sweep moves on between them.
+Exit status 0: Markdown, CSV and LaTeX are equal to the byte.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ def main() -> int:
         start = time.perf_counter()
         subprocess.run(command(args.protocol, undisturbed, args.more), check=True)
         whole = time.perf_counter() - start
+        start = time.perf_counter()
+        subprocess.run(command(args.protocol, undisturbed, args.more), check=True)  # all skipped
+        start_up = time.perf_counter() - start
+        longest = start_up + 2 * max(0.0, whole - start_up) / args.kills
         runs = len(list(undisturbed.rglob("result.json")))
-        each = whole / runs
         rng, moments = random.Random(args.seed), []
         while True:
             process = subprocess.Popen(command(args.protocol, disturbed, args.more), stdout=subprocess.DEVNULL)
             begun = time.perf_counter()
             try:
-                # Up to two runs' time after the start-up's share, so that the sweep moves on between kills.
-                process.wait(timeout=rng.uniform(0, 2 * each + 5) if len(moments) < args.kills else None)
+                process.wait(timeout=rng.uniform(0, longest) if len(moments) < args.kills else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
