@@ -130,10 +130,15 @@ def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
             raise InputError(f"{where}: expected a key {key!r}")
     if content["table"] not in TABLES:
         raise unknown(f"table in {where}:", str(content["table"]), TABLES)
+    if content["table"] == "halves" and not {"base", "new"} <= {content.get("test"), *content.get("tests", ())}:
+        raise InputError(f"{where}: expected tests base and new for a table of halves")
     for rule in content.get("where", ()):
-        for key in rule:
+        for key, value in rule.items():
             if key not in WHERE:
                 raise unknown(f"key in where of {where}:", key, WHERE)
+            kind, words = (dict, "keys and values") if key == "set" else (list, "a list")
+            if not isinstance(value, kind):
+                raise InputError(f"{where}: where: {key}: expected {words}, got {value!r}")
     return Protocol(name=name, **content)
 
 

@@ -144,7 +144,8 @@ def test_names_of_a_data_set() -> None:
         assert full_name(name) == "DescribableTextures"
     assert (short_name("OxfordFlowers"), paper_name("OxfordFlowers")) == ("oxford_flowers", "Flowers102")
     assert full_name("flowers102") == "OxfordFlowers" and full_name("folder:x/pets") == "folder:x/pets"
-    assert short_name("folder:x/my pets/") == "my pets" and short_name("csv:x/table.csv") == "table"
+    assert short_name("folder:x/DTD") == "own_DTD"  # or published figures would stand beside it
+    assert short_name("folder:x/my.pets/") == "my.pets" and short_name("csv:x/table.csv") == "table"
     with pytest.raises(InputError, match="unknown data set 'caltech': did you mean 'caltech101'"):
         full_name("caltech")
     assert template("DescribableTextures") == "{} texture." and template("folder:x") == "a photo of a {}."
@@ -247,6 +248,19 @@ def test_too_few_images_for_the_shots_name_the_class(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least 16 training images of class 'hot dog' .* got 5"):
         load_dataset(name, shots=16)
     assert load_dataset(name, shots=5).train
+
+
+def test_a_run_on_ones_own_data_says_what_is_wrong_with_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = ["train", "--output-dir", str(tmp_path / "out"), "DATASET.NUM_SHOTS", "2", "OPTIM.MAX_EPOCH", "1", "DATASET.NAME"]
+    long = "_".join(["ox"] * 80)
+    assert main([*argv, folder_of(tmp_path / "long", {long: 10, "cat": 10})]) == 2
+    assert f"{long.replace('_', ' ')!r}: expected at most 77 tokens" in capsys.readouterr().err
+    name = folder_of(tmp_path / "broken", {"dog": 10, "cat": 10})
+    for path in (tmp_path / "broken" / "dog").iterdir():
+        path.write_bytes(PICTURE[:150])
+    assert main([*argv, name]) == 2
+    err = capsys.readouterr().err
+    assert "image " in err and f"dog{os.sep}" in err.replace("/", os.sep) and "expected a readable picture" in err
 
 
 def table(path: Path, *lines: str) -> str:

@@ -240,6 +240,8 @@ def test_a_bad_choice_is_one_line(changes: dict, message: str, bench: Bench) -> 
         ({"seeds": 1}, "seeds: expected sequence"),
         ({"table": "halfs"}, "'halfs': did you mean 'halves'"),
         ({"where": [{"method": ["CoOp"]}]}, "'method': did you mean 'methods'"),
+        ({"where": [{"recipe": "base2new"}]}, "recipe: expected a list, got 'base2new'"),
+        ({"test": "accuracy"}, "expected tests base and new for a table of halves"),
     ],
 )
 def test_a_bad_protocol_is_one_line(changes: dict, message: str, bench: Bench) -> None:

@@ -44,9 +44,12 @@ def full_name(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """The name that a folder of results gets: ``dtd``; of one's own data the last part of its path."""
-    if own_kind(name):
-        return Path(name.partition(":")[2]).resolve().stem
+    """The name that a folder of results gets: ``dtd``; of one's own data the last part of its path, ``own_dtd`` if need be."""
+    if kind := own_kind(name):
+        path = Path(name.partition(":")[2]).expanduser().resolve()
+        own = path.stem if kind == "csv" else path.name
+        taken = {n.lower() for key, entry in DATASETS.items() for n in (key, entry.short, entry.paper)}
+        return f"own_{own}" if own.lower() in taken else own
     return (DATASETS[name].short if name in DATASETS else "") or name
 
 
