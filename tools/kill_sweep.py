@@ -2,8 +2,8 @@
 
     python tools/kill_sweep.py [--kills 20] [--protocol base_to_new] [--seed 0] [-- MORE ARGUMENTS OF plpp run]
 
-A kill is SIGKILL: nothing is tidied up. Moments are drawn over the start-up and twice the share that a kill has of the whole
-sweep's time, so that they fall into loading, training, writing and testing, and the sweep moves on between them.
+A kill is SIGKILL: nothing is tidied up. One moment in five is drawn over the start-up, the others over twice the share that a
+kill has of the sweep's time after it: they fall into training, writing and testing, and the sweep moves on between them.
 Exit status 0: Markdown, CSV and LaTeX are equal to the byte.
 """
 
@@ -53,14 +53,15 @@ def main() -> int:
         start = time.perf_counter()
         subprocess.run(command(args.protocol, undisturbed, args.more), check=True)  # all skipped
         start_up = time.perf_counter() - start
-        longest = start_up + 2 * max(0.0, whole - start_up) / args.kills
+        share = max(0.0, whole - start_up) / args.kills
         runs = len(list(undisturbed.rglob("result.json")))
         rng, moments = random.Random(args.seed), []
         while True:
             process = subprocess.Popen(command(args.protocol, disturbed, args.more), stdout=subprocess.DEVNULL)
             begun = time.perf_counter()
+            moment = rng.uniform(0, start_up) if rng.random() < 0.2 else start_up + rng.uniform(0, 2 * share)
             try:
-                process.wait(timeout=rng.uniform(0, longest) if len(moments) < args.kills else None)
+                process.wait(timeout=moment if len(moments) < args.kills else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
