@@ -275,13 +275,13 @@ def _imagenet(folder: Path, layout: Layout) -> Parts:
 
 def _imagenet_folders(folder: Path, layout: Layout) -> Parts:
     classnames = read_classnames(folder / "classnames.txt")
-    return (), (), _wnids(folder / layout.images, "", classnames, layout.ignored)
+    return (), (), _wnids(folder / layout.images, "", classnames)
 
 
-def _wnids(images: Path, part: str, classnames: Mapping[str, str], ignored: Sequence[str] = ()) -> list[Row]:
+def _wnids(images: Path, part: str, classnames: Mapping[str, str]) -> list[Row]:
     """Folders n01440764, ... sorted; their classes are numbered as they come, whichever of ImageNet's thousand they are."""
     rows = []
-    wnids = sorted(name for name in _listed(images / part) if name not in ignored and (images / part / name).is_dir())
+    wnids = sorted(name for name in _listed(images / part) if (images / part / name).is_dir())
     for label, wnid in enumerate(wnids):
         if wnid not in classnames:
             raise InputError(f"{str(images / part / wnid)!r}: expected a folder of ImageNet's classnames.txt")
