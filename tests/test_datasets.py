@@ -15,6 +15,7 @@ from plpp_reg.cli import main
 from plpp_reg.datasets import DATASETS, full_name, load_dataset, paper_name, short_name, template
 from plpp_reg.datasets.readers import SPLIT_SEED
 from plpp_reg.engine import config
+from plpp_reg.engine.data import load_data
 from plpp_reg.engine.run import shipped_config
 from plpp_reg.errors import InputError
 
@@ -181,6 +182,14 @@ def test_the_kept_list_is_what_its_hash_says(minis: Path) -> None:
     assert not any(os.path.isabs(name) for name, _, _ in kept["train"])
     assert data.sampled_sha256() == hashlib.sha256(data.sampled_json().encode()).hexdigest()
     assert data.sampled_sha256() != load_dataset("FGVCAircraft", minis, 2, 2).sampled_sha256()
+
+
+def test_the_data_sets_own_seed_picks_the_images(minis: Path) -> None:
+    cfg = config.get_cfg_default()
+    cfg.SEED, cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.DATASET.NUM_SHOTS = 1, "FGVCAircraft", str(minis), 2
+    assert load_data(cfg) == load_dataset("FGVCAircraft", minis, 2, 1)
+    cfg.DATASET.SEED = 2
+    assert load_data(cfg) == load_dataset("FGVCAircraft", minis, 2, 2) != load_dataset("FGVCAircraft", minis, 2, 1)
 
 
 # ---- data of one's own -------------------------------------------------------------------------------------------------

@@ -293,6 +293,7 @@ def test_files_keys_and_figures_of_a_run(arguments, data: DataSplit) -> None:
         "log.txt",
         "prompt_learner",
         "result.json",
+        "few_shot.json",
         "tensorboard",
     }
     # Only the newest of the epochs: CHECKPOINT_FREQ asks for none between.

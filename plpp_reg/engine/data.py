@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 from yacs.config import CfgNode
 
-from plpp_reg.datasets import Datum
+from plpp_reg.datasets import DataSplit, Datum, load_dataset
 from plpp_reg.errors import InputError, unknown
 
 INTERPOLATIONS = {
@@ -148,6 +148,12 @@ class EpochBatches(Sampler):
 def image_seed_of(cfg: CfgNode) -> int:
     """The seed of the pictures: which are picked, and how they are augmented."""
     return cfg.DATASET.SEED if cfg.DATASET.SEED >= 0 else cfg.SEED
+
+
+def load_data(cfg: CfgNode) -> DataSplit:
+    """What ``cfg.DATASET`` names, as a run sees it."""
+    node = cfg.DATASET
+    return load_dataset(node.NAME, node.ROOT, node.NUM_SHOTS, image_seed_of(cfg), node.SUBSAMPLE_CLASSES)
 
 
 def build_loader(

@@ -20,6 +20,7 @@ from plpp_reg.datasets import Datum
 from plpp_reg.datasets.emoji import cache_folder
 from plpp_reg.engine.data import canonical_loader, image_seed_of
 from plpp_reg.engine.store import TensorStore
+from plpp_reg.errors import InputError
 
 if TYPE_CHECKING:
     from plpp_reg.engine.trainer import PromptTrainer
@@ -90,6 +91,9 @@ def _files_sha256(items: Sequence[Datum]) -> str:
     """Hash of which files these are, in order, and of their sizes and times: a file that was changed is another one."""
     digest = hashlib.sha256()
     for item in items:
-        stat = os.stat(item.impath)
+        try:
+            stat = os.stat(item.impath)
+        except OSError as e:
+            raise InputError(f"image {item.impath}: expected a readable picture, got {e}") from e
         digest.update(f"{item.name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

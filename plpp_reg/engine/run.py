@@ -13,8 +13,9 @@ from yacs.config import CfgNode
 
 from plpp_reg import results
 from plpp_reg.clip.load import EMBEDDED
-from plpp_reg.datasets import DataSplit, load_dataset, short_name
+from plpp_reg.datasets import DataSplit, short_name
 from plpp_reg.engine import checkpoint, config, registry
+from plpp_reg.engine.data import load_data
 from plpp_reg.engine.files import locked, write_text
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
@@ -125,12 +126,6 @@ class FurtherTest(NamedTuple):
     name: str
     cfg: CfgNode
     data: DataSplit
-
-
-def load_data(cfg: CfgNode) -> DataSplit:
-    """What ``cfg.DATASET`` names, sampled."""
-    node = cfg.DATASET
-    return load_dataset(node.NAME, node.ROOT, node.NUM_SHOTS, cfg.SEED, node.SUBSAMPLE_CLASSES)
 
 
 def further_config(cfg: CfgNode, opts: Sequence[str]) -> CfgNode:

@@ -21,8 +21,8 @@ from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
-from plpp_reg.datasets import DataSplit, load_dataset
-from plpp_reg.engine.data import build_loader
+from plpp_reg.datasets import DataSplit
+from plpp_reg.engine.data import build_loader, load_data
 from plpp_reg.engine.evaluation import Classification
 from plpp_reg.engine.features import FrozenFeatures
 from plpp_reg.engine.files import write_atomically
@@ -157,9 +157,7 @@ class PromptTrainer:
         self.method_cfg = cfg.TRAINER[self.config_node] if self.config_node else CfgNode()
         self.device = torch.device("cuda" if cfg.USE_CUDA and torch.cuda.is_available() else "cpu")
         self.precision = self._precision(self.method_cfg.get("PREC", "fp32"))
-        self.data = data or load_dataset(
-            cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.DATASET.NUM_SHOTS, cfg.SEED, cfg.DATASET.SUBSAMPLE_CLASSES
-        )
+        self.data = data or load_data(cfg)
         self.log(
             f"Data set {cfg.DATASET.NAME}: {len(self.data.classnames)} classes, {len(self.data.train):,} images for training, "
             f"{len(self.data.val):,} for choosing, {len(self.data.test):,} for testing"
