@@ -20,9 +20,10 @@ from yacs.config import CfgNode
 
 from plpp_reg import results
 from plpp_reg.engine import config
+from plpp_reg.engine.data import image_seed_of, load_data
 from plpp_reg.engine.files import locked, write_text
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.run import UnusableCheckpoint, further_config, load_data, resolve, run
+from plpp_reg.engine.run import UnusableCheckpoint, further_config, resolve, run
 from plpp_reg.errors import InputError
 from plpp_reg.protocols import Job
 
@@ -54,7 +55,7 @@ class Hashes(dict):
 
     def of(self, cfg: CfgNode) -> str:
         node = cfg.DATASET
-        key = (node.NAME, node.ROOT, node.NUM_SHOTS, cfg.SEED if node.NUM_SHOTS > 0 else None, node.SUBSAMPLE_CLASSES)
+        key = (node.NAME, node.ROOT, node.NUM_SHOTS, image_seed_of(cfg) if node.NUM_SHOTS > 0 else None, node.SUBSAMPLE_CLASSES)
         if key not in self:
             self[key] = load_data(cfg).sha256()
         return self[key]
