@@ -468,7 +468,7 @@ def test_a_diverging_run_ends_with_status_1_and_one_line(
 def test_an_interrupted_run_says_how_to_go_on(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def interrupt(*args):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PromptTrainer, "step", interrupt)

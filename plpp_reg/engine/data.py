@@ -168,9 +168,9 @@ def build_loader(
     batch_size = cfg.DATALOADER.TRAIN_X.BATCH_SIZE if train else cfg.DATALOADER.TEST.BATCH_SIZE
     if batch_size < 1:
         raise InputError(f"DATALOADER.{'TRAIN_X' if train else 'TEST'}.BATCH_SIZE: expected an integer >= 1, got {batch_size}")
+    if cfg.DATALOADER.NUM_WORKERS < 0:
+        raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer >= 0, got {cfg.DATALOADER.NUM_WORKERS}")
     workers = cfg.DATALOADER.NUM_WORKERS if pixels else 0
-    if workers < 0:
-        raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer >= 0, got {workers}")
     images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg))
     return DataLoader(
         images if pixels else Labels(items),
