@@ -54,7 +54,7 @@ def _parser() -> _Parser:
     train.add_argument("--backbone", default="", help="'embedded' (default), a name of OpenAI's (ViT-B/16) or a file")
     train.add_argument("--eval-only", action="store_true", help="evaluate, never train")
     train.add_argument("--model-dir", default="", metavar="DIR", help="run folder whose prompts --eval-only loads")
-    train.add_argument("--load-epoch", type=int, default=None, help="epoch to load (default: best on validation, else newest)")
+    train.add_argument("--load-epoch", type=int, default=None, help="epoch to load (default: best on validation, else last)")
     train.add_argument("--no-train", action="store_true", help="build everything, train nothing")
     train.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys, after the flags")
 
@@ -92,6 +92,26 @@ def _parser() -> _Parser:
     data.add_argument("--datasets", nargs="+", default=[], help="these alone (also folder:PATH, csv:PATH)")
     data.add_argument("--every-image", action="store_true", help="decode every image, not one of each data set")
     data.set_defaults(opts=[])
+
+    predict = commands.add_parser("predict", help="a trained prompt on your own images and class names")
+    predict.add_argument("run", metavar="RUN", help="a run's folder")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, or folders of them")
+    predict.add_argument("--classes", nargs="+", default=[], help="class names (default: those trained on)")
+    predict.add_argument("--load-epoch", type=int, default=None, help="epoch to load (default: best on validation, else last)")
+    predict.add_argument("--top", type=int, default=3, help="classes shown for each image (default: 3)")
+    predict.add_argument("--json", action="store_true", help="all probabilities, as JSON")
+    predict.set_defaults(opts=[])
+
+    export = commands.add_parser("export", help="a trained prompt as one safetensors file for plain PyTorch")
+    export.add_argument("run", metavar="RUN", help="a run's folder")
+    export.add_argument("file", metavar="FILE", help="where it goes: prompt.safetensors")
+    export.add_argument("--classes", nargs="+", default=[], help="class names (default: those trained on)")
+    export.add_argument("--load-epoch", type=int, default=None, help="epoch to load (default: best on validation, else last)")
+    export.set_defaults(opts=[])
+
+    cache = commands.add_parser("cache", help="the kept image features: how many, how large, how old")
+    cache.add_argument("--clear", action="store_true", help="remove them")
+    cache.set_defaults(opts=[])
     return parser
 
 
@@ -133,6 +153,24 @@ def _data(args: argparse.Namespace) -> int:
     return check(args.root, args.datasets, args.every_image)
 
 
+def _predict(args: argparse.Namespace) -> None:
+    from plpp_reg.predict import show
+
+    show(args.run, args.images, args.classes, args.load_epoch, args.top, args.json)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from plpp_reg.predict import export, load_run
+
+    export(load_run(args.run, args.classes, args.load_epoch), args.file)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from plpp_reg.engine.features import show_store
+
+    show_store(args.clear)
+
+
 def _check_opts(opts: Sequence[str]) -> None:
     for word in opts[::2]:
         if word.startswith("-"):
@@ -152,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         _check_opts(args.opts)
         commands = {"train": _train, "demo": _demo, "run": _run, "table": _table, "data": _data}
+        commands |= {"predict": _predict, "export": _export, "cache": _cache}
         return commands[args.command](args) or 0
     except InputError as e:
         print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,19 @@ VERSION = 1  # of what is computed: raise it when the image tower or the transfo
 
 def feature_store(max_gib: float) -> TensorStore:
     return TensorStore(cache_folder() / "features", max_gib)
+
+
+def show_store(clear: bool = False) -> None:
+    """``plpp cache``: what is kept, and remove it if asked to."""
+    store = feature_store(1)
+    entries = store.entries()
+    total = sum(entry.size for entry in entries)
+    print(f"{store.folder}: {len(entries)} file{'s' * (len(entries) != 1)}, {total / 2**20:.1f} MiB")
+    if entries:
+        days = [f"{(time.time() - entry.used) / 86400:.1f}" for entry in (entries[0], entries[-1])]
+        print(f"last used {days[0]} (the oldest) to {days[1]} days ago; FEATURES.MAX_GIB bounds them, --clear removes them")
+    if clear:
+        print(f"removed {store.clear()}")
 
 
 class FrozenFeatures:

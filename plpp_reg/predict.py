@@ -1,0 +1,151 @@
+"""A trained prompt on one's own images and class names: no data set, no Dassl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from plpp_reg.datasets import DataSplit
+from plpp_reg.engine import checkpoint, config, registry
+from plpp_reg.engine.data import build_transform
+from plpp_reg.engine.files import write_atomically
+from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.errors import InputError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Prediction(NamedTuple):
+    """One image: its class names with their probabilities (they sum to 1), the likeliest first."""
+
+    image: str
+    probabilities: dict[str, float]
+
+
+def load_run(
+    folder: str | Path, classes: Sequence[str] = (), epoch: int | None = None, clip_model: nn.Module | None = None
+) -> PromptTrainer:
+    """The trainer of a run's folder, ready to predict: its prompts around ``classes``, or around those it was trained on.
+
+    Args:
+        folder: what ``--output-dir`` named.
+        classes: class names; none: the run's own.
+        epoch: which checkpoint; None: the best on validation if there is one, else the newest.
+        clip_model: the run's backbone, if it is loaded already.
+
+    Raises:
+        InputError: not a run's folder, class names given twice, or prompts that belong to their classes.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"run {str(folder)!r}: expected a run's folder with its config.yaml")
+    if twice := sorted({name for name in classes if list(classes).count(name) > 1}):
+        raise InputError(f"--classes: expected different names, got {twice[0]!r} twice")
+    saved = config.from_yaml(folder / "config.yaml")
+    cls, _, _ = registry.find_trainer(str(saved.get("TRAINER.NAME")))
+    cfg = config.get_cfg_default(cls)
+    for key, value in saved.items():
+        config.set_value(cfg, key, value)
+    cfg.MODEL.INIT_WEIGHTS = ""
+    path = checkpoint.find(folder, cls.model_name, epoch)
+    trained_on = (checkpoint.load(path).get("plpp_reg") or {}).get("classnames")
+    if not classes and not trained_on:
+        raise InputError(f"run {str(folder)!r}: its checkpoint does not say its class names: give them with --classes")
+    if classes:
+        cfg.DATASET.SUBSAMPLE_CLASSES = "all"
+    data = DataSplit([], [], [], list(classes or trained_on))
+    trainer = cls(cfg, data=data, clip_model=clip_model, log=RunLog(quiet=True))
+    trainer.saving.load_weights(path)
+    return trainer
+
+
+def find_images(places: Sequence[str | Path]) -> list[Path]:
+    """Files as they are named, and the pictures in folders, sorted."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in PICTURES)
+            if not inside:
+                raise InputError(f"folder {str(place)!r}: expected pictures ({' '.join(PICTURES)}), got none")
+            found += inside
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise InputError(f"image {str(place)!r}: no such file or folder")
+    return found
+
+
+@torch.no_grad()
+def predict(trainer: PromptTrainer, images: Sequence[str | Path]) -> Iterator[Prediction]:
+    """Class probabilities of each image, in batches of DATALOADER.TEST.BATCH_SIZE."""
+    transform, size = build_transform(trainer.cfg, train=False), trainer.cfg.DATALOADER.TEST.BATCH_SIZE
+    with trainer.computing():
+        trainer.prepare_inference()
+        for i in range(0, len(images), size):
+            paths = images[i : i + size]
+            batch = {"img": torch.stack([transform(_open(path)) for path in paths]).to(trainer.device)}
+            for path, row in zip(paths, trainer.inference(batch).softmax(-1).tolist(), strict=True):
+                ranked = sorted(zip(trainer.data.classnames, row, strict=True), key=lambda pair: -pair[1])
+                yield Prediction(str(path), dict(ranked))
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise InputError(f"image {path}: expected a readable picture, got {e}") from e
+    return image
+
+
+@torch.no_grad()
+def export(trainer: PromptTrainer, path: str | Path) -> None:
+    """Write everything that is needed of a trained prompt into one safetensors file.
+
+    Tensors: ``class_features`` (C, embed_dim), normalised (not for CoCoOp, where every image has its own), ``logit_scale``
+    (the factor of cosines), and what was learned under its checkpoint's names. Metadata (JSON): ``classnames``, ``backbone``,
+    ``trainer``, ``input`` (size, mean and standard deviation of its images).
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {name: t.cpu().contiguous() for name, t in trainer.prompts.state_dict().items()}
+    tensors["logit_scale"] = trainer.clip_model.logit_scale.exp().float().cpu()
+    with trainer.computing():
+        trainer.prepare_inference()
+    if trainer.test_features is not None:
+        tensors["class_features"] = trainer.test_features.float().cpu().contiguous()
+    cfg = trainer.cfg
+    described: dict[str, Any] = {
+        "classnames": [name.replace("_", " ") for name in trainer.data.classnames],
+        "backbone": cfg.MODEL.BACKBONE.NAME,
+        "trainer": cfg.TRAINER.NAME,
+        "input": {
+            "size": list(cfg.INPUT.SIZE),
+            "interpolation": cfg.INPUT.INTERPOLATION,
+            "mean": list(cfg.INPUT.PIXEL_MEAN),
+            "std": list(cfg.INPUT.PIXEL_STD),
+        },
+    }
+    metadata = {name: json.dumps(value) for name, value in described.items()}
+    write_atomically(path, lambda p: save_file(tensors, p, metadata))
+
+
+def show(
+    run: str | Path, places: Sequence[str | Path], classes: Sequence[str], epoch: int | None, top: int, as_json: bool
+) -> None:
+    """``plpp predict``: print the predictions, a line an image or as one JSON list."""
+    images = find_images(places)
+    predictions = predict(load_run(run, classes, epoch), images)
+    if as_json:
+        print(json.dumps([p._asdict() for p in predictions], indent=1))
+        return
+    for p in predictions:
+        best = list(p.probabilities.items())[:top]
+        print(f"{p.image}  " + "  ".join(f"{name} {100 * share:.1f}%" for name, share in best), flush=True)
