@@ -1,0 +1,178 @@
+"""What the kept image features and the classes that are encoded once save, each beside doing without, in one run.
+
+    python benchmarks/features.py --json features.json            # ViT-B/16's sizes where they matter
+    python benchmarks/features.py --quick --json features.json    # small: shows that it runs
+
+``ablation-embedded``: ten CoOp_PLPP runs on the embedded default that differ in PLPP's weight; ``ablation-vit-b-16``: the same
+on random images of 100 classes with a random ViT-B/16 (two images a class, two epochs). First with FEATURES.MAX_GIB 0, then
+with an empty store, then with the full one; the trained prompts must be the same bits.
+``evaluation``: 1,000 images of 100 classes whose features are known, the classes encoded once, beside encoding them every batch
+of 100 as upstream does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, random_clip, seconds
+from PIL import Image
+from torch.nn import functional as F
+
+from plpp_reg.clip.load import load_clip
+from plpp_reg.datasets import DataSplit, Datum
+from plpp_reg.engine import features
+from plpp_reg.engine.data import load_data
+from plpp_reg.engine.evaluation import Classification
+from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.run import RunArguments, resolve
+from plpp_reg.engine.trainer import PromptTrainer
+
+from names import short_names
+
+WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+def ablation(case: str, make: Callable[[float, float], PromptTrainer], points: int) -> dict[str, Any]:
+    """Seconds of all points: without the store, filling it, with it full."""
+    times: dict[str, float] = {}
+    prompts: dict[str, list[torch.Tensor]] = {}
+    for name, max_gib in (("off", 0.0), ("cold", 10.0), ("warm", 10.0)):
+        start = time.perf_counter()
+        prompts[name] = []
+        for weight in WEIGHTS[:points]:
+            trainer = make(weight, max_gib)
+            trainer.train()
+            trainer.test()
+            prompts[name].append(trainer.prompts.ctx.detach().clone())
+        times[name] = time.perf_counter() - start
+    same = all(torch.equal(a, b) for name in ("cold", "warm") for a, b in zip(prompts["off"], prompts[name], strict=True))
+    return {
+        "case": f"ablation-{case}",
+        "points": points,
+        "reference_seconds": times["off"],
+        "cold_seconds": times["cold"],
+        "seconds": times["warm"],
+        "speedup": times["off"] / times["warm"],
+        "cold_speedup": times["off"] / times["cold"],
+        "same_bits": same,
+    }
+
+
+def embedded(quick: bool) -> dict[str, Any]:
+    model = load_clip()
+    data: list[DataSplit] = []
+
+    def make(weight: float, max_gib: float) -> PromptTrainer:
+        opts = ["TRAINER.PLPP.WEIGHT", str(weight), "FEATURES.MAX_GIB", str(max_gib)]
+        opts += ["OPTIM.MAX_EPOCH", "1"] if quick else []
+        cfg, cls = resolve(RunArguments(trainer="CoOp_PLPP", opts=tuple(opts)))
+        data[:] = data or [load_data(cfg)]
+        return cls(cfg, data=data[0], clip_model=model, log=RunLog(quiet=True))
+
+    return ablation("embedded", make, 2 if quick else 10)
+
+
+def random_images(folder: Path, classes: int, images: int, side: int) -> DataSplit:
+    rng = np.random.default_rng(0)
+    names, parts = short_names(classes), {}
+    for part in ("train", "test"):
+        parts[part] = []
+        for label in range(classes):
+            for k in range(images):
+                path = folder / part / f"{label}-{k}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+                parts[part].append(Datum(str(path), label, names[label], f"{part}/{path.name}"))
+    return DataSplit(parts["train"], [], parts["test"], names)
+
+
+def vit_b_16(quick: bool) -> dict[str, Any]:
+    sizes: Sizes = SMALL if quick else VIT_B_16
+    model = random_clip(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        data = random_images(Path(folder), 10 if quick else 100, 1 if quick else 2, sizes.resolution)
+
+        def make(weight: float, max_gib: float) -> PromptTrainer:
+            side = sizes.resolution
+            opts = ("TRAINER.PLPP.WEIGHT", str(weight), "FEATURES.MAX_GIB", str(max_gib), "OPTIM.MAX_EPOCH", "2")
+            opts += ("INPUT.SIZE", f"({side},{side})", "DATALOADER.NUM_WORKERS", "0", "DATASET.NAME", "random")
+            cfg, cls = resolve(RunArguments(trainer="CoOp_PLPP", backbone="ViT-B/16", opts=opts))
+            return cls(cfg, data=data, clip_model=model, log=RunLog(quiet=True))
+
+        return ablation("vit-b-16", make, 2 if quick else 10)
+
+
+@torch.no_grad()
+def evaluation(quick: bool) -> dict[str, Any]:
+    sizes = SMALL if quick else VIT_B_16
+    classes, images, batch = (10, 100, 50) if quick else (100, 1000, 100)
+    side = sizes.resolution
+    opts = ("INPUT.SIZE", f"({side},{side})", "DATASET.NAME", "random")
+    cfg, cls = resolve(RunArguments(trainer="CoOp", backbone="ViT-B/16", opts=opts))
+    data = DataSplit([], [], [], short_names(classes))
+    trainer = cls(cfg, data=data, clip_model=random_clip(sizes), log=RunLog(quiet=True))
+    g = torch.Generator().manual_seed(0)
+    known = F.normalize(torch.randn(images, sizes.embed_dim, generator=g), dim=1)
+    label = torch.randint(classes, (images,), generator=g)
+    literal = LiteralText(trainer.clip_model, trainer.learner)
+
+    def once() -> Classification:
+        evaluator = Classification(classes)
+        trainer.prepare_inference()
+        evaluator.process(trainer.inference({"features": known}), label)
+        return evaluator
+
+    def every_batch() -> Classification:
+        evaluator = Classification(classes)
+        for f, y in zip(known.split(batch), label.split(batch), strict=True):
+            evaluator.process(trainer.logits(f, trainer.normalize(literal(trainer.context()))), y)
+        return evaluator
+
+    def each_batch_by_the_fast_tower() -> None:
+        for f in known.split(batch):
+            trainer.logits(f, trainer.class_features())
+
+    same = bool((once().confusion == every_batch().confusion).all())
+    ours, theirs = min(seconds(once) for _ in range(3)), seconds(every_batch)
+    return {
+        "case": "evaluation",
+        "images": images,
+        "classes": classes,
+        "seconds": ours,
+        "reference_seconds": theirs,
+        "speedup": theirs / ours,
+        "fast_tower_every_batch_seconds": seconds(each_batch_by_the_fast_tower),
+        "same_predictions": same,
+    }
+
+
+CASES = {"ablation-embedded": embedded, "ablation-vit-b-16": vit_b_16, "evaluation": evaluation}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small models, few points")
+    parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for case in args.cases:
+        with tempfile.TemporaryDirectory() as cache:
+            features.cache_folder = lambda cache=cache: Path(cache)  # an empty store; the data set's pictures stay
+            rows.append(CASES[case](args.quick))
+        print(json.dumps(rows[-1]), flush=True)
+    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
