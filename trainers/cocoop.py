@@ -34,6 +34,7 @@ class CoCoOp(PromptTrainer):
     config_defaults = {"N_CTX": 16, "CTX_INIT": "", "PREC": "fp16"}
     learns_text_context = True
     sees_pixels = False
+    splits_classes = False
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
         return ConditionalPromptLearner(clip_model, classnames, self.method_cfg.N_CTX, self.method_cfg.CTX_INIT)

@@ -49,6 +49,7 @@ class ProGrad(CoOp):
 
     def backward(self, losses: dict[str, Tensor]) -> None:
         general = torch.autograd.grad(self.scaler.scale(losses["kl"]), self.trained(), retain_graph=True)
+        self.ranks.average(general)
         super().backward({name: loss for name, loss in losses.items() if name != "kl"})
         for p, g in zip(self.trained(), general, strict=True):
             p.grad = align(p.grad, g, self.cfg.LOSS.LAMBDA)

@@ -14,6 +14,7 @@ from plpp_reg.clip.tree import PromptTree, build_tree, context_symbol
 from plpp_reg.errors import InputError
 
 POSITIONS = ("end", "middle", "front")
+ALL = slice(0, None, 1)
 
 
 @functools.cache
@@ -149,25 +150,32 @@ class PromptLearner(nn.Module):
         """(C,): where the token stands whose state is the class feature."""
         return torch.tensor([len(p) - 1 for p in self.prompts])
 
-    def tree(self, max_nodes: int | None = None) -> PromptTree:
-        """The prompts as a tree on the context's device, made once a bound."""
-        key = (max_nodes, self.ctx.device)
+    def tree(self, max_nodes: int | None = None, classes: slice = ALL) -> PromptTree:
+        """The prompts of some classes as a tree on the context's device, made once a bound."""
+        key = (max_nodes, classes.start, classes.step, self.ctx.device)
         if key not in self._trees:
-            self._trees[key] = build_tree(self.prompts, self.n_ctx, max_nodes).to(self.ctx.device)
+            self._trees[key] = build_tree(self.prompts[classes], self.n_ctx, max_nodes).to(self.ctx.device)
         return self._trees[key]
 
-    def forward(self, tower: TextTower, need_hidden: bool = True, deep: Sequence[Tensor] = ()) -> TextOutput:
+    def forward(
+        self, tower: TextTower, need_hidden: bool = True, deep: Sequence[Tensor] = (), classes: slice = ALL
+    ) -> TextOutput:
         """Class features and context states of these prompts.
 
         Args:
             tower: the text tower.
             need_hidden: whether ``hidden`` is wanted.
             deep: for layers 1, 2, ...: rows like ``ctx`` that replace the context's at the layer's entry.
+            classes: which of the classes, C of them.
 
         Returns:
-            ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), fit for the regularizer beside ``self.ctx``: P is
-            1 where the context is shared and nothing class-specific precedes it, else C.
+            ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), fit for the regularizer beside
+            :meth:`context_of` these classes: P is 1 where the context is shared and nothing class-specific precedes it, else C.
         """
         rows, *deep = (r.flatten(0, -2).unsqueeze(0) for r in (self.ctx, *deep))
-        out = tower(self.tree(tower.max_nodes()), rows, deep, need_hidden)
+        out = tower(self.tree(tower.max_nodes(), classes), rows, deep, need_hidden)
         return TextOutput(out.features[0], out.hidden)
+
+    def context_of(self, classes: slice = ALL) -> Tensor:
+        """The vectors that the prompts of some classes hold: (M, D), or (C, M, D) where each has its own."""
+        return self.ctx[classes] if self.class_specific else self.ctx

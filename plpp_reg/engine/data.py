@@ -12,8 +12,10 @@ from torchvision import transforms as T
 from yacs.config import CfgNode
 
 from plpp_reg.datasets import DataSplit, Datum, load_dataset
+from plpp_reg.engine.ranks import Ranks
 from plpp_reg.errors import InputError, unknown
 
+ONE = Ranks()  # a run in one process
 INTERPOLATIONS = {
     "bilinear": T.InterpolationMode.BILINEAR,
     "bicubic": T.InterpolationMode.BICUBIC,
@@ -128,8 +130,9 @@ class EpochBatches(Sampler):
     """Batches of (epoch, index). In training the order is a permutation by (seed, epoch) alone, and a smaller last batch is
     dropped where there is a full one, as Dassl does; in evaluation it is 0, 1, 2, ..."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, train: bool) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, train: bool, ranks: Ranks = ONE) -> None:
         self.size, self.batch_size, self.seed, self.train, self.epoch = size, batch_size, seed, train, 0
+        self.ranks = ranks
 
     def __len__(self) -> int:
         if self.train and self.size >= self.batch_size:
@@ -142,7 +145,8 @@ class EpochBatches(Sampler):
             generator = torch.Generator().manual_seed(image_seed(self.seed, self.epoch, -1))
             order = torch.randperm(self.size, generator=generator).tolist()
         for b in range(len(self)):
-            yield [(self.epoch, i) for i in order[b * self.batch_size : (b + 1) * self.batch_size]]
+            if share := self.ranks.share(order[b * self.batch_size : (b + 1) * self.batch_size]):
+                yield [(self.epoch, i) for i in share]
 
 
 def image_seed_of(cfg: CfgNode) -> int:
@@ -157,24 +161,29 @@ def load_data(cfg: CfgNode) -> DataSplit:
 
 
 def build_loader(
-    cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: bool = False, pixels: bool = True
+    cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: bool = False, pixels: bool = True, ranks: Ranks = ONE
 ) -> DataLoader:
     """A loader whose ``batch_sampler.epoch`` the trainer sets. The number of workers changes no bit of any batch.
 
-    Without ``pixels`` a batch has labels and indices alone.
+    Without ``pixels`` a batch has labels and indices alone. Each rank gets its share of every batch.
     """
     if not items:
         raise InputError(f"expected images to {'train' if train else 'test'} on, got none")
     batch_size = cfg.DATALOADER.TRAIN_X.BATCH_SIZE if train else cfg.DATALOADER.TEST.BATCH_SIZE
     if batch_size < 1:
         raise InputError(f"DATALOADER.{'TRAIN_X' if train else 'TEST'}.BATCH_SIZE: expected an integer >= 1, got {batch_size}")
+    if train and min(batch_size, len(items)) % ranks.size:
+        raise InputError(
+            f"DATALOADER.TRAIN_X.BATCH_SIZE: expected a batch that {ranks.size} processes can share equally, "
+            f"got {min(batch_size, len(items))} images"
+        )
     if cfg.DATALOADER.NUM_WORKERS < 0:
         raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer >= 0, got {cfg.DATALOADER.NUM_WORKERS}")
     workers = cfg.DATALOADER.NUM_WORKERS if pixels else 0
     images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg))
     return DataLoader(
         images if pixels else Labels(items),
-        batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train),
+        batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train, ranks),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
@@ -182,13 +191,16 @@ def build_loader(
     )
 
 
-def canonical_loader(cfg: CfgNode, items: Sequence[Datum], train: bool, epoch: int, size: int) -> DataLoader:
-    """All images by index, always ``size`` in a batch: the last is filled up with the first image."""
+def canonical_loader(
+    cfg: CfgNode, items: Sequence[Datum], train: bool, epoch: int, size: int, ranks: Ranks = ONE
+) -> DataLoader:
+    """All images by index, always ``size`` in a batch: the last is filled up with the first image. Each rank gets every
+    ``ranks.size``-th batch."""
     keys = [(epoch, i) for i in range(len(items))]
     keys += [(epoch, 0)] * (-len(keys) % size)
     return DataLoader(
         ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg)),
-        batch_sampler=[keys[i : i + size] for i in range(0, len(keys), size)],
+        batch_sampler=ranks.share([keys[i : i + size] for i in range(0, len(keys), size)]),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         generator=torch.Generator(),
     )

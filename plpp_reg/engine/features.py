@@ -59,17 +59,23 @@ class FrozenFeatures:
         """Of every image of "train", as augmented in ``epoch``, of "val" or of "test"."""
         key = (split, epoch if split == "train" else 0)
         if self._last is None or self._last[0] != key:
-            found = self.store.get(self._described(*key), lambda: {"features": self._compute(*key)})
+            what, ranks = self._described(*key), self.trainer.ranks
+            found = self.store.find(what)
+            if not ranks.all_agree(found is not None):
+                found = {"features": self._compute(*key)}
+                if ranks.first:
+                    self.store.keep(what, found)
             self._last = key, found["features"]
         return self._last[1]
 
     def _compute(self, split: str, epoch: int) -> Tensor:
         t, items = self.trainer, getattr(self.trainer.data, split)
-        parts = []
+        loader = canonical_loader(t.cfg, items, split == "train", epoch, BATCH, t.ranks)
+        parts = [torch.empty(0, BATCH, t.clip_model.text_projection.shape[1])]
         with t.computing():
-            for batch in canonical_loader(t.cfg, items, split == "train", epoch, BATCH):
-                parts.append(t.encode_frozen(batch["img"].to(t.device)).cpu())
-        return torch.cat(parts)[: len(items)]
+            parts += [t.encode_frozen(batch["img"].to(t.device)).cpu().unsqueeze(0) for batch in loader]
+        batches = t.ranks.gather_rows(torch.cat(parts), -(-len(items) // BATCH))
+        return batches.flatten(0, 1)[: len(items)].contiguous()
 
     def _described(self, split: str, epoch: int) -> dict[str, Any]:
         """Everything that a bit of the features depends on."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,7 +16,7 @@ from yacs.config import CfgNode
 from plpp_reg import results
 from plpp_reg.clip.load import EMBEDDED
 from plpp_reg.datasets import DataSplit, short_name
-from plpp_reg.engine import checkpoint, config, registry
+from plpp_reg.engine import checkpoint, config, ranks, registry
 from plpp_reg.engine.data import load_data
 from plpp_reg.engine.files import locked, write_text
 from plpp_reg.engine.log import RunLog
@@ -164,6 +166,10 @@ def run(
     if args.model_dir and not args.eval_only:
         raise InputError("--model-dir: expected --eval-only with it (to go on: --resume; to start from it: MODEL.INIT_WEIGHTS)")
     cfg, cls = resolve(args)
+    processes = ranks.start(cfg.USE_CUDA)
+    cfg.SEED = processes.of_the_first(cfg.SEED)
+    if not processes.first:
+        log = RunLog(quiet=True)
     folder = output_dir(cfg, args.eval_only)
     if args.eval_only and (folder / cls.model_name).is_dir():
         raise InputError(f"{str(folder)!r} holds a training run, whose result would be lost: name another --output-dir")
@@ -182,13 +188,14 @@ def run(
             raise InputError(f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none")
         trainer.loader(split)
     further = _further_tests(cfg, tests or {})
-    with locked(folder):
+    with contextlib.ExitStack() as stack:
+        # of several processes the first alone writes where it was told to
+        place = folder if processes.first else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(locked(place))
         _check_folders(cfg, folder)  # once more: another run may have come and gone while this one was loading
-        log.open(folder)
-        try:
-            return _run_in(folder, trainer, args, after_epoch, further, note), trainer
-        finally:
-            log.close()
+        log.open(place)
+        stack.callback(log.close)
+        return _run_in(place, folder, trainer, args, after_epoch, further, note), trainer
 
 
 def _parts_needed(trainer: PromptTrainer, args: RunArguments) -> set[str]:
@@ -229,6 +236,7 @@ def _test_further(folder: Path, trainer: PromptTrainer, test: FurtherTest) -> di
 
 def _run_in(
     folder: Path,
+    resumed: Path,
     trainer: PromptTrainer,
     args: RunArguments,
     after_epoch: Callable[[PromptTrainer], None] | None,
@@ -249,7 +257,7 @@ def _run_in(
             checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.saving.folder)
         else:
             try:
-                trainer.saving.resume(folder)
+                trainer.saving.resume(resumed)
             except InputError as e:
                 raise UnusableCheckpoint(str(e)) from e
         trainer.train(folder, after_epoch)

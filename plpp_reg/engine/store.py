@@ -48,21 +48,32 @@ class TensorStore:
 
     def get(self, what: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors computed from ``what`` (plain values, JSON): read, or else computed and kept."""
-        if not self.max_bytes:
-            return compute()
-        key = json.dumps(what, sort_keys=True)
-        path = self.folder / (hashlib.sha256(key.encode()).hexdigest() + SUFFIX)
-        tensors = _read(path, key)
+        tensors = self.find(what)
         if tensors is None:
             tensors = {name: t.contiguous() for name, t in compute().items()}
-            if sum(t.nbytes for t in tensors.values()) <= self.max_bytes:
-                with contextlib.suppress(OSError):  # a full disk or a folder that cannot be written: the run goes on without
-                    write_atomically(path, lambda p: _write(p, tensors, key))
-                    self.trim(keep=path)
-        else:
+            self.keep(what, tensors)
+        return tensors
+
+    def find(self, what: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """What is kept of ``what``; None if nothing is."""
+        path, key = self._place(what)
+        tensors = _read(path, key) if self.max_bytes else None
+        if tensors is not None:
             with contextlib.suppress(OSError):
                 os.utime(path)
         return tensors
+
+    def keep(self, what: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Keep what was computed from ``what``, if there is room for it."""
+        path, key = self._place(what)
+        if sum(t.nbytes for t in tensors.values()) <= self.max_bytes:
+            with contextlib.suppress(OSError):  # a full disk or a folder that cannot be written: the run goes on without
+                write_atomically(path, lambda p: _write(p, tensors, key))
+                self.trim(keep=path)
+
+    def _place(self, what: Mapping[str, Any]) -> tuple[Path, str]:
+        key = json.dumps(what, sort_keys=True)
+        return self.folder / (hashlib.sha256(key.encode()).hexdigest() + SUFFIX), key
 
     def entries(self) -> list[Entry]:
         """What is there, longest unused first."""

@@ -28,6 +28,7 @@ from plpp_reg.engine.features import FrozenFeatures
 from plpp_reg.engine.files import write_atomically
 from plpp_reg.engine.log import Clock, Meters, RunLog
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
+from plpp_reg.engine.ranks import current
 from plpp_reg.engine.saving import Saving
 from plpp_reg.errors import InputError
 from plpp_reg.regularizer import Components, PerplexityRegularizer, settings_defaults
@@ -55,6 +56,7 @@ class PromptTrainer:
     config_defaults: ClassVar[dict[str, object]] = {}
     model_name: ClassVar[str] = "prompt_learner"  # the folder of its checkpoints
     learns_text_context: ClassVar[bool] = False
+    splits_classes: ClassVar[bool] = True  # :meth:`class_features` does; False where each image has its own
     sees_pixels: ClassVar[bool] = True  # batches have "img"; where all that a method reads of it is frozen, it need not
     sees_frozen_features: ClassVar[bool] = True  # batches have "features", computed ahead and kept for other runs
     not_loaded: ClassVar[tuple[str, ...]] = ()  # beginnings of names that upstream's checkpoints hold beside what was learned
@@ -87,8 +89,9 @@ class PromptTrainer:
         return ()
 
     def backward(self, losses: dict[str, Tensor]) -> None:
-        """Gradients of the sum of the losses, for one step."""
+        """Gradients of the sum of the losses, for one step, averaged over the ranks."""
         self.scaler.scale(sum(losses.values())).backward()
+        self.ranks.average(p.grad for p in self.trained())
 
     def end_epoch(self) -> None:
         """After the last step of an epoch, before it is measured and saved."""
@@ -119,10 +122,14 @@ class PromptTrainer:
         return self.normalize(self.image_tower(images))
 
     def class_features(self) -> Tensor:
-        """(C, embed_dim), normalised, by one text pass, of which PLPP reads the context states afterwards."""
-        out = self.learner(self.tower, self.plpp_acts, self.deep_context())
-        self.plpp_reads = self.context(), out.hidden
-        return self.normalize(out.features)
+        """(C, embed_dim), normalised, by one text pass, of which PLPP reads the context states afterwards.
+
+        Each rank computes its share of the classes.
+        """
+        ours = slice(self.ranks.rank, None, self.ranks.size)
+        out = self.learner(self.tower, self.plpp_acts, self.deep_context(), ours)
+        self.plpp_reads = self.learner.context_of(ours), out.hidden
+        return self.ranks.gather_rows(self.normalize(out.features), len(self.data.classnames))
 
     def context(self) -> Tensor:
         """The learned context vectors, (M, D) or (C, M, D)."""
@@ -155,7 +162,9 @@ class PromptTrainer:
     ) -> None:
         self.cfg, self.log = cfg, log or RunLog()
         self.method_cfg = cfg.TRAINER[self.config_node] if self.config_node else CfgNode()
-        self.device = torch.device("cuda" if cfg.USE_CUDA and torch.cuda.is_available() else "cpu")
+        self.ranks = current()
+        cuda = cfg.USE_CUDA and torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.precision = self._precision(self.method_cfg.get("PREC", "fp32"))
         self.data = data or load_data(cfg)
         self.log(
@@ -166,6 +175,8 @@ class PromptTrainer:
             self.log(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME}, {self.precision} on {self.device})")
             clip_model = load_clip(cfg.MODEL.BACKBONE.NAME, self.precision, self.device)
         self.clip_model = clip_model.to(self.device)
+        if self.ranks.size > (classes := len(self.data.classnames)):
+            raise InputError(f"expected at most a process a class ({classes}), got {self.ranks.size} processes")
         resolution = clip_model.visual.input_resolution
         if tuple(cfg.INPUT.SIZE) != (resolution, resolution):
             raise InputError(
@@ -231,7 +242,7 @@ class PromptTrainer:
     def loader(self, split: str) -> Any:
         if split not in self._loaders:
             self._loaders[split] = build_loader(
-                self.cfg, getattr(self.data, split), split == "train", self.device.type == "cuda", self.sees_pixels
+                self.cfg, getattr(self.data, split), split == "train", self.device.type == "cuda", self.sees_pixels, self.ranks
             )
         return self._loaders[split]
 
@@ -313,8 +324,8 @@ class PromptTrainer:
         with self.computing():
             losses = self.compute_losses(batch)
             losses.update(self._plpp_losses(with_perplexity))
-        values = {name: value.item() for name, value in losses.items()}
-        values = {"loss": sum(values.values()), **self.metrics, **values}
+        values = self.ranks.average_values({**self.metrics, **{name: value.item() for name, value in losses.items()}})
+        values = {"loss": sum(values[name] for name in losses), **values}
         self.loss_names = ["loss", *losses]
         for name in losses:
             if not math.isfinite(values[name]):
@@ -342,7 +353,16 @@ class PromptTrainer:
         parts = self.regularizer.components(*self.plpp_reads, with_perplexity)
         if math.isfinite(perplexity := parts.perplexity.item()):
             self.metrics["perplexity"] = perplexity
-        return self.regularizer.terms(parts)
+        terms, share = self.regularizer.terms(parts), self._share_of_prompts()
+        return terms if share == 1 else {name: share * term for name, term in terms.items()}
+
+    def _share_of_prompts(self) -> float:
+        """Of a mean over prompts, one a class, that are split by rank: this rank's number over the ranks' mean number."""
+        context, hidden = self.plpp_reads
+        a_class = max(len(hidden), len(context) if context.dim() == 3 else 1) > 1 and self.ranks.size > 1
+        if not a_class or not self.splits_classes:
+            return 1.0
+        return len(hidden) * self.ranks.size / len(self.data.classnames)
 
     def _log_batch(self, index: int, batches: int, meters: Meters, data_clock: Clock, batch_clock: Clock) -> None:
         cfg, step = self.cfg, self.epoch * batches + index
@@ -370,6 +390,7 @@ class PromptTrainer:
             self.prepare_inference()
             for batch in self.log.progress(self.batches(split), split, total=len(self.loader(split))):
                 evaluator.process(self.inference(batch), batch["label"])
+        evaluator.confusion = self.ranks.total(evaluator.confusion)
         for line in evaluator.report():
             self.log(line)
         if self.cfg.TEST.PER_CLASS_RESULT:

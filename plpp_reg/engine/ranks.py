@@ -1,0 +1,111 @@
+"""One run over several processes (``torchrun``): images and classes are split by rank, the step is that of one process.
+
+Every rank holds all parameters. The loss of a step is the mean of the ranks' losses: a mean over images is the mean of equal
+shares of the batch, and what does not depend on images is the same on each. Class features are computed by rank, class r,
+r + size, ..., and gathered; on the way back each rank gets the sum of all ranks' gradients for its own classes. Then the mean
+of all ranks' parameter gradients is exactly the gradient of one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Ranks(NamedTuple):
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every ``size``-th, from this rank's on."""
+        return items[self.rank :: self.size]
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """The mean over the ranks, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor /= self.size
+
+    def average_values(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over the ranks of plain numbers; an inf or nan of one is everyone's."""
+        if self.size == 1:
+            return values
+        mean = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
+        self.average([mean])
+        return dict(zip(values, mean.tolist(), strict=True))
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.size > 1:
+            on_device = counts.to(_device())
+            dist.all_reduce(on_device)
+            counts = on_device.to(counts.device)
+        return counts
+
+    def of_the_first(self, number: int) -> int:
+        """The first rank's value on every rank."""
+        return int(self.total(torch.tensor(number if self.first else 0)))
+
+    def all_agree(self, this: bool) -> bool:
+        """Whether it holds on every rank."""
+        return this if self.size == 1 else int(self.total(torch.tensor(int(this)))) == self.size
+
+    def gather_rows(self, share: Tensor, count: int) -> Tensor:
+        """(rows of this rank, ...) -> (count, ...): the inverse of :meth:`share`, differentiable."""
+        return share if self.size == 1 else _GatherRows.apply(share, count, self)
+
+
+class _GatherRows(torch.autograd.Function):
+    """all_gather of interleaved rows; the gradient of a row is the sum over the ranks, at the rank that made it."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, count: int, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        most = -(-count // ranks.size)
+        device = share.device
+        padded = share.new_zeros(most, *share.shape[1:])
+        padded[: len(share)] = share
+        padded = padded.to(_device())
+        parts = [torch.empty_like(padded) for _ in range(ranks.size)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, 1).flatten(0, 1)[:count].to(device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.share(ctx.ranks.total(gradient.contiguous())).contiguous(), None, None
+
+
+def _device() -> torch.device:
+    """Where the backend's collectives work."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def current() -> Ranks:
+    """Of the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks()
+
+
+def start(use_cuda: bool) -> Ranks:
+    """Join the processes that ``torchrun`` has started; alone, nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        cuda = use_cuda and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return current()

@@ -1,0 +1,127 @@
+"""One run over two processes gives what one process gives: gloo on the CPU, as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from plpp_reg.engine import checkpoint
+
+import engine_helpers as helpers
+
+HERE = Path(__file__).parent
+RUN = """
+import json, sys
+import engine_helpers
+engine_helpers.register()
+from plpp_reg.cli import main
+for line in json.load(open(sys.argv[1])):
+    if (status := main(line)) != 0:
+        sys.exit(status)
+"""
+CASES = {
+    "shared": ("CoOp_PLPP", ()),
+    "class-specific": ("CoOp_PLPP", ("TRAINER.COOP.CSC", "True")),
+    "middle": ("CoOp_PLPP", ("TRAINER.COOP.CLASS_TOKEN_POSITION", "middle")),
+    "cocoop": ("CoCoOp_PLPP", ()),
+    "kgcoop": ("KgCoOp_PLPP", ()),
+    "prograd": ("ProGrad_PLPP", ()),
+    "maple": ("MaPLe_PLPP", ()),
+    "promptsrc": ("PromptSRC_PLPP", ("FEATURES.MAX_GIB", "1.0")),
+}
+HALF = ("TRAIN.CHECKPOINT_FREQ", "1")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    helpers.make_images(folder / "images")
+    helpers.write_backbone(folder / "clip.pt")
+    node = {"PREC": "fp32"}
+    deep = {"PROMPT_DEPTH_TEXT": 2, "PROMPT_DEPTH_VISION": 1, **node}
+    helpers.write_recipe(
+        folder / "recipe.yaml",
+        TRAINER__COCOOP={"N_CTX": 2, **node},
+        TRAINER__MAPLE={"PROMPT_DEPTH": 1, **node},
+        TRAINER__PROMPTSRC={**deep, "GPA_MEAN": 1.0},
+        TRAINER__PLPP={"NORMALIZE_OVER": "vocabulary"},
+    )
+    (folder / "dataset.yaml").write_text("DATASET:\n  NAME: tiny\n")
+    (folder / "run.py").write_text(RUN)
+    return folder
+
+
+def line(world: Path, name: str, trainer: str, *opts: str) -> list[str]:
+    out = ["train", "--trainer", trainer, "--root", str(world / "images"), "--backbone", str(world / "clip.pt")]
+    out += ["--config-file", str(world / "recipe.yaml"), "--dataset-config-file", str(world / "dataset.yaml")]
+    return [*out, "--output-dir", str(world / name), "USE_CUDA", "False", *opts]
+
+
+def start(world: Path, processes: int, lines: list[list[str]]) -> subprocess.CompletedProcess:
+    """Run command lines one after another in a process of their own, or in several of torchrun's."""
+    (world / f"lines-{processes}.json").write_text(json.dumps(lines))
+    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *starter, str(world / "run.py"), str(world / f"lines-{processes}.json")]
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PLPP_REG_CACHE": str(world / f"cache-{processes}")}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path) -> Path:
+    """Every case by one process and by two."""
+    for processes in (1, 2):
+        lines = [line(world, f"{case}-{processes}", trainer, *opts) for case, (trainer, opts) in CASES.items()]
+        if processes == 1:
+            lines.append(line(world, "half", "CoOp_PLPP", *HALF))
+        done = start(world, processes, lines)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return world
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    (place,) = (p.parent for p in folder.rglob("model.pth.tar-2"))
+    return checkpoint.load(place / "model.pth.tar-2")["state_dict"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_what_one_gives(runs: Path, case: str) -> None:
+    alone, together = runs / f"{case}-1", runs / f"{case}-2"
+    one, two = trained(alone), trained(together)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (alone, together))
+    assert b["metrics"] == pytest.approx(a["metrics"])
+    assert b["losses"] == pytest.approx(a["losses"], rel=1e-4)
+    names = {p.relative_to(alone).as_posix() for p in alone.rglob("*") if "tensorboard" not in p.parts}
+    assert names == {p.relative_to(together).as_posix() for p in together.rglob("*") if "tensorboard" not in p.parts}
+
+
+def test_the_cases_learn_something_of_their_own(runs: Path) -> None:
+    contexts = [next(t for n, t in trained(runs / f"{case}-1").items() if n.endswith("ctx")) for case in CASES]
+    shared = [c for c in contexts if c.shape == contexts[0].shape]
+    assert len(shared) >= 4
+    assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(shared) for b in shared[:i])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(runs: Path) -> None:
+    half = runs / "half"  # as though it had been killed after its first epoch
+    (half / "result.json").unlink()
+    (half / "prompt_learner" / "checkpoint").write_text("model.pth.tar-1\n")
+    (half / "prompt_learner" / "model.pth.tar-2").unlink()
+    done = start(runs, 2, [line(runs, "half", "CoOp_PLPP", *HALF)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Resumed from" in done.stdout
+    torch.testing.assert_close(trained(half)["ctx"], trained(runs / "shared-1")["ctx"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(world: Path) -> None:
+    done = start(world, 2, [line(world, "odd", "CoOp", "DATALOADER.TRAIN_X.BATCH_SIZE", "5")])
+    assert done.returncode != 0 and not (world / "odd").exists()
+    assert "expected a batch that 2 processes can share equally, got 5 images" in done.stderr
