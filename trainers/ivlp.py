@@ -13,10 +13,10 @@ from plpp_reg.clip.vision import ImageTower
 from plpp_reg.engine.trainer import PromptTrainer
 
 
-def first_context(n_ctx: int, ctx_init: str) -> dict[str, Any]:
+def first_context(n_ctx: int, ctx_init: str, key: str = "N_CTX") -> dict[str, Any]:
     """PromptLearner's arguments: the first ``n_ctx`` tokens of the init words are learned; where there are not so many, the
     context starts at random."""
-    check_prompts("N_CTX", n_ctx)
+    check_prompts(key, n_ctx)
     if ctx_init and n_ctx <= len(encode(ctx_init.replace("_", " "))):
         return {"ctx_init": ctx_init, "n_learned": n_ctx}
     return {"n_ctx": n_ctx}
@@ -40,7 +40,7 @@ class VisionLanguagePrompts(VisualPrompts):
         image_tower, blocks = ImageTower(clip_model), clip_model.transformer.resblocks
         super().__init__(image_tower, cfg.N_CTX_VISION, cfg.PROMPT_DEPTH_VISION)
         check_prompts("PROMPT_DEPTH_TEXT", cfg.PROMPT_DEPTH_TEXT, len(blocks))
-        self.prompt_learner = PromptLearner(clip_model, classnames, **first_context(cfg.N_CTX_TEXT, cfg.CTX_INIT))
+        self.prompt_learner = PromptLearner(clip_model, classnames, **first_context(cfg.N_CTX_TEXT, cfg.CTX_INIT, "N_CTX_TEXT"))
         shape = self.prompt_learner.ctx.shape
         self.deep_text = [
             register(self, f"text_encoder.transformer.resblocks.{layer}.VPT_shallow", random_prompt(*shape))

@@ -18,7 +18,7 @@ class KgCoOp(CoOp):
     config_defaults = {**CoOp.config_defaults, "W": 8.0}
 
     # upstream makes these in its prompt learner, and uses them nowhere
-    not_loaded = ("bias_vectors", "meta_net.")
+    not_loaded = ("bias_vectors", "meta_net.linear1.")  # CoCoOp's meta_net has a linear2: its files are not KgCoOp's
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
         features = template_features(self.tower, [template(self.cfg.DATASET.NAME)], classnames)

@@ -27,6 +27,7 @@ BEST = "model-best.pth.tar"
 NEWEST = "checkpoint"
 NUMBERED = re.compile(r"model\.pth\.tar-(\d+)")
 FIXED_TOKENS = ("token_prefix", "token_suffix")  # upstream saves them; they belong to its class names, so they are not loaded
+PROMPTS = ("VPT", "VPT_shallow")  # upstream keeps these among the frozen CLIP's names; what was learned is never left out
 
 
 def random_streams() -> dict[str, Any]:
@@ -158,11 +159,12 @@ def load_weights(
     """
     ours = module.state_dict()
     theirs = {name.removeprefix("module."): t for name, t in state_dict.items()}
-    theirs = {
-        name: t
-        for name, t in theirs.items()
-        if name in ours or (name.rsplit(".", 1)[-1] not in FIXED_TOKENS and not name.startswith(tuple(not_loaded)))
-    }
+
+    def counts(name: str) -> bool:
+        leaf = name.rsplit(".", 1)[-1]
+        return name in ours or leaf in PROMPTS or (leaf not in FIXED_TOKENS and not name.startswith(tuple(not_loaded)))
+
+    theirs = {name: t for name, t in theirs.items() if counts(name)}
     for name, tensor in theirs.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise InputError(f"checkpoint {str(path)!r}: expected finite numbers in {name}, got something else")
