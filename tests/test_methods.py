@@ -35,9 +35,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DATASETS, "tiny", mh.ENTRY)
 
 
-def reference(name: str, p: lm.Parameters, batch: lm.Batch, plpp: bool = False) -> tuple[lm.Pass, dict[str, Tensor]]:
+def reference(
+    name: str, p: lm.Parameters, batch: lm.Batch, plpp: bool = False, resnet: bool = False
+) -> tuple[lm.Pass, dict[str, Tensor]]:
     """The reference's pass, and all losses with PLPP's terms."""
-    passed = CASES[name].reference(mh.exact_clip(), NAMES, p, mh.exact_batch(batch))
+    passed = CASES[name].reference(mh.exact_clip(resnet), NAMES, p, mh.exact_batch(batch))
     terms = mh.plpp_terms(passed) if plpp else {}
     return passed, {**passed.losses, **{key: terms[key] for key in terms if key != "perplexity"}}
 
@@ -49,14 +51,17 @@ def gradient(loss: Tensor, of: lm.Parameters) -> list[Tensor]:
 # ---- parity with the references ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_loss_and_its_gradient_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+ON_A_RESNET = ["CoOp", "CoCoOp", "KgCoOp", "ProGrad"]
+
+
+@pytest.mark.parametrize(("name", "resnet"), [*((n, False) for n in CASES), *((n, True) for n in ON_A_RESNET)])
+def test_every_loss_and_its_gradient_in_float64(name: str, resnet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where the package says float32 it is given float64, so that rounding hides nothing: every parameter by itself.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
-    trainer, (batch,) = build(name, clip_model=mh.exact_clip()), helpers.fixed_batches(1, size=4)
+    trainer, (batch,) = build(name, clip_model=mh.exact_clip(resnet)), helpers.fixed_batches(1, size=4)
     trainer.prompts.double()
     p = mh.exact(leaves(trainer))
-    passed, want = reference(name, p, batch)
+    passed, want = reference(name, p, batch, resnet=resnet)
     got = trainer.compute_losses(mh.exact_batch(batch))
     assert tuple(got) == tuple(want) == CASES[name].losses
     for loss in got:
