@@ -35,7 +35,7 @@ NAMES = helpers.CLASSNAMES
 TEMPLATE = "a drawing of the {}, a toy."  # nobody's default: a method that takes another template differs
 ENTRY = DatasetEntry("engine_helpers:read_tiny", TEMPLATE)
 WORDS = "a photo of a"
-TEXT_WIDTH, VISION_WIDTH, EMBED = 128, 64, 96  # no two alike: an exchange does not fit
+TEXT_WIDTH, VISION_WIDTH, EMBED = 64, 128, 96  # no two alike: an exchange does not fit
 TEXT_LAYERS, VISION_LAYERS = 4, 5
 
 

@@ -272,7 +272,7 @@ def test_what_training_starts_from(name: str) -> None:
         if key == "ctx" and CASES[name].options.get("CTX_INIT"):
             assert value.equal(table[encode(mh.WORDS)[: len(value)]])
         elif "VPT" in key or "compound_prompts" in key or key == "ctx":
-            assert abs(value.mean()) < 0.006 and value.std().item() == pytest.approx(0.02, rel=0.15), key
+            assert abs(value.mean()) < 0.006 and value.std().item() == pytest.approx(0.02, rel=0.25), key
         elif key.endswith("weight"):  # nn.Linear's own start
             bound = value.shape[1] ** -0.5
             assert 0.8 * bound < value.abs().max() <= bound, key
