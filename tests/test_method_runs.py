@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plpp_reg.datasets import DATASETS
+from plpp_reg.engine import checkpoint
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.registry import find_trainer
 from plpp_reg.engine.run import RunArguments, run
@@ -301,6 +302,23 @@ def test_prompts_of_more_layers_than_the_configuration_has_are_refused(case: str
         build(case).saving.load_weights(save_upstream(state, tmp_path, case))
 
 
+@functools.cache
+def learner_of(case: str) -> PromptTrainer:
+    return build(case)
+
+
+@pytest.mark.parametrize("theirs", METHODS)
+@pytest.mark.parametrize("ours", METHODS)
+def test_another_methods_checkpoint_is_refused_unless_it_holds_the_same(ours: str, theirs: str) -> None:
+    trainer, state = learner_of(ours), upstream_state(theirs)
+    load = functools.partial(checkpoint.load_weights, trainer.prompts, state, "theirs", trainer.not_loaded)
+    if UPSTREAM[ours][0] == UPSTREAM[theirs][0]:  # CoOp's and ProGrad's: one context vector is like another
+        assert load() is None and {ours, theirs} in ({ours}, {"CoOp", "ProGrad"})
+    else:
+        with pytest.raises(InputError, match=r"^checkpoint 'theirs': expected "):
+            load()
+
+
 # ---- method x PLPP x precision x backbone --------------------------------------------------------------------------------
 
 ZEROSHOT = {"ZeroshotCLIP": ZeroshotCLIP, "ZeroshotCLIP2": ZeroshotCLIP2}
@@ -322,10 +340,23 @@ class Batches(list):
         epoch = 0
 
 
+class Lines(RunLog):
+    """Keeps what it is told."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(quiet)
+        self.lines: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+
+
 def two_steps(method: str, plpp: bool, precision: str, resnet: bool) -> tuple[PromptTrainer, dict[str, float], Tensor]:
     """An epoch of two steps: the trainer, its history's only row, and logits of a test batch."""
     weights = "fp32" if precision == "fp16" else precision  # on a CPU load_clip is asked for what the trainer falls back on
-    trainer = build(method, plpp=plpp, clip_model=mh.clip_of(weights, resnet), PREC=precision)
+    log = Lines(quiet=True)
+    options = ("OPTIM.MAX_EPOCH", 1, "OPTIM.WARMUP_EPOCH", -1)
+    trainer = build(method, *options, plpp=plpp, clip_model=mh.clip_of(weights, resnet), log=log, PREC=precision)
     batches = helpers.fixed_batches(3, size=2)
     trainer._loaders["train"] = Batches(batches[:2])
     trainer.train()
@@ -375,6 +406,8 @@ def test_two_steps_of_each_method_in_each_precision_on_each_backbone(
     assert all(math.isfinite(value) for value in row.values())
     assert row["loss"] == pytest.approx(sum(row[key] for key in named), rel=1e-5)
     assert all(p.dtype == torch.float32 and p.grad.any() for p in trainer.trained())
+    last = trainer.log.lines[-2]  # before "Finish training": the batch's figure and the mean so far, of every loss
+    assert all(f" {key} " in last and f"({row[key]:.4f})" in last.split(f" {key} ")[1] for key in {"loss", *named})
     # The same thing in another precision: CLIP's scale of 14 makes a bfloat16 cosine's last digit 0.1.
     exact_row, exact_logits = in_float32(method, plpp, resnet)
     assert logits.dtype == torch.float32 and (logits - exact_logits).abs().max() < 0.3

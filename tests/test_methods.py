@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plpp_reg import cli
 from plpp_reg.clip.prompts import encode
+from plpp_reg.clip.text import TextTower
 from plpp_reg.datasets import DATASETS, DatasetEntry, templates
 from plpp_reg.engine import registry
 from plpp_reg.engine.run import RunArguments, resolve
@@ -107,6 +108,26 @@ def test_plpps_terms_are_the_references_on_the_references_states(name: str) -> N
     # the terms are a good part of what was compared
     plain = lm.gradients(CASES[name].cls.__name__, reference(name, p, batch)[1], p, strength=0.7)
     assert (mh.flat(plain) - mh.flat(stepped)).norm() / mh.flat(stepped).norm() > 1e-3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_measured_prompts_are_those_of_layer_0_with_the_deeper_ones_in_place(name: str) -> None:
+    settings = {**mh.PLPP, "TRAINER.PLPP.ENABLED": False}  # whether or not it is part of the training
+    trainer = build(name, *(x for item in settings.items() for x in item))
+    (batch,) = helpers.fixed_batches(1, size=2)
+    measured = trainer.measure_prompts()
+    if name not in WITH_TEXT:
+        assert measured is None
+        return
+    p = mh.exact(leaves(trainer))
+    if name == "CoCoOp":  # no image, no shift: the context as it is learned
+        passed = lm.coop(mh.exact_clip(), NAMES, p, mh.exact_batch(batch), words=mh.WORDS)
+    else:
+        passed, _ = reference(name, p, batch)
+    want = mh.plpp_terms(passed)
+    assert measured.perplexity_loss.item() == pytest.approx(want["ppl"].item() / 0.3, rel=1e-5)
+    assert measured.inverse_loss.item() == pytest.approx(want["inverse_ppl"].item() / 0.7, rel=1e-5)
+    assert measured.perplexity.item() == pytest.approx(want["perplexity"].item(), rel=1e-5)
 
 
 TEN_STEPS = [(name, plpp) for name in METHODS for plpp in (False, True) if name in WITH_TEXT or not plpp]
@@ -453,12 +474,21 @@ def test_cocoop_gives_each_image_what_it_gets_alone() -> None:
     assert difference(together, alone) < 1e-5
 
 
-def test_cocoop_in_chunks_of_classes_is_the_same() -> None:
+def test_cocoop_in_chunks_of_classes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[int]] = []  # for each text pass the nodes of its chunks
+    original = TextTower.forward
+
+    def forward(self, tree, context, *args, **kwargs):
+        ran.append([len(chunk.nodes.token) for chunk in tree.chunks])
+        return original(self, tree, context, *args, **kwargs)
+
+    monkeypatch.setattr(TextTower, "forward", forward)
     (batch,) = helpers.fixed_batches(1, size=5)
     whole, chunked = build("CoCoOp", plpp=True), build("CoCoOp", "MODEL.TEXT_MEMORY_MIB", 1, plpp=True)
-    chunks = [len(t.prompts.tree(t.tower.max_nodes(5)).chunks) for t in (whole, chunked)]
-    assert chunks[0] == 1 < chunks[1]
     assert_same_step(with_gradients(chunked, batch), with_gradients(whole, batch))
+    chunks, all_at_once = ran
+    assert len(all_at_once) == 1 < len(chunks) and max(chunks) <= chunked.tower.max_nodes(5) < chunked.tower.max_nodes(1)
+    assert max(chunks) < max(all_at_once)
 
 
 def test_cocoop_tests_as_many_images_at_once_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
