@@ -216,10 +216,21 @@ def plpp_terms(passed: lm.Pass) -> dict[str, Tensor]:
     return {"ppl": 0.3 * loss.perplexity_loss, "inverse_ppl": 0.7 * loss.inverse_loss, "perplexity": loss.perplexity}
 
 
-def with_gradients(trainer: PromptTrainer, batch: lm.Batch, index: int = 0) -> tuple[dict[str, float], dict[str, Tensor]]:
+class Batches(list):
+    """Batches of noise in the place of a trainer's loader, the same ones in each epoch."""
+
+    def __init__(self, trainer: PromptTrainer, batches: list[lm.Batch]) -> None:
+        super().__init__(batches)
+        trainer._loaders["train"] = self
+        trainer.batches = lambda split: iter(self)
+
+
+def with_gradients(
+    trainer: PromptTrainer, batch: lm.Batch, with_perplexity: bool = False
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """What a step logs, and the gradients that it gave the optimizer; the parameters stay where they are."""
     trainer.optimizer.param_groups[0]["lr"] = 0.0
-    values = trainer.step(batch, index)
+    values = trainer.step(batch, with_perplexity=with_perplexity)
     return values, {name: p.grad.clone() for name, p in leaves(trainer).items()}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from plpp_reg.datasets import DATASETS
 from plpp_reg.engine import checkpoint
+from plpp_reg.engine.data import build_loader
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.registry import find_trainer
 from plpp_reg.engine.run import RunArguments, run
@@ -85,12 +86,12 @@ def test_what_was_trained_on_base_classes_evaluates_on_new_ones(case: str, argum
     result, trainer = quietly(arguments(case, "new", opts=("DATASET.SUBSAMPLE_CLASSES", "new"), **more))
     assert trainer.data.classnames == NEW and trainer.cfg.TRAINER.NAME == case
     assert all(p.equal(saved["state_dict"][key]) for key, p in leaves(trainer).items())
-    batches = list(trainer.loader("test"))
+    batches = list(build_loader(trainer.cfg, trainer.data.test, train=False))
     test = {key: torch.cat([batch[key] for batch in batches]) for key in ("img", "label")}
     want = CASES[case].reference(mh.exact_clip(), NEW, mh.exact(leaves(trainer)), mh.exact_batch(test)).logits
     with torch.no_grad():
         trainer.prepare_inference()
-        assert difference(trainer.inference(test["img"]), want) < 1e-5
+        assert difference(trainer.inference(test), want) < 1e-5
     assert result["metrics"]["accuracy"] == pytest.approx(100 * (want.argmax(1) == test["label"]).double().mean().item())
     assert json.loads((Path(arguments(case, "new").output_dir) / "result.json").read_text())["metrics"] == result["metrics"]
 
@@ -113,11 +114,11 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(case: str, arguments, monke
     steps = [5]  # two of them an epoch: the first of the third
     original = PromptTrainer.step
 
-    def step(self, *args):
+    def step(self, *args, **options):
         steps[0] -= 1
         if not steps[0]:
             raise Killed
-        return original(self, *args)
+        return original(self, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(PromptTrainer, "step", step)
@@ -254,7 +255,7 @@ def test_an_upstream_checkpoint_is_found_and_loaded(case: str, tmp_path: Path) -
     want = CASES[case].reference(mh.exact_clip(), NAMES, mh.exact(leaves(trainer)), mh.exact_batch(batch)).logits
     with torch.no_grad():
         trainer.prepare_inference()
-        assert difference(trainer.inference(batch["img"]), want) < 1e-5
+        assert difference(trainer.inference(batch), want) < 1e-5
 
 
 @pytest.mark.parametrize("case", METHODS)
@@ -335,11 +336,6 @@ ALL_LOSSES = {
 NEEDS_VIT = {"MaPLe", "IVLP", "VPT", "PromptSRC"}
 
 
-class Batches(list):
-    class batch_sampler:
-        epoch = 0
-
-
 class Lines(RunLog):
     """Keeps what it is told."""
 
@@ -358,11 +354,11 @@ def two_steps(method: str, plpp: bool, precision: str, resnet: bool) -> tuple[Pr
     options = ("OPTIM.MAX_EPOCH", 1, "OPTIM.WARMUP_EPOCH", -1)
     trainer = build(method, *options, plpp=plpp, clip_model=mh.clip_of(weights, resnet), log=log, PREC=precision)
     batches = helpers.fixed_batches(3, size=2)
-    trainer._loaders["train"] = Batches(batches[:2])
+    mh.Batches(trainer, batches[:2])
     trainer.train()
-    with torch.no_grad(), trainer._computing():
+    with torch.no_grad(), trainer.computing():
         trainer.prepare_inference()
-        return trainer, trainer.history[-1], trainer.inference(batches[2]["img"])
+        return trainer, trainer.history[-1], trainer.inference(batches[2])
 
 
 @functools.cache
@@ -373,9 +369,9 @@ def in_float32(method: str, plpp: bool, resnet: bool) -> tuple[dict[str, float],
 def zero_shot_logits(cls: type[ZeroshotCLIP], precision: str, resnet: bool) -> Tensor:
     cfg = helpers.make_cfg("USE_CUDA", False)
     trainer = cls(cfg, data=mh.no_images(NAMES), clip_model=mh.clip_of(precision, resnet), log=RunLog(quiet=True))
-    with torch.no_grad(), trainer._computing():
+    with torch.no_grad(), trainer.computing():
         trainer.prepare_inference()
-        return trainer.inference(helpers.fixed_batches(1)[0]["img"])
+        return trainer.inference(helpers.fixed_batches(1)[0])
 
 
 @pytest.mark.parametrize("resnet", [False, True], ids=["ViT", "ResNet"])

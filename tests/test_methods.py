@@ -71,7 +71,7 @@ def test_every_loss_and_its_gradient_in_float64(name: str, resnet: bool, monkeyp
             assert (not a.any()) if not b.any() else difference(a, b) < 1e-9, (loss, key)
     with torch.no_grad():
         trainer.prepare_inference()
-        assert difference(trainer.inference(batch["img"].double()), passed.logits) < 1e-10
+        assert difference(trainer.inference(mh.exact_batch(batch)), passed.logits) < 1e-10
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,7 +81,7 @@ def test_losses_logits_and_gradients_in_float32(name: str) -> None:
     passed, want = reference(name, p, batch)
     with torch.no_grad():
         trainer.prepare_inference()
-        logits = trainer.inference(batch["img"])
+        logits = trainer.inference(batch)
     assert logits.dtype == torch.float32 and difference(logits, passed.logits) < 1e-5
     got = trainer.compute_losses(batch)
     for loss in got:
@@ -95,8 +95,7 @@ def test_plpps_terms_are_the_references_on_the_references_states(name: str) -> N
     trainer, (batch,) = build(name, plpp=True), helpers.fixed_batches(1, size=3)
     p = mh.exact(leaves(trainer))
     passed, want = reference(name, p, batch, plpp=True)
-    last = len(trainer.loader("train")) - 1  # the batch that measures the perplexity
-    values, grads = with_gradients(trainer, batch, last)
+    values, grads = with_gradients(trainer, batch, with_perplexity=True)
     assert set(values) == {"loss", "acc", "perplexity", *CASES[name].losses, "ppl", "inverse_ppl"}
     for loss in want:
         assert values[loss] == pytest.approx(want[loss].item(), rel=1e-5)
@@ -157,17 +156,10 @@ def test_ten_steps_stay_together(name: str, plpp: bool) -> None:
         assert (their.p[key] - start[key]).abs().max() > 1e-3, key  # it went somewhere
 
 
-class Batches(list):
-    """Stands for the loader of the training images: the same batches in each epoch."""
-
-    class batch_sampler:
-        epoch = 0
-
-
 def test_promptsrc_averages_its_epochs_by_a_gaussian() -> None:
-    epochs, batches = 3, Batches(helpers.fixed_batches(2, size=2))
+    epochs = 3
     trainer = build("PromptSRC", "OPTIM.MAX_EPOCH", epochs, GPA_MEAN=2.2, GPA_STD=0.8)
-    trainer._loaders["train"] = batches
+    batches = mh.Batches(trainer, helpers.fixed_batches(2, size=2))
     their = lm.Training(
         leaves(trainer),
         "PromptSRC",
@@ -315,7 +307,7 @@ def test_any_number_of_context_vectors(position: str) -> None:
         want = lm.coop(mh.exact_clip(), NAMES, mh.exact(leaves(trainer)), mh.exact_batch(batch), position=position)
         with torch.no_grad():
             trainer.prepare_inference()
-            assert difference(trainer.inference(batch["img"]), want.logits) < 1e-5, n_ctx
+            assert difference(trainer.inference(batch), want.logits) < 1e-5, n_ctx
 
 
 @pytest.mark.parametrize("name", ["CoOp", "KgCoOp", "CoCoOp"])
@@ -331,7 +323,7 @@ def test_init_words_start_at_zero_shot_clip_with_those_words(name: str, words: s
     want = lm.zeroshot(mh.exact_clip(), NAMES, batch["img"], [words.replace("_", " ") + " {}."])
     with torch.no_grad():
         trainer.prepare_inference()
-        assert difference(trainer.inference(batch["img"]), want) < 1e-5
+        assert difference(trainer.inference(batch), want) < 1e-5
 
 
 def save_checkpoint(path, state_dict, classnames=None):
@@ -469,8 +461,8 @@ def test_cocoop_gives_each_image_what_it_gets_alone() -> None:
     mean_grads = {key: sum(grads[key] for _, grads in alone) / 5 for key in alone[0][1]}
     assert_same_step(with_gradients(trainer, batch), (mean_values, mean_grads))
     with torch.no_grad():
-        together = trainer.inference(batch["img"])
-        alone = torch.cat([trainer.inference(image[None]) for image in batch["img"]])
+        together = trainer.inference(batch)
+        alone = torch.cat([trainer.inference({"img": image[None]}) for image in batch["img"]])
     assert difference(together, alone) < 1e-5
 
 
@@ -501,12 +493,12 @@ def test_cocoop_tests_as_many_images_at_once_as_memory_holds(monkeypatch: pytest
     a_class = 4 * EMBED  # bytes of one class's features
     trainer = build("CoCoOp")
     with torch.no_grad():
-        whole = trainer.inference(batch["img"])
+        whole = trainer.inference(batch)
         assert sizes == [5]
         for images, want in ((2, [2, 2, 1]), (1, [1] * 5), (0.1, [1] * 5)):
             sizes.clear()
             trainer.tower.memory_mib = 8 * images * a_class * len(NAMES) / 2**20 * 1.01
-            assert difference(trainer.inference(batch["img"]), whole) < 1e-5
+            assert difference(trainer.inference(batch), whole) < 1e-5
             assert sizes == want
 
 
@@ -520,7 +512,7 @@ def zeroshot(cls: type[PromptTrainer], dataset: str) -> tuple[PromptTrainer, Ten
     images = helpers.fixed_batches(1)[0]["img"]
     with torch.no_grad():
         trainer.prepare_inference()
-        return trainer, images, trainer.inference(images)
+        return trainer, images, trainer.inference({"img": images})
 
 
 @pytest.mark.parametrize(("dataset", "template"), [("tiny", mh.TEMPLATE), ("nobody knows it", "a photo of a {}.")])
