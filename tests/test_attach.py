@@ -1,6 +1,6 @@
 """attach: what it adds equals explicit addition, and nothing else changes.
 
-``expected`` shares no code with plpp_reg/attachment.py: it walks the miniature host's parts by hand, places counted from the text.
+``expected`` shares no code with plpp_reg/attachment.py: it walks the miniature host by hand, places counted in the text.
 """
 
 from __future__ import annotations

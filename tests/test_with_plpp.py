@@ -15,11 +15,12 @@ from plpp_reg.errors import InputError
 HOSTS = Path(__file__).parent / "hosts"
 sys.path[:0] = [str(HOSTS), str(HOSTS / "checkout")]
 
-import mini_trainers
-from dassl.config import get_cfg_default
 from yacs.config import CfgNode
 
 from plpp_reg.dassl import mend  # also makes cfg.TRAINER.PLPP
+
+import mini_trainers
+from dassl.config import get_cfg_default
 
 NAMES = ["MiniCoOp", "MiniCoCoOp", "MiniSRC", "MiniAmp"]
 TRAINERS = {name: getattr(mini_trainers, name) for name in NAMES}

@@ -2,12 +2,12 @@
 
     python tools/try_hosts.py --hosts FOLDER --work FOLDER [--only CoOp MaPLe …]
 
-FOLDER of --hosts holds the checkouts by their repositories' names: Dassl.pytorch, CoOp, multimodal-prompt-learning, PromptSRC, KgCoOp.
-Nothing is written there. In --work: weights, images in Caltech101's layout, the runs, and ``report.json``.
+FOLDER of --hosts holds the checkouts by their repositories' names: Dassl.pytorch, CoOp, multimodal-prompt-learning, PromptSRC,
+KgCoOp. Nothing is written there. In --work: weights, images in Caltech101's layout, the runs, and ``report.json``.
 
-Each run is ``python -m plpp_reg.dassl train.py …`` in the checkout, behind a few lines (``inside``) that do what a user's machine
-has and this one has not: they name the checksum of the random weights as that of ViT-B/16, and, only where a host asks for a GPU
-by ``.cuda()``, make that a no-operation.
+Each run is ``python -m plpp_reg.dassl train.py …`` in the checkout, behind a few lines (``inside``) that stand for what a
+user's machine has: they name the checksum of the random weights as that of ViT-B/16, and, where ``.cuda()`` is written into a
+host, make that a no-operation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m plpp_reg.dassl SCRIPT [ARGUMENT …]``: run a Dassl script as ``python SCRIPT …`` would, with PLPP and a mended Dassl."""
+"""``python -m plpp_reg.dassl SCRIPT …``: a Dassl script as ``python SCRIPT …`` runs it, with PLPP and a mended Dassl."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def faults() -> list[Fault]:
         ),
         Fault(
             "frozen learning rate",
-            "after a resume Dassl's warm-up steps a copy of the optimizer and the learning rate stands still: it steps the real one",
+            "after a resume Dassl's warm-up steps a copy of the optimizer, so the learning rate stands still: now the real one",
             _learning_rate_freezes,
             _mend_frozen_learning_rate,
         ),
@@ -231,9 +231,9 @@ def objects_as_data() -> Iterator[None]:
 
 
 def _mend_load_checkpoint() -> None:
-    from dassl.utils import torchtools
-
     from plpp_reg.dassl.registry import rebind
+
+    from dassl.utils import torchtools
 
     original = torchtools.load_checkpoint
 

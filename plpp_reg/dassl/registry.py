@@ -25,8 +25,8 @@ def install() -> None:
         from dassl.config import defaults
     except ImportError as e:
         raise InputError(
-            f"plpp_reg.dassl: expected Dassl to be importable, got: {e} (in its checkout: pip install -r requirements.txt, then "
-            "pip install -e . --no-build-isolation)"
+            f"plpp_reg.dassl: expected Dassl to be importable, got: {e} (in its checkout: pip install -r requirements.txt && "
+            "pip install --no-build-isolation -e .)"
         ) from e
     extend_defaults(defaults._C)
     keep_node(dassl.config)
@@ -40,9 +40,12 @@ def extend_defaults(cfg: Any) -> None:
     """``TRAINER.PLPP``, and the nodes of our own methods, which a host that has the method replaces by its own."""
     from yacs.config import CfgNode
 
-    node = CfgNode({"ENABLED": False, **{name.upper(): value for name, value in settings_defaults().items()}})
-    if "PLPP" not in cfg.TRAINER:
-        cfg.TRAINER.PLPP = node
+    from plpp_reg.dassl.ours import our_nodes
+
+    plpp = {"ENABLED": False, **{name.upper(): value for name, value in settings_defaults().items()}}
+    for name, defaults in {"PLPP": plpp, **our_nodes()}.items():
+        if name not in cfg.TRAINER:
+            cfg.TRAINER[name] = CfgNode(defaults)
 
 
 def keep_node(module: Any) -> None:

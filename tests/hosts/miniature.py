@@ -1,4 +1,4 @@
-"""Miniature hosts, in the shapes of code that prompt-learning checkouts have: all 77 positions of every class, the stock modules.
+"""Miniature hosts, in the shapes of code that checkouts have: all 77 positions of every class through the stock modules.
 
 Loss in the trainer (CoOp's way), loss in ``forward`` with one text pass an image (CoCoOp's), a tuple of seven with deep prompts
 (PromptSRC's and MaPLe's). The token embedding is not kept, as in those checkouts.
@@ -16,7 +16,7 @@ NAMES = ["cat", "hot air balloon", "tea", "zebra crossing", "map"]
 
 
 class TextEncoder(nn.Module):
-    """Prompt embeddings (N, 77, D) and tokenised prompts (N, 77) -> features (N, E). ``deep``: rows for the layers after the first."""
+    """Prompts (N, 77, D), tokenised (N, 77) -> features (N, E). ``deep``: rows for the layers after the first."""
 
     def __init__(self, clip_model: nn.Module) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TextEncoder(nn.Module):
 
 
 class PromptLearner(nn.Module):
-    """Context in front of ("end"), around ("middle") or behind ("front") the name; ``bias``: shifted by it, one prompt set an image."""
+    """Context in front of ("end"), around ("middle") or behind ("front") the name; ``bias``: shifted by it, as by an image."""
 
     def __init__(
         self, clip_model: nn.Module, n_ctx: int = 4, position: str = "end", class_specific: bool = False, words: str = ""

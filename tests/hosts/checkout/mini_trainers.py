@@ -4,12 +4,15 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
+
+from dassl.data import DATASET_REGISTRY, Datum
 from dassl.engine import TRAINER_REGISTRY, TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
-from torch.nn import functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from conftest import make_clip
+from engine_helpers import read_tiny
 from miniature import LossInForward, LossInTrainer, SevenReturned, frozen
 
 
@@ -100,3 +103,14 @@ class MiniZeroShot(Mini):
 
     def forward_backward(self, batch):
         raise NotImplementedError
+
+
+@DATASET_REGISTRY.register()
+class MiniData:
+    """Pictures of engine_helpers.make_images below ROOT."""
+
+    def __init__(self, cfg):
+        parts = read_tiny(cfg.DATASET.ROOT)
+        self.train_x, self.val, self.test = (
+            [Datum(d.impath, d.label, d.classname) for d in part] for part in (parts.train, parts.val, parts.test)
+        )

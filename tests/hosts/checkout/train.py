@@ -3,10 +3,10 @@
 import argparse
 
 import torch
-from dassl.config import clean_cfg, get_cfg_default
-from dassl.engine import build_trainer
 
 import mini_trainers
+from dassl.config import clean_cfg, get_cfg_default
+from dassl.engine import build_trainer
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

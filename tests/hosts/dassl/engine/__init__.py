@@ -33,10 +33,12 @@ class TrainerX:
 
     def train(self):
         start = self.resume() if self.cfg.RESUME else 0
-        for self.epoch in range(start, self.cfg.OPTIM.MAX_EPOCH):
+        for epoch in range(start, self.cfg.OPTIM.MAX_EPOCH):
+            self.epoch = epoch
             self.set_model_mode("train")
             self.num_batches = len(self.train_loader_x)
-            for self.batch_idx, batch in enumerate(self.train_loader_x):
+            for batch_idx, batch in enumerate(self.train_loader_x):
+                self.batch_idx = batch_idx
                 summary = self.forward_backward(batch)
                 for name, value in (summary or {}).items():
                     self.write_scalar(f"train/{name}", value, self.epoch * self.num_batches + self.batch_idx)
