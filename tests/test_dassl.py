@@ -226,7 +226,7 @@ print(json.dumps(dict(
 
 
 def test_our_trainer_on_the_hosts_data(tmp_path):
-    """A host without a trainer CoOp, and with a fork of clip that hides openai-clip: ours trains on its data set, and resumes."""
+    """A host without CoOp, whose own package clip hides openai-clip: ours trains on its data, and its checkpoint loads."""
     engine_helpers.make_images(tmp_path / "data")
     backbone = engine_helpers.write_backbone(tmp_path / "clip.pt")
     code = f"""
