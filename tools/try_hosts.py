@@ -6,8 +6,8 @@ FOLDER of --hosts holds the checkouts by their repositories' names: Dassl.pytorc
 KgCoOp. Nothing is written there. In --work: weights, images in Caltech101's layout, the runs, and ``report.json``.
 
 Each run is ``python -m plpp_reg.dassl train.py …`` in the checkout, behind a few lines (``inside``) that stand for what a
-user's machine has: they name the checksum of the random weights as that of ViT-B/16, and, where ``.cuda()`` is written into a
-host, make that a no-operation.
+user's machine has: they name the checksum of the random weights as that of ViT-B/16, and make no-operations of ``.cuda()`` and
+``.half()`` where a host calls them whatever its configuration says. Each such host is also run once without that.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Case(NamedTuple):
     config: str  # below configs/trainers
     model: str  # the folder of its checkpoints
     opts: tuple[str, ...]
-    no_cuda: bool = False  # .cuda() is written into it
+    idle: str = ""  # methods of tensors and modules that are written into it, and that the wrapper makes no-operations
     dassl: str = "Dassl.pytorch"
 
 
 BATCH = ("DATALOADER.TRAIN_X.BATCH_SIZE", "4")
 MULTIMODAL = "multimodal-prompt-learning"
-KGCOOP = {"checkout": "KgCoOp/KgCoOp", "model": "prompt_learner", "no_cuda": True, "dassl": "KgCoOp/Dassl.ProGrad.pytorch"}
+KGCOOP = {"checkout": "KgCoOp/KgCoOp", "model": "prompt_learner", "idle": "cuda", "dassl": "KgCoOp/Dassl.ProGrad.pytorch"}
 CASES = {
     "CoOp": Case("CoOp", "CoOp/vit_b16_ep50", "prompt_learner", (*BATCH, "TRAINER.COOP.PREC", "fp32")),
     "CoCoOp": Case(
@@ -52,14 +52,16 @@ CASES = {
         "prompt_learner",
         ("DATALOADER.TRAIN_X.BATCH_SIZE", "2", "TRAINER.COCOOP.PREC", "fp32"),
     ),
-    "MaPLe": Case(MULTIMODAL, "MaPLe/vit_b16_c2_ep5_batch4_2ctx", "MultiModalPromptLearner", ("TRAINER.MAPLE.PREC", "fp32")),
+    "MaPLe": Case(
+        MULTIMODAL, "MaPLe/vit_b16_c2_ep5_batch4_2ctx", "MultiModalPromptLearner", ("TRAINER.MAPLE.PREC", "fp32"), "half"
+    ),
     "IVLP": Case(MULTIMODAL, "IVLP/vit_b16_c2_ep5_batch4_2+2ctx", "VLPromptLearner", ("TRAINER.IVLP.PREC", "fp32")),
     "PromptSRC": Case(
         "PromptSRC",
         "PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx",
         "VLPromptLearner",
         ("TRAINER.PROMPTSRC.PREC", "fp32"),
-        no_cuda=True,
+        idle="cuda half",
     ),
     "KgCoOp": Case(config="KgCoOp/vit_b16_ep100_ctxv1", opts=(*BATCH, "TRAINER.COOP.PREC", "fp32"), **KGCOOP),
     "ProGrad": Case(
@@ -100,7 +102,7 @@ def make_images(root: Path) -> None:
     (folder / "split_zhou_Caltech101.json").write_text(json.dumps(split))
 
 
-def inside(weights: str, mode: str, no_cuda: bool, arguments: list[str]) -> int:
+def inside(weights: str, mode: str, idle: str, arguments: list[str]) -> int:
     """In the checkout: the launcher, with the random weights' checksum as the expected one."""
     sys.path.insert(0, os.getcwd())
     import torch
@@ -108,8 +110,9 @@ def inside(weights: str, mode: str, no_cuda: bool, arguments: list[str]) -> int:
 
     digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     clip._MODELS["ViT-B/16"] = f"random/{digest}/{WEIGHTS}"
-    if no_cuda:
-        torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    for name in idle.split():
+        for kind in (torch.Tensor, torch.nn.Module):
+            setattr(kind, name, lambda self, *args, **kwargs: self)
     if mode == "gradient":
         from dassl.engine import SimpleTrainer
 
@@ -185,9 +188,9 @@ class Bench:
         *flags: str,
         opts: tuple[str, ...] = (),
         mode: str = "train",
-        cuda: bool = False,
+        idle: bool = True,
     ) -> dict[str, Any]:
-        """One command in the checkout; what it printed, in figures. ``cuda``: leave .cuda() as it is."""
+        """One command in the checkout; what it printed, in figures. ``idle`` False: no method is made a no-operation."""
         case = CASES[name]
         checkout, out = self.hosts / case.checkout, self.work / "runs" / name / folder
         config = next((checkout / "configs" / "trainers").glob(f"{case.config}*.yaml"))
@@ -199,7 +202,7 @@ class Bench:
         dassl = os.pathsep.join([str(self.hosts / case.dassl), os.environ.get("PYTHONPATH", "")])
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, __file__, "--inside", str(self.weights), mode, str(case.no_cuda and not cuda), *command],
+            [sys.executable, __file__, "--inside", str(self.weights), mode, case.idle if idle else "", *command],
             cwd=checkout,
             env={**os.environ, "HOME": str(self.work / "home"), "PYTHONPATH": dassl},
             capture_output=True,
@@ -239,8 +242,8 @@ class Bench:
         shutil.rmtree(runs, ignore_errors=True)
         plain = self.run(name, name, "plain")
         found: dict[str, Any] = {"plain": plain}
-        if CASES[name].no_cuda:
-            found["with its .cuda()"] = self.run(name, name + "_PLPP", "cuda", cuda=True)["error"]
+        if CASES[name].idle:
+            found["as it is"] = self.run(name, name, "as_it_is", idle=False)["error"]
         if plain["status"]:
             return found
         zero = ("TRAINER.PLPP.WEIGHT", "0.0", "TRAINER.PLPP.INVERSE_WEIGHT", "0.0")
@@ -279,12 +282,12 @@ def main() -> None:
     for name in args.only:
         results[name] = bench.try_host(name)
         report.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{name}: {json.dumps({k: results[name].get(k) for k in ('checks', 'with its .cuda()')}, indent=1)}", flush=True)
+        print(f"{name}: {json.dumps({k: results[name].get(k) for k in ('checks', 'as it is')}, indent=1)}", flush=True)
         for key in ("plain", "PLPP", "gradient", "resumed"):
             print(f"  {key}: {json.dumps(results[name].get(key))}", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:
-        sys.exit(inside(sys.argv[2], sys.argv[3], sys.argv[4] == "True", sys.argv[5:]))
+        sys.exit(inside(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5:]))
     main()
