@@ -127,6 +127,8 @@ def _parser() -> _Parser:
     inspect.add_argument("--words", type=int, default=5, help="how many words to show (default: 5)")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     inspect.add_argument("--out", default="", metavar="PNG", help="draw the perplexity over the epochs")
+    for command in (doctor, inspect):
+        command.set_defaults(opts=())
     return parser
 
 
@@ -244,3 +246,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"plpp: {e}", file=sys.stderr)
         return 1
+    return 0
