@@ -33,7 +33,8 @@ class _Group:
 
     def __init__(self) -> None:
         self.passes = 0
-        self.pending = 0  # counted, but measured only when a reentrant checkpoint runs them again
+        self.run_again = False  # its passes were counted without gradients, and make their graph in a second run
+        self.in_backward = False  # its passes are seen in a second run alone: the whole model is checkpointed
         self.backward_passes = 0
         self.measured: list[tuple[Components, Tensor, Tensor]] = []  # all detached
         self.summary: Components | None = None
@@ -177,16 +178,18 @@ class Handle:
         again = _in_backward()  # a checkpoint runs the text encoder once more
         if not torch.is_grad_enabled():  # the first run of a reentrant checkpoint: its second run makes the graph
             if not again:
-                self._next_pass().pending += 1
+                self._next_pass().run_again = True
             return output
         v, h = self._read(prompts, self._states(hidden, prompts), layout)
         self._check_scaler(prompts.device)
         if self.regularizer.vocabulary.device != v.device:
             self.regularizer.to(v.device)
         parts = self.regularizer.components(v, h, with_perplexity=False)
-        group = self._group if again and self._group is not None else self._next_pass()
-        if not again or group.pending:
-            group.pending -= again
+        group = self._group
+        if not again or group is None or group.in_backward:
+            group = self._next_pass()
+            group.in_backward = again
+        if not again or group.run_again or group.in_backward:
             group.measure(parts, v, h)
         return _joined(output, functools.partial(_Join.apply, self, group, parts.total))
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from plpp_reg import PerplexityRegularizer, attach
+from plpp_reg.attachment import Layout, distinct_prompts
 from plpp_reg.clip.load import openai_clip
 from plpp_reg.errors import InputError
 
@@ -229,6 +230,20 @@ def test_class_names_may_change_from_call_to_call(clip_model, batch):
         assert torch.isclose(last.total, regularizer(v, h), rtol=1e-12)
 
 
+def test_prompts_that_differ_behind_their_last_vector_are_one():
+    """Prompts of six places: 0 and 3 differ only behind their vectors, 1 has them elsewhere, 2 other words, 4 other vectors."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(1, 6, 8, generator=generator).repeat(5, 1, 1)
+    slot = torch.tensor([[1, 2], [3, 4], [1, 2], [1, 2], [1, 2]])
+    prompts[2, 0] += 1
+    prompts[3, 3:] += 1
+    prompts[4, 2] += 1
+    shared = Layout(slot, torch.zeros(5, dtype=torch.long))
+    assert distinct_prompts(prompts, shared).tolist() == [0, 1, 2, 4]
+    assert distinct_prompts(prompts, shared._replace(owner=torch.tensor([0, 0, 0, 1, 0]))).tolist() == [0, 1, 2, 3, 4]
+    assert distinct_prompts(prompts[[0, 3]], Layout(slot[[0, 3]], torch.zeros(2, dtype=torch.long))).tolist() == [0]
+
+
 # ---- the backward pass -----------------------------------------------------------------------------------------------
 
 
@@ -370,10 +385,12 @@ def test_no_grad_eval_and_a_frozen_context_are_left_alone(clip_model, batch):
 def test_a_validation_pass_between_forward_and_backward(clip_model, batch):
     regularizer = make_regularizer(clip_model)
     host = make_host(clip_model, "forward")
-    attach(host, regularizer)
+    handle = attach(host, regularizer)
     loss = host_loss(host, batch)
+    last = handle.last
     with torch.no_grad():
         host_loss(host, (batch[0][:1], batch[1][:1]))
+    assert handle.last is last
     loss.backward()
     assert_close(gradients(host), expected(clip_model, regularizer, batch, kind="forward"))
 
@@ -390,15 +407,28 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["trainer", "forward"])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_text_encoder_counts_once(clip_model, batch, kind, reentrant):
+@pytest.mark.parametrize(("reentrant", "early_stop"), [(False, True), (False, False), (True, True)])
+def test_a_checkpointed_text_encoder_counts_once(clip_model, batch, kind, reentrant, early_stop):
     regularizer = make_regularizer(clip_model)
     host = make_host(clip_model, kind)
     host.text_encoder = Checkpointed(host.text_encoder, reentrant)
     handle = attach(host, regularizer)
-    host_loss(host, batch).backward()
+    with set_checkpoint_early_stop(early_stop):
+        host_loss(host, batch).backward()
     assert_close(gradients(host), expected(clip_model, regularizer, batch, kind=kind))
     assert len(handle._group.measured) == (3 if kind == "forward" else 1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_model(clip_model, batch, reentrant):
+    regularizer = make_regularizer(clip_model)
+    host = make_host(clip_model, "forward")
+    handle = attach(host, regularizer)
+    images = batch[0].clone().requires_grad_()  # a reentrant checkpoint wants an input with a gradient
+    with set_checkpoint_early_stop(False):
+        checkpoint(host, images, batch[1], use_reentrant=reentrant).backward()
+    assert len(handle._group.measured) == 3 and handle._group.passes == 3
+    assert_close(gradients(host), expected(clip_model, regularizer, batch, kind="forward"))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
