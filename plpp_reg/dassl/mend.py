@@ -23,10 +23,11 @@ from plpp_reg.errors import InputError
 
 
 class Fault(NamedTuple):
-    """``broken()`` tries it out; ``mend()`` mends it for this process; ``line`` says what was wrong."""
+    """``broken()`` tries it out; ``mend()`` mends it for this process; ``wrong`` and ``mended`` are the halves of a line."""
 
     name: str
-    line: str
+    wrong: str
+    mended: str
     broken: Callable[[], bool]
     mend: Callable[[], None]
 
@@ -36,7 +37,8 @@ def before_import() -> list[Fault]:
     return [
         Fault(
             "amp names",
-            "torch.cuda.amp.GradScaler and autocast are deprecated: they are torch.amp's now",
+            "torch.cuda.amp.GradScaler and autocast are deprecated",
+            "they are torch.amp's",
             _amp_names_are_deprecated,
             _mend_amp_names,
         ),
@@ -48,19 +50,22 @@ def faults() -> list[Fault]:
     return [
         Fault(
             "scheduler signature",
-            "Dassl's warm-up gives torch's schedulers an argument verbose that they no longer take: it is dropped",
+            "Dassl's warm-up gives torch's schedulers an argument verbose that they no longer take",
+            "it is dropped",
             _scheduler_signature_is_broken,
             _mend_scheduler_signature,
         ),
         Fault(
             "frozen learning rate",
-            "after a resume Dassl's warm-up steps a copy of the optimizer, so the learning rate stands still: now the real one",
+            "after a resume Dassl's warm-up steps a copy of the optimizer, and the learning rate stands still",
+            "it steps the real one",
             _learning_rate_freezes,
             _mend_frozen_learning_rate,
         ),
         Fault(
             "checkpoints under weights_only",
-            "torch.load refuses Dassl's own checkpoints: the schedulers and optimizers in them are read as plain data, not run",
+            "torch.load refuses Dassl's own checkpoints",
+            "the schedulers and optimizers in them are read as data, not run",
             _checkpoints_are_refused,
             _mend_load_checkpoint,
         ),
@@ -73,17 +78,17 @@ def mend(found: list[Fault]) -> list[str]:
     for fault in found:
         if fault.broken():
             fault.mend()
-            lines.append(f"plpp: mended in memory: {fault.line}")
+            lines.append(f"plpp: mended in memory: {fault.wrong}: {fault.mended}")
     return lines
 
 
 def report() -> list[str]:
-    """What :func:`mend` would mend, for the doctor. (Later faults show only once earlier ones are mended.)"""
+    """What fails without :func:`mend`, for the doctor. (A later fault shows once an earlier one is mended.)"""
     lines = []
-    for fault in [*before_import(), *faults()]:
+    for fault in faults():
         if fault.broken():
             fault.mend()
-            lines.append(fault.line)
+            lines.append(fault.wrong)
     return lines
 
 
