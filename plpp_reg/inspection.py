@@ -192,7 +192,7 @@ class _Foreign:
     def __init__(self, content: dict[str, Any], path: Path, backbone: str, position: str, init: str) -> None:
         if position not in POSITIONS:
             raise unknown("--position", position, POSITIONS)
-        context, self.deep = context_of(content, path)
+        context, _ = context_of(content, path)
         width = context.shape[-1]
         self.clip_model = load_clip(backbone or EMBEDDED)
         table = self.clip_model.token_embedding.weight
@@ -200,17 +200,20 @@ class _Foreign:
             named = f"got {backbone}, of width {table.shape[1]}" if backbone else "give it"
             raise InputError(f"--backbone: expected the CLIP that these prompts, of width {width}, were trained on, {named}")
         self.trainer, self.backbone = "upstream", backbone or EMBEDDED
-        self.tower, self.position, self.words = TextTower(self.clip_model), position, init.replace("_", " ").strip()
+        self.tower, self.position = TextTower(self.clip_model), position
+        self.start = encode(init.replace("_", " ").strip())
+        if self.start and len(self.start) < context.shape[-2]:
+            raise InputError(f"--init: expected words of {context.shape[-2]} tokens or more, got {init!r}, {len(self.start)}")
+        self.start = self.start[: context.shape[-2]]  # MaPLe learns the first words alone
         prompts = context.shape[0] if context.dim() == 3 else 1
         self.names = ["x"] * prompts
         if position != "end":  # the state before a vector has seen the name
             self.names = class_names(content, path, table)
 
     def before(self) -> Prompts | None:
-        if not self.words:
+        if not self.start:
             return None
-        start = self.clip_model.token_embedding.weight[encode(self.words)]
-        return self._prompts(start, [])
+        return self._prompts(self.clip_model.token_embedding.weight[self.start], [])
 
     def at(self, content: dict[str, Any], path: Path) -> Prompts:
         return self._prompts(*context_of(content, path))

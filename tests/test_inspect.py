@@ -121,7 +121,7 @@ def test_words_themselves_and_the_words_that_it_began_with(tmp_path, backbone, m
     """A context of words: each is its own nearest word, at cosine 1, nearer than any word to another."""
     ids = encode("a photo of")
     run = upstream(tmp_path, {"ctx": model.token_embedding.weight[ids].half()})
-    found = inspect_prompts(run, backbone, init="a_photo_of")
+    found = inspect_prompts(run, backbone, init="a_photo_of a")  # of longer words the first count, as in MaPLe
     assert [v.nearest[0].word for v in found.after.vectors] == ["a", "photo", "of"]
     assert all(v.nearest[0].cosine == pytest.approx(1, abs=1e-3) and v.nearer_than == 1.0 for v in found.after.vectors)
     assert found.before.perplexity == pytest.approx(found.after.perplexity, rel=1e-3)
@@ -232,6 +232,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, backbone, model, capsys):
         ([run, "--backbone", backbone, "--position", "back"], "unknown --position 'back'"),
         ([run, "--backbone", backbone, "--position", "front"], "expected the CLIP whose word vectors are in"),
         ([run, "--backbone", backbone, "--words", "0"], "--words: expected an integer >= 1, got 0"),
+        ([run, "--backbone", backbone, "--init", "a photo"], "--init: expected words of 3 tokens or more, got 'a photo', 2"),
         ([other, "--backbone", backbone], "expected context vectors (ctx or prompt_learner.ctx), got ['weight']"),
         ([gap, "--backbone", backbone], "expected prompts for layers 1, 2, …, got them for [2]"),
         ([str(cut), "--backbone", backbone], "refused"),

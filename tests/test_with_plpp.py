@@ -13,7 +13,7 @@ from plpp_reg import PerplexityRegularizer, with_plpp
 from plpp_reg.errors import InputError
 
 HOSTS = Path(__file__).parent / "hosts"
-sys.path[:0] = [str(HOSTS), str(HOSTS / "checkout")]
+sys.path += [str(HOSTS), str(HOSTS / "checkout")]  # behind everything: the checkout has a package clip
 
 from yacs.config import CfgNode
 
