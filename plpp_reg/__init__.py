@@ -3,18 +3,28 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plpp_reg.attachment import Handle, attach
+    from plpp_reg.host_trainer import with_plpp
     from plpp_reg.regularizer import Components, PerplexityRegularizer
 
 __version__ = "0.1.0"
-__all__ = ["Components", "PerplexityRegularizer", "__version__"]
+__all__ = ["Components", "Handle", "PerplexityRegularizer", "__version__", "attach", "with_plpp"]
+
+_PLACES = {
+    "Components": "regularizer",
+    "PerplexityRegularizer": "regularizer",
+    "Handle": "attachment",
+    "attach": "attachment",
+    "with_plpp": "host_trainer",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that the command line can say how threads wait before torch is there (see cli.py), and answers --help at once.
-    if name in ("Components", "PerplexityRegularizer"):
-        from plpp_reg import regularizer
+    if name in _PLACES:
+        import importlib
 
-        return getattr(regularizer, name)
+        return getattr(importlib.import_module(f"plpp_reg.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

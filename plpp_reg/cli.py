@@ -112,6 +112,23 @@ def _parser() -> _Parser:
     cache = commands.add_parser("cache", help="the kept image features: how many, how large, how old")
     cache.add_argument("--clear", action="store_true", help="remove them")
     cache.set_defaults(opts=[])
+
+    doctor = commands.add_parser("doctor", help="what is installed, what will fail, and the command that mends it")
+    doctor.add_argument("--folder", default=".", help="where the script stands that you run (default: here)")
+
+    inspect = commands.add_parser("inspect", help="read the words out of learned prompts", allow_abbrev=False)
+    inspect.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", help="a run's folder or a model.pth.tar-<n>, ours or upstream's"
+    )
+    inspect.add_argument("--backbone", default="", help="the CLIP it was trained on (a run of ours knows it)")
+    inspect.add_argument("--load-epoch", type=int, default=None, help="epoch to read (default: the newest)")
+    inspect.add_argument("--position", default="end", help="where the class name stands: end, middle, front (upstream's only)")
+    inspect.add_argument("--init", default="", help="words that the context began with (upstream's only)")
+    inspect.add_argument("--words", type=int, default=5, help="how many words to show (default: 5)")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.add_argument("--out", default="", metavar="PNG", help="draw the perplexity over the epochs")
+    for command in (doctor, inspect):
+        command.set_defaults(opts=())
     return parser
 
 
@@ -171,6 +188,26 @@ def _cache(args: argparse.Namespace) -> None:
     show_store(args.clear)
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from plpp_reg.doctor import doctor, report
+
+    findings = doctor(args.folder)
+    print(report(findings))
+    return 1 if any(f.fails for f in findings) else 0
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from plpp_reg import inspection
+
+    found = inspection.inspect_prompts(args.source, args.backbone, args.load_epoch, args.position, args.init, args.words)
+    print(inspection.as_json(found) if args.json else inspection.as_text(found))
+    if args.out:
+        inspection.draw(found, Path(args.out))
+        print(f"Picture: {args.out}", file=sys.stderr)
+
+
 def _check_opts(opts: Sequence[str]) -> None:
     for word in opts[::2]:
         if word.startswith("-"):
@@ -191,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_opts(args.opts)
         commands = {"train": _train, "demo": _demo, "run": _run, "table": _table, "data": _data}
         commands |= {"predict": _predict, "export": _export, "cache": _cache}
+        commands |= {"doctor": _doctor, "inspect": _inspect}
         return commands[args.command](args) or 0
     except InputError as e:
         print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import sys
 import urllib.error
 import warnings
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -22,16 +25,42 @@ PRECISIONS = {"fp32": torch.float32, "amp": torch.float32, "bf16": torch.bfloat1
 
 @functools.cache
 def openai_clip() -> ModuleType:
-    """The package openai-clip, imported when it is needed."""
+    """The package openai-clip, imported when it is needed; not a fork of it that a checkout has under the same name."""
     try:
         with warnings.catch_warnings():  # its import of pkg_resources warns of setuptools 81
             warnings.filterwarnings("ignore", message=".*pkg_resources.*")
+            hidden = _hidden_openai_clip()
+            if hidden is not None:
+                return _import_as("plpp_reg_openai_clip", hidden)
             import clip
     except ImportError as e:
         raise InputError(
             f"the package openai-clip, with setuptools below 81, is needed: pip install 'plpp-reg[train]' ({e})"
         ) from e
     return clip
+
+
+def _hidden_openai_clip() -> Path | None:
+    """Where openai-clip is, if ``import clip`` means something else: checkouts of CoOp's kind have a package ``clip``."""
+    try:
+        installed = Path(str(metadata.distribution("openai-clip").locate_file("clip/__init__.py")))
+    except metadata.PackageNotFoundError:
+        return None
+    spec = importlib.util.find_spec("clip")
+    first = spec.origin if spec is not None else None
+    return installed if installed.is_file() and first and not installed.samefile(first) else None
+
+
+def _import_as(name: str, place: Path) -> ModuleType:
+    """A package by its ``__init__.py``, under another name."""
+    spec = importlib.util.spec_from_file_location(name, place, submodule_search_locations=[str(place.parent)])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.device | str = "cpu") -> nn.Module:

@@ -1,0 +1,3 @@
+from . import DATASET_REGISTRY, Datum, build_dataset
+
+__all__ = ["DATASET_REGISTRY", "Datum", "build_dataset"]
