@@ -76,6 +76,10 @@ def _parser() -> _Parser:
     run.add_argument("--backbone", default="", help="'embedded', a name of OpenAI's (ViT-B/16) or a file")
     run.add_argument("--output", default="output", metavar="DIR", help="where the runs go (default: output)")
     run.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    run.add_argument("--workers", type=int, default=0, metavar="N", help="processes, a GPU each if any (default: this one)")
+    run.add_argument("--threads", type=int, default=0, metavar="T", help="CPU threads of each run (default: torch's, divided)")
+    run.add_argument("--executor", default="processes", help="processes (default), or ray: a Ray cluster")
+    run.add_argument("--address", default="", help="of the Ray cluster (default: RAY_ADDRESS, or one that starts here)")
     run.add_argument("--set", dest="opts", nargs="+", default=[], metavar="KEY VALUE", help="configuration keys for every run")
 
     table = commands.add_parser("table", help="the tables of a folder of runs, beside published figures")
@@ -129,14 +133,15 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from plpp_reg import protocols, sweep
+    from plpp_reg import protocols, sweep, workers
 
+    runner = workers.choose(args.executor, args.workers, args.threads, args.address)
     fields = {name: getattr(args, name) for name in protocols.Choice._fields}
     jobs = protocols.plan(args.protocol, protocols.Choice(**fields), args.output)
     if args.dry_run:
         print("\n".join(sweep.planned(jobs)))
         return 0
-    failed = sweep.sweep(jobs, say=lambda line: print(line, flush=True))
+    failed = sweep.sweep(jobs, lambda line: print(line, flush=True), runner)
     print("\n".join(sweep.report(failed) or [f"All {len(jobs)} runs are there: plpp table {args.output}"]))
     return 1 if failed else 0
 
