@@ -32,7 +32,9 @@ demo = [
     "resvg-py",  # rasterises SVG without a system library
     "matplotlib",
 ]
-test = [*demo, "open_clip_torch", "pytest", "hypothesis", "ruff", "build", "scikit-learn"]
+ray = ["ray"]  # without the dashboard
+data = ["huggingface_hub>=1.0"]  # plpp data get: addresses, sizes and SHA-256 of the Hub's files
+test = [*demo, *ray, *data, "open_clip_torch", "pytest", "hypothesis", "ruff", "build", "scikit-learn"]
 
 setup(
     name="plpp-reg",
@@ -53,7 +55,8 @@ setup(
         "train": train,
         "demo": demo,
         "test": test,
-        "ray": ["ray[default]"],
+        "ray": ray,
+        "data": data,
         "open_clip": ["open_clip_torch"],
         "docs": ["mkdocs"],
     },

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, random_clip, seconds
 from PIL import Image
 from torch.nn import functional as F
 
@@ -35,6 +34,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
 
+from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, random_clip, seconds
 from names import short_names
 
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)

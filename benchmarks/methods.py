@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, peak_mib, random_clip, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +29,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
 
+from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, peak_mib, random_clip, seconds
 from names import short_names
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, peak_mib, random_clip, seconds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +26,7 @@ from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 
+from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, peak_mib, random_clip, seconds
 from names import car_names, short_names
 
 

@@ -76,6 +76,10 @@ def _parser() -> _Parser:
     run.add_argument("--backbone", default="", help="'embedded', a name of OpenAI's (ViT-B/16) or a file")
     run.add_argument("--output", default="output", metavar="DIR", help="where the runs go (default: output)")
     run.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    run.add_argument("--workers", type=int, default=0, metavar="N", help="processes, a GPU each if any (default: this one)")
+    run.add_argument("--threads", type=int, default=0, metavar="T", help="CPU threads of each run (default: torch's, divided)")
+    run.add_argument("--executor", default="processes", help="processes (default), or ray: a Ray cluster")
+    run.add_argument("--address", default="", help="of the Ray cluster (default: RAY_ADDRESS, or one that starts here)")
     run.add_argument("--set", dest="opts", nargs="+", default=[], metavar="KEY VALUE", help="configuration keys for every run")
 
     table = commands.add_parser("table", help="the tables of a folder of runs, beside published figures")
@@ -86,11 +90,16 @@ def _parser() -> _Parser:
     table.add_argument("--no-published", action="store_true", help="without rows of published figures")
     table.set_defaults(opts=[])
 
-    data = commands.add_parser("data", help="the papers' data sets: what is there, what is missing, where to get it")
-    data.add_argument("action", choices=("check",))
-    data.add_argument("root", metavar="ROOT", help="folder of the data sets")
-    data.add_argument("--datasets", nargs="+", default=[], help="these alone (also folder:PATH, csv:PATH)")
-    data.add_argument("--every-image", action="store_true", help="decode every image, not one of each data set")
+    data = commands.add_parser("data", help="the papers' data sets: what is there, what is missing; downloads")
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
+    look = actions.add_parser("check", help="what is there, what is missing, where to get it")
+    look.add_argument("root", metavar="ROOT", help="folder of the data sets")
+    look.add_argument("--datasets", nargs="+", default=[], help="these alone (also folder:PATH, csv:PATH)")
+    look.add_argument("--every-image", action="store_true", help="decode every image, not one of each data set")
+    get = actions.add_parser("get", help="download data sets, check them, unpack them where they belong")
+    get.add_argument("names", nargs="+", metavar="NAME", help="caltech101 dtd … (not imagenet)")
+    get.add_argument("--root", default="data", metavar="DATA", help="folder of the data sets (default: data)")
+    get.add_argument("--source", default="hub", help="hub (default: with the papers' splits), or torchvision")
     data.set_defaults(opts=[])
 
     predict = commands.add_parser("predict", help="a trained prompt on your own images and class names")
@@ -146,14 +155,15 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from plpp_reg import protocols, sweep
+    from plpp_reg import protocols, sweep, workers
 
+    runner = workers.choose(args.executor, args.workers, args.threads, args.address)
     fields = {name: getattr(args, name) for name in protocols.Choice._fields}
     jobs = protocols.plan(args.protocol, protocols.Choice(**fields), args.output)
     if args.dry_run:
         print("\n".join(sweep.planned(jobs)))
         return 0
-    failed = sweep.sweep(jobs, say=lambda line: print(line, flush=True))
+    failed = sweep.sweep(jobs, lambda line: print(line, flush=True), runner)
     print("\n".join(sweep.report(failed) or [f"All {len(jobs)} runs are there: plpp table {args.output}"]))
     return 1 if failed else 0
 
@@ -165,6 +175,10 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> int:
+    if args.action == "get":
+        from plpp_reg.datasets.download import get
+
+        return get(args.names, args.root, args.source)
     from plpp_reg.datasets.check import check
 
     return check(args.root, args.datasets, args.every_image)
@@ -237,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"plpp: the package {e.name!r} is needed: pip install 'plpp-reg[demo]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("plpp: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        print("plpp: stopped; the same command goes on from what is there", file=sys.stderr)
         return 130
     except RuntimeError as e:
         from plpp_reg.engine.trainer import NonFiniteLoss

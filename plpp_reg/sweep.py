@@ -11,7 +11,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ def execute(job: Job, models: Models | None = None) -> Outcome:
             result = _run(job, models)
         return Outcome(job, result, time.perf_counter() - start)
     except Exception as e:
-        return _failure(job, e, time.perf_counter() - start)
+        return failure(job, e, time.perf_counter() - start)
 
 
 class Models(dict):
@@ -117,7 +117,8 @@ def _run(job: Job, models: Models) -> dict[str, Any]:
     return result
 
 
-def _failure(job: Job, error: Exception, seconds: float) -> Outcome:
+def failure(job: Job, error: Exception, seconds: float) -> Outcome:
+    """The outcome of a run that ended with ``error``, noted in the run's folder too."""
     message = " ".join(str(error).split()) or type(error).__name__
     log = job.folder / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if log.is_file() else []
@@ -184,14 +185,19 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
         _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
     failed: list[Outcome] = []
     start, done, total = time.perf_counter(), 0.0, sum(job.cost for job in left)
-    for number, outcome in enumerate(runner(left), start=1):
-        done += outcome.job.cost
-        spent = time.perf_counter() - start
-        remaining = f", about {duration(spent * (total - done) / done)} left" if number < len(left) else ""
-        what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
-        say(f"[{number}/{len(left)}] {outcome.job.label}: {what} ({duration(outcome.seconds)}{remaining})")
-        if outcome.result is None:
-            failed.append(outcome)
+    outcomes = runner(left)
+    try:
+        for number, outcome in enumerate(outcomes, start=1):
+            done += outcome.job.cost
+            spent = time.perf_counter() - start
+            remaining = f", about {duration(spent * (total - done) / done)} left" if number < len(left) else ""
+            what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
+            say(f"[{number}/{len(left)}] {outcome.job.label}: {what} ({duration(outcome.seconds)}{remaining})")
+            if outcome.result is None:
+                failed.append(outcome)
+    finally:
+        if isinstance(outcomes, Generator):
+            outcomes.close()  # Ctrl-C may come here: a runner ends its workers before anything else goes on
     return failed
 
 

@@ -44,6 +44,8 @@ def check(root: str | Path, datasets: Sequence[str] = (), every_image: bool = Fa
             print(f"{'':16s} {line}")
     counted = {state: sum(f.state == state for f in findings) for state in (READY, DIFFERENT, MISSING, WRONG)}
     print(", ".join(f"{n} {state}" for state, n in counted.items() if n))
+    if counted[MISSING]:
+        print(f"plpp data get NAME --root {root} downloads what is missing, but not imagenet")
     return int(bool(counted[WRONG] or (datasets and counted[MISSING])))
 
 
