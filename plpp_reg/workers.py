@@ -235,6 +235,6 @@ def _connected(address: str, cpus: int | None) -> ModuleType:
         return ray
     try:
         ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
         raise InputError(f"--address {address!r}: expected a running Ray cluster, got {e}") from e
     return ray
