@@ -329,11 +329,11 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_has(server: Server, tmp_p
     assert not list(tmp_path.rglob("a.jpg")) and not (tmp_path / "eurosat").exists()
 
 
-@pytest.mark.parametrize("evil", ["../../../../evil", "/tmp/plpp-evil", "link"])
+@pytest.mark.parametrize("evil", ["../../../../evil", "absolute", "link"])
 def test_an_archive_that_reaches_outside(evil: str, server: Server, tmp_path: Path, monkeypatch, capsys) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        info = tarfile.TarInfo(evil)
+        info = tarfile.TarInfo(str(tmp_path / "evil") if evil == "absolute" else evil)
         if evil == "link":
             info.type, info.linkname = tarfile.SYMTYPE, str(tmp_path)
         archive.addfile(info, io.BytesIO())
@@ -343,7 +343,7 @@ def test_an_archive_that_reaches_outside(evil: str, server: Server, tmp_path: Pa
     root = tmp_path / "a" / "b"
     line = refused(capsys, "dtd", "--root", str(root), "--source", "torchvision")
     assert "expected an archive that" in line
-    assert not list(tmp_path.rglob("*evil*")) and not Path("/tmp/plpp-evil").exists() and not (root / "dtd").exists()
+    assert not list(tmp_path.rglob("*evil*")) and not (root / "dtd").exists()
 
 
 def test_an_archive_cut_short_without_a_checksum_is_got_again(server: Server, tmp_path: Path, monkeypatch, capsys) -> None:
