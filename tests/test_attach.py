@@ -21,7 +21,7 @@ from plpp_reg.clip.load import openai_clip
 from plpp_reg.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parent / "hosts"))
-from miniature import NAMES, LossInForward, LossInTrainer, SevenReturned, TextEncoder, frozen
+from mini_hosts import NAMES, LossInForward, LossInTrainer, SevenReturned, TextEncoder, frozen
 
 HOSTS = {"trainer": LossInTrainer, "forward": LossInForward, "seven": SevenReturned}
 LAYOUTS = [

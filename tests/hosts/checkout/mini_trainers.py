@@ -13,7 +13,7 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from conftest import make_clip
 from engine_helpers import read_tiny
-from miniature import LossInForward, LossInTrainer, SevenReturned, frozen
+from mini_hosts import LossInForward, LossInTrainer, SevenReturned, frozen
 
 
 class Mini(TrainerX):
