@@ -85,7 +85,14 @@ class PromptReader:
         Raises:
             InputError: nothing to read: no text context, a trainer or weights that are not here, a broken checkpoint.
         """
-        recorded = Path(place) / "config.yaml"
+        streams = checkpoint.random_streams()
+        try:  # building a model draws at random, and the context is drawn as the run drew it: from its seed
+            return self._read(Path(place))
+        finally:
+            checkpoint.restore_random_streams(streams)
+
+    def _read(self, place: Path) -> Prompts:
+        recorded = place / "config.yaml"
         name = str(config.from_yaml(recorded).get("TRAINER.NAME"))
         if ":" in name:  # importing what a folder names would run it
             raise InputError(f"{name} is a trainer of one's own, which a report does not import")
@@ -104,14 +111,10 @@ class PromptReader:
         node = cfg.TRAINER[cls.config_node]
         if not node.get("CSC", False) and node.get("CLASS_TOKEN_POSITION", "end") == "end":
             classnames = classnames[:1]  # a shared context in front of the name is the same before every one
-        streams = checkpoint.random_streams()
-        try:  # building draws the context as the run drew it
-            trainer = cls(cfg, DataSplit([], [], [], classnames), clip_model, RunLog(quiet=True))
-            before, at_first = self._words(trainer.context(), clip_model), trainer.measure_prompts().perplexity.item()
-            trainer.saving.load_weights(path)
-            after, at_last = self._words(trainer.context(), clip_model), trainer.measure_prompts().perplexity.item()
-        finally:
-            checkpoint.restore_random_streams(streams)
+        trainer = cls(cfg, DataSplit([], [], [], classnames), clip_model, RunLog(quiet=True))
+        before, at_first = self._words(trainer.context(), clip_model), trainer.measure_prompts().perplexity.item()
+        trainer.saving.load_weights(path)
+        after, at_last = self._words(trainer.context(), clip_model), trainer.measure_prompts().perplexity.item()
         return Prompts(before, after, (at_first, at_last), classnames[0] if trainer.context().dim() == 3 else "")
 
     def _words(self, context: Tensor, clip_model: nn.Module) -> list[list[NearWord]]:

@@ -29,7 +29,7 @@ LONGEST = 44  # characters of a name in a figure
 
 
 class Style(NamedTuple):
-    """A colour of SERIES by its number, and what tells a method without PLPP from the one with it."""
+    """A colour and marker by its number; a method without PLPP is dashed and hollow, otherwise like the one with it."""
 
     colour: int
     plain: bool = False
@@ -99,21 +99,23 @@ def curves(
     name: str, title: str, alt: str, lines: Sequence[Line], x_label: str, y_label: str,
     ticks: Sequence[float] = (), log_x: bool = False, log_y: bool = False,
 ) -> Picture:  # fmt: skip
-    """Lines with bands; plain methods dashed."""
+    """Lines with bands."""
     rows = math.ceil(len(lines) / _legend_columns(lines))
     figure = _figure(2.7 + 0.17 * rows)
     axes = figure.subplots()
-    for i, line in enumerate(lines):
+    for line in lines:
         colour = LIGHT[f"s{line.style.colour}"]
-        dashes = "--" if line.style.plain else "-"
-        marker = MARKERS[i % len(MARKERS)] if len(line.x) <= 20 else None
-        axes.plot(line.x, line.y, dashes, color=colour, marker=marker, markersize=4, linewidth=1.5, label=_label(line.label))
+        dashes, inside = ("--", "none") if line.style.plain else ("-", colour)
+        look = {"marker": MARKERS[line.style.colour], "markersize": 4, "markerfacecolor": inside} if len(line.x) <= 20 else {}
+        axes.plot(line.x, line.y, dashes, color=colour, linewidth=1.5, label=_label(line.label), **look)
         if list(line.low) != list(line.high):
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
     if log_x:
         axes.set_xscale("log", base=2)
     if log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
     if ticks:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
@@ -203,6 +205,6 @@ def _for_a_page(svg: str, name: str) -> str:
     svg = re.sub(r'(?<=[ \n])style="[^"<>]*"', restyle, svg)
     used = set(re.findall(r'(?:xlink:href="|url\()#([\w-]+)', svg))
     own = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
-    svg = re.sub(r' id="([\w-]+)"', lambda m: f' id="f{own}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="f{own}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(xlink:href="|url\()#([\w-]+)', rf"\1#f{own}-\2", svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)  # the figure around it has the words

@@ -225,8 +225,9 @@ def _full(table: Table) -> Grid:
 
 
 def _overview(table: Table, form: str) -> list[Grid]:
-    """A table a column, with a column a data set, where there are several: H first, the most shots first."""
+    """A table a column, with a column a data set, where there are several: H, the most shots and the average first."""
     groups = list(dict.fromkeys(row.group for row in table.rows))
+    groups.sort(key=lambda group: not group.startswith(tables.AVERAGE_OF))
     if form == "targets" or len(groups) < 2:
         return []
     grids = []

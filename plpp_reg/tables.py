@@ -29,6 +29,7 @@ from plpp_reg.sweep import FAILED, JOB, SUPERSEDED
 
 SUFFIX = "_PLPP"
 H, MEAN_H, AVERAGE = "H", "mean H", "average"
+AVERAGE_OF = "Average of "  # what the title of an average over data sets begins with
 PAPERS = ("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft", "SUN397", "DTD")
 PAPERS += ("EuroSAT", "UCF101")
 FORMS = {"halves": "base to new", "targets": "source to targets", "shots": "few shots"}
@@ -291,7 +292,7 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
         for shots, methods in by_shots.items():
             datasets = sorted({d for parts in methods.values() for d in parts}, key=lambda d: dataset_order(d, 0))
             if len(datasets) > 1:
-                title = f"Average of {len(datasets)}" + (f", {shots} shots" if several_shots else "")
+                title = f"{AVERAGE_OF}{len(datasets)}" + (f", {shots} shots" if several_shots else "")
                 rows += _averages(title, methods, datasets, form, columns, mean_h)
                 if published and sorted(map(title_of, datasets)) == sorted(PAPERS):
                     rows += published_rows(title, form, backbone, "Average", shots, list(methods), columns)

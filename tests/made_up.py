@@ -11,7 +11,17 @@ import torch
 
 from test_tables import record
 
-SHORT = ("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397", "dtd")
+SHORT = (
+    "imagenet",
+    "caltech101",
+    "oxford_pets",
+    "stanford_cars",
+    "oxford_flowers",
+    "food101",
+    "fgvc_aircraft",
+    "sun397",
+    "dtd",
+)
 SHORT += ("eurosat", "ucf101")
 PLAIN = ("CoOp", "CoCoOp", "KgCoOp", "ProGrad", "MaPLe", "PromptSRC")
 METHODS = tuple(name for plain in PLAIN for name in (plain, f"{plain}_PLPP"))
