@@ -528,7 +528,7 @@ def _environment(found: Sequence[Found]) -> Grid | None:
     each = [json.loads(key) for key in kinds]
     names = dict.fromkeys(name for versions in each for name in versions)
     lines = [TableRow(name, "measured", [Cell(_text(v.get(name, "")), "") for v in each]) for name in names]
-    return Grid("Versions", [f"{count} runs" for count in kinds.values()], [("", lines)])
+    return Grid("Versions", [f"{count} run{'s' * (count > 1)}" for count in kinds.values()], [("", lines)])
 
 
 def _file_name(text: str) -> str:

@@ -203,7 +203,7 @@ def test_pngs_lie_beside_the_page_and_are_pictures(sweep: tuple[Path, Page]) -> 
     assert len(linked) == len(set(linked)) == len(page.of("figure")) > 6
     for name in linked:
         with Image.open(folder / name) as picture:
-            assert picture.width > 600 and picture.getpixel((1, 1))[:3] == (255, 255, 255)
+            assert picture.width > 600 and picture.convert("RGBA").getpixel((1, 1)) == (255, 255, 255, 255)
 
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
