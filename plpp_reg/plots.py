@@ -146,7 +146,7 @@ def bars(
             fmt="none", ecolor=LIGHT["ink"], elinewidth=0.8, capsize=1.5,
         )  # fmt: skip
     axes.axvline(0, color=LIGHT["ink"], linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [readable(row, 24) for row in rows])
+    axes.set_yticks(range(len(rows)), [readable(row, 30) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(x_label)
     axes.grid(axis="x", color=LIGHT["grid"], linewidth=0.6)
