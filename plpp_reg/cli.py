@@ -90,6 +90,14 @@ def _parser() -> _Parser:
     table.add_argument("--no-published", action="store_true", help="without rows of published figures")
     table.set_defaults(opts=[])
 
+    report = commands.add_parser(
+        "report", help="one HTML page of a folder of runs: tables, figures, words, every configuration"
+    )
+    report.add_argument("dir", metavar="DIR", help="a folder of runs: what plpp run or plpp train wrote")
+    report.add_argument("--output", default="", metavar="FILE", help="the page (default: DIR/report.html)")
+    report.add_argument("--no-published", action="store_true", help="without rows of published figures")
+    report.set_defaults(opts=[])
+
     data = commands.add_parser("data", help="the papers' data sets: what is there, what is missing; downloads")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
     look = actions.add_parser("check", help="what is there, what is missing, where to get it")
@@ -174,6 +182,12 @@ def _table(args: argparse.Namespace) -> None:
     write_tables(args.dir, args.format, args.output, mean_h=args.mean_h, published=not args.no_published)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from plpp_reg.report import write_report
+
+    write_report(args.dir, args.output, published=not args.no_published)
+
+
 def _data(args: argparse.Namespace) -> int:
     if args.action == "get":
         from plpp_reg.datasets.download import get
@@ -240,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         _check_opts(args.opts)
-        commands = {"train": _train, "demo": _demo, "run": _run, "table": _table, "data": _data}
+        commands = {"train": _train, "demo": _demo, "run": _run, "table": _table, "report": _report, "data": _data}
         commands |= {"predict": _predict, "export": _export, "cache": _cache}
         commands |= {"doctor": _doctor, "inspect": _inspect}
         return commands[args.command](args) or 0

@@ -29,6 +29,7 @@ from plpp_reg.sweep import FAILED, JOB, SUPERSEDED
 
 SUFFIX = "_PLPP"
 H, MEAN_H, AVERAGE = "H", "mean H", "average"
+AVERAGE_OF = "Average of "  # what the title of an average over data sets begins with
 PAPERS = ("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft", "SUN397", "DTD")
 PAPERS += ("EuroSAT", "UCF101")
 FORMS = {"halves": "base to new", "targets": "source to targets", "shots": "few shots"}
@@ -70,6 +71,18 @@ class Table(NamedTuple):
     rows: Sequence[Row]
 
 
+class Found(NamedTuple):
+    """A run's folder and what was planned in it; ``result`` where it is whole and of that plan, else ``why`` it does not count.
+
+    ``note`` is empty where no plan can be read: a run of ``plpp train``, or a broken job.json.
+    """
+
+    place: Path
+    note: Mapping[str, Any]
+    result: Mapping[str, Any] | None
+    why: str = ""
+
+
 class Runs(NamedTuple):
     """What lies below a folder: whole results, and what is missing or failed, in words."""
 
@@ -79,6 +92,53 @@ class Runs(NamedTuple):
 
 # ---- reading -----------------------------------------------------------------------------------------------------------
 
+NOTE = {"name": str, "table": str, "dataset": str, "shots": int, "method": str, "variant": str, "backbone": str, "test": str}
+NOTE |= {"learns": bool, "seed": int}
+
+
+def find_runs(folder: str | Path) -> list[Found]:
+    """Every run below a folder, those of ``plpp run`` and others.
+
+    Raises:
+        InputError: no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"{str(folder)!r}: expected a folder that plpp run wrote")
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != SUPERSEDED)
+        if JOB in files:
+            folders.clear()  # a run's own folders: checkpoints, event files
+            found.append(_planned(Path(place)))
+        elif results.RESULT in files or "config.yaml" in files:
+            result = results.read_if_whole(place)
+            found.append(Found(Path(place), {}, result, "" if result else "not finished"))
+    return found
+
+
+def _planned(place: Path) -> Found:
+    try:
+        note = json.loads((place / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        note = None
+    fits = isinstance(note, dict) and all(isinstance(note.get(key), kind) for key, kind in NOTE.items())
+    if not fits or note["table"] not in FORMS:
+        return Found(place, {}, None, f"its {JOB} cannot be read")
+    result = results.read_if_whole(place)
+    if result is None or result.get("protocol") != note:
+        return Found(place, note, None, _why(place, result is not None))
+    try:
+        whole = all(math.isfinite(value) for value in accuracies(note, result).values())
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    return Found(place, note, result) if whole else Found(place, note, None, f"no accuracy in its {results.RESULT}")
+
+
+def accuracies(note: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float]:
+    """Each test's accuracy by its name."""
+    tests = {name: test["metrics"]["accuracy"] for name, test in result.get("tests", {}).items()}
+    return {note["test"]: result["metrics"]["accuracy"], **tests}
+
 
 def read_runs(folder: str | Path) -> Runs:
     """Every run of ``plpp run`` below a folder.
@@ -86,23 +146,20 @@ def read_runs(folder: str | Path) -> Runs:
     Raises:
         InputError: no such folder, or no run in it.
     """
-    if not Path(folder).is_dir():
-        raise InputError(f"{str(folder)!r}: expected a folder that plpp run wrote")
-    records, missing = [], []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name != SUPERSEDED)
-        if JOB not in files:
-            continue
-        folders.clear()  # a run's own folders: checkpoints, event files
-        note = json.loads(Path(place, JOB).read_text(encoding="utf-8"))
-        result = results.read_if_whole(place)
-        if result is not None and result.get("protocol") == note:
-            tests = {name: test["metrics"]["accuracy"] for name, test in result.get("tests", {}).items()}
-            records.append(Record(note, {note["test"]: result["metrics"]["accuracy"], **tests}))
-        else:
-            missing.append(f"{run_label(note)}: {_why(Path(place), result is not None)}")
-    if not records and not missing:
+    planned = [run for run in find_runs(folder) if run.note or (run.place / JOB).is_file()]
+    if not planned:
         raise InputError(f"{str(folder)!r}: expected runs of plpp run in it, got none")
+    return as_runs(planned)
+
+
+def as_runs(found: Iterable[Found]) -> Runs:
+    """What counts of these, and the others in words."""
+    records, missing = [], []
+    for run in found:
+        if run.note and run.result:
+            records.append(Record(run.note, accuracies(run.note, run.result)))
+        elif not run.result:
+            missing.append(f"{run_label(run.note) if run.note else run.place}: {run.why}")
     return Runs(records, missing)
 
 
@@ -219,25 +276,25 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
     columns = _columns(form, records, mean_h)
     rows: list[Row] = []
     by_shots: dict[int, dict[str, dict[str, Series]]] = {}
-    for (dataset, shots), methods in sorted(groups.items(), key=lambda item: _order(*item[0])):
-        title = _title(dataset) + (f", {shots} shots" if several_shots else "")
-        series = {m: _series(methods[m], form, columns[0]) for m in _method_order(methods)}
+    for (dataset, shots), methods in sorted(groups.items(), key=lambda item: dataset_order(*item[0])):
+        title = title_of(dataset) + (f", {shots} shots" if several_shots else "")
+        series = {m: _series(methods[m], form, columns[0]) for m in method_order(methods)}
         if form == "targets":
             series = {m: _with_average(s, columns[1:-1]) for m, s in series.items()}
         if form == "shots":
             series = {m: _every_shot(s, methods[m], all_shots) for m, s in series.items()}
         rows += _measured(title, series, form, mean_h)
         if published:
-            rows += published_rows(title, form, backbone, _title(dataset), shots, list(series), columns)
+            rows += published_rows(title, form, backbone, title_of(dataset), shots, list(series), columns)
         for method, values in series.items():
             by_shots.setdefault(shots, {}).setdefault(method, {})[dataset] = values
     if form != "targets":
         for shots, methods in by_shots.items():
-            datasets = sorted({d for parts in methods.values() for d in parts}, key=lambda d: _order(d, 0))
+            datasets = sorted({d for parts in methods.values() for d in parts}, key=lambda d: dataset_order(d, 0))
             if len(datasets) > 1:
-                title = f"Average of {len(datasets)}" + (f", {shots} shots" if several_shots else "")
+                title = f"{AVERAGE_OF}{len(datasets)}" + (f", {shots} shots" if several_shots else "")
                 rows += _averages(title, methods, datasets, form, columns, mean_h)
-                if published and sorted(map(_title, datasets)) == sorted(PAPERS):
+                if published and sorted(map(title_of, datasets)) == sorted(PAPERS):
                     rows += published_rows(title, form, backbone, "Average", shots, list(methods), columns)
     return Table(name, backbone, columns, rows)
 
@@ -248,7 +305,7 @@ def _columns(form: str, records: list[Record], mean_h: bool) -> list[str]:
     if form == "shots":
         return [str(shots) for shots in sorted({record.note["shots"] for record in records})]
     targets = {test: None for record in records for test in record.accuracies if test != record.note["test"]}
-    return ["source", *sorted(targets, key=lambda t: _order(t, 0)), AVERAGE]
+    return ["source", *sorted(targets, key=lambda t: dataset_order(t, 0)), AVERAGE]
 
 
 def _measured(title: str, series: Mapping[str, Series], form: str, mean_h: bool) -> list[Row]:
@@ -263,10 +320,19 @@ def _measured(title: str, series: Mapping[str, Series], form: str, mean_h: bool)
 def _differences(title: str, series: Mapping[str, Series], form: str) -> list[Row]:
     rows = []
     for method, values in series.items():
-        plain = method.partition(" ")[0].removesuffix(SUFFIX)
-        if plain in series and method.partition(" ")[0] == plain + SUFFIX:
-            rows.append(Row(title, f"{method} - {plain}", "difference", *_difference(values, series[plain], form)))
+        if (plain := plain_of(method)) in series:
+            rows.append(Row(title, difference_label(method), "difference", *_difference(values, series[plain], form)))
     return rows
+
+
+def plain_of(method: str) -> str:
+    """``"CoOp_PLPP TOP_K=3"`` -> CoOp, what it is compared with; nothing for a method without PLPP."""
+    name = method.partition(" ")[0]
+    return name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else ""
+
+
+def difference_label(method: str) -> str:
+    return f"{method} - {plain_of(method)}"
 
 
 def _averages(
@@ -279,7 +345,7 @@ def _averages(
 ) -> list[Row]:
     averaged: dict[str, Series] = {}
     mean_of_h: dict[str, float] = {}
-    for method in _method_order(methods):
+    for method in method_order(methods):
         parts = methods[method]
         if any(dataset not in parts for dataset in datasets):
             continue  # a mean over fewer data sets is another figure
@@ -302,20 +368,22 @@ def _every_shot(series: Series, records: Sequence[Record], all_shots: Sequence[i
     return Series({str(shots): values for shots in all_shots})
 
 
-def _title(dataset: str) -> str:
+def title_of(dataset: str) -> str:
+    """The paper's name of a data set; of anything else (one's own, a column) its own."""
     try:
         return paper_name(full_name(dataset))
     except InputError:
         return dataset
 
 
-def _order(dataset: str, shots: int) -> tuple[int, str, int]:
-    title = _title(dataset)
+def dataset_order(dataset: str, shots: int) -> tuple[int, str, int]:
+    """What to sort by: the papers' order first."""
+    title = title_of(dataset)
     known = (*PAPERS, "ImageNetV2", "ImageNet-Sketch", "ImageNet-A", "ImageNet-R")
     return (known.index(title) if title in known else len(known), title, shots)
 
 
-def _method_order(methods: Iterable[str]) -> list[str]:
+def method_order(methods: Iterable[str]) -> list[str]:
     """Zero-shot first, then each method with its PLPP forms after it."""
     return sorted(methods, key=lambda m: (not m.startswith("Zeroshot"), m.partition(" ")[0].removesuffix(SUFFIX), m))
 
@@ -390,7 +458,7 @@ def _published_targets(title: str, dataset: str, shots: int, methods: Sequence[s
     for file in FILES["targets"]:
         lines = read_published(file)
         named = {TARGET_COLUMNS.get(k, k): k for k in lines[0] if k not in ("method", "source")}
-        ours = {column: column if column in ("source", AVERAGE) else _title(column) for column in columns}
+        ours = {column: column if column in ("source", AVERAGE) else title_of(column) for column in columns}
         if sorted(ours.values()) != sorted(named):
             continue  # other targets: their average is another figure
         for line in lines:
@@ -441,7 +509,7 @@ def markdown(tables: Sequence[Table], missing: Sequence[str]) -> str:
     lines: list[str] = []
     for table in tables:
         lines += [f"## {table.protocol} ({table.backbone})", ""]
-        header = ["data set", "method", *(_title(c) for c in table.columns), "seeds", "reference"]
+        header = ["data set", "method", *(title_of(c) for c in table.columns), "seeds", "reference"]
         lines += [f"| {' | '.join(header)} |", "|" + "---|" * 2 + "---:|" * (len(table.columns) + 1) + "---|"]
         for row in table.rows:
             cells = [_cell(row, column, "±", "") for column in table.columns]
@@ -488,7 +556,7 @@ def latex(tables: Sequence[Table], missing: Sequence[str]) -> str:
         sources = list(dict.fromkeys(row.source for row in table.rows if row.source))
         lines += [r"\begin{table}", r"\centering", rf"\caption{{{_tex(f'{table.protocol}, {table.backbone}. {LEGEND}')}}}"]
         lines += [rf"\begin{{tabular}}{{ll{'r' * (len(table.columns) + 1)}}}", r"\toprule"]
-        header = ["data set", "method", *(_title(c) for c in table.columns), "seeds"]
+        header = ["data set", "method", *(title_of(c) for c in table.columns), "seeds"]
         lines += [" & ".join(map(_tex, header)) + r" \\", r"\midrule"]
         group = table.rows[0].group if table.rows else ""
         for row in table.rows:

@@ -53,7 +53,7 @@ def test_the_wheel_holds_what_a_run_needs(wheel: Path) -> None:
     expected = {
         f"plpp_reg/{path.relative_to(helpers.ROOT / 'plpp_reg').as_posix()}"
         for path in (helpers.ROOT / "plpp_reg").rglob("*")
-        if path.suffix in (".py", ".csv", ".safetensors", ".typed", ".md") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".csv", ".safetensors", ".typed", ".md", ".j2") and "__pycache__" not in path.parts
     }
     for folder in ("trainers", "configs"):
         expected |= {

@@ -1,0 +1,210 @@
+"""Figures of a report: each drawn once, written as an SVG that takes its colours from the page, and as a PNG.
+
+matplotlib draws with the colours of :data:`LIGHT`. In the SVG each of them becomes a CSS variable (``--ink``, ``--grid``,
+``--s0``, ...), so that a page may show it light or dark. Nothing global of matplotlib is changed, and text is never read as
+mathematics: names of runs are anybody's.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+LIGHT = {"ink": "#1b1f24", "grid": "#c9ced4"}
+DARK = {"ink": "#e4e7eb", "grid": "#454b54"}
+SERIES = ("#1f5fa8", "#c2410c", "#15803d", "#7e3aa8", "#7a5200", "#be185d", "#0f6f7a", "#566b00")  # 4.5 : 1 on white
+SERIES_DARK = ("#6fb1ff", "#ff9257", "#4ecb7d", "#c79bff", "#d9b35c", "#ff8cc0", "#4fd0df", "#b3cf45")  # 7 : 1 on #14171a
+LIGHT |= {f"s{i}": colour for i, colour in enumerate(SERIES)}
+DARK |= {f"s{i}": colour for i, colour in enumerate(SERIES_DARK)}
+MARKERS = "os^Dv<>P"
+WIDTH = 4.3  # inches: at a phone's width its letters are still read
+SETTINGS = {"font.size": 9, "legend.fontsize": 8.5, "svg.fonttype": "none", "text.parse_math": False}
+LONGEST = 44  # characters of a name in a figure
+
+
+class Style(NamedTuple):
+    """A colour and marker by its number; a method without PLPP is dashed and hollow, otherwise like the one with it."""
+
+    colour: int
+    plain: bool = False
+
+
+class Line(NamedTuple):
+    """A curve: means at ``x``, and a band from ``low`` to ``high`` (the same numbers: no band)."""
+
+    label: str
+    style: Style
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+class Bar(NamedTuple):
+    """A value and the half-width of its interval (nan: none)."""
+
+    value: float
+    half_width: float
+
+
+class Picture(NamedTuple):
+    """``svg`` is markup for a page, with every text escaped; ``alt`` says what is in it."""
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+def readable(text: str, longest: int = LONGEST) -> str:
+    """A name without what XML or a font cannot have, cut short in the middle."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-(longest // 2 - 1) :]}"
+
+
+def styles(methods: Sequence[str], plain_of: Mapping[str, str]) -> dict[str, Style]:
+    """A colour a method; the plain one has that of the first PLPP form of it. ``plain_of``: X_PLPP and its variants -> X."""
+    found: dict[str, Style] = {}
+    colours = 0
+    for method in [m for m in methods if m in plain_of] + [m for m in methods if m not in plain_of]:
+        first = next((m for m, plain in plain_of.items() if plain == method and m in found), None)
+        if first is not None:
+            found[method] = Style(found[first].colour, plain=True)
+        else:
+            found[method] = Style(colours % len(SERIES), plain=method not in plain_of)
+            colours += 1
+    return {method: found[method] for method in methods}
+
+
+def _with_our_settings(draw: Callable[..., Picture]) -> Callable[..., Picture]:
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Picture:
+        import matplotlib
+
+        with matplotlib.rc_context(SETTINGS):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@_with_our_settings
+def curves(
+    name: str, title: str, alt: str, lines: Sequence[Line], x_label: str, y_label: str,
+    ticks: Sequence[float] = (), log_x: bool = False, log_y: bool = False,
+) -> Picture:  # fmt: skip
+    """Lines with bands."""
+    rows = math.ceil(len(lines) / _legend_columns(lines))
+    figure = _figure(2.7 + 0.17 * rows)
+    axes = figure.subplots()
+    for line in lines:
+        colour = LIGHT[f"s{line.style.colour}"]
+        dashes, inside = ("--", "none") if line.style.plain else ("-", colour)
+        look = {"marker": MARKERS[line.style.colour], "markersize": 4, "markerfacecolor": inside} if len(line.x) <= 20 else {}
+        axes.plot(line.x, line.y, dashes, color=colour, linewidth=1.5, label=_label(line.label), **look)
+        if list(line.low) != list(line.high):
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    if log_x:
+        axes.set_xscale("log", base=2)
+    if log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    elif not log_x:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color=LIGHT["grid"], linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=_legend_columns(lines), frameon=False, handlelength=3)
+    return _picture(figure, name, title, alt)
+
+
+@_with_our_settings
+def bars(
+    name: str, title: str, alt: str, rows: Sequence[str], values: Mapping[str, Sequence[Bar | None]], x_label: str
+) -> Picture:
+    """Horizontal bars from 0, a group a row and a colour a key of ``values``, each with its interval."""
+    thick = 0.8 / max(1, len(values))
+    figure = _figure(1.2 + max(0.26, 0.13 * len(values)) * len(rows))
+    axes = figure.subplots()
+    for i, (label, each) in enumerate(values.items()):
+        places = [row + (i - (len(values) - 1) / 2) * thick for row, bar in enumerate(each) if bar is not None]
+        there = [bar for bar in each if bar is not None]
+        axes.barh(places, [b.value for b in there], thick * 0.9, color=LIGHT[f"s{i % len(SERIES)}"], label=_label(label))
+        known = [(p, b) for p, b in zip(places, there, strict=True) if math.isfinite(b.half_width)]
+        axes.errorbar(
+            [b.value for _, b in known], [p for p, _ in known], xerr=[b.half_width for _, b in known],
+            fmt="none", ecolor=LIGHT["ink"], elinewidth=0.8, capsize=1.5,
+        )  # fmt: skip
+    axes.axvline(0, color=LIGHT["ink"], linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [readable(row, 30) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(x_label)
+    axes.grid(axis="x", color=LIGHT["grid"], linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=min(4, len(values)), frameon=False)
+    return _picture(figure, name, title, alt)
+
+
+def _label(text: str) -> str:
+    text = readable(text)
+    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides what begins with an underscore
+
+
+def _legend_columns(lines: Sequence[Line]) -> int:
+    return 1 if any(len(line.label) > 20 for line in lines) else min(2, len(lines))
+
+
+def _figure(height: float) -> Any:
+    from matplotlib.figure import Figure  # without pyplot: no window, nothing global
+
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def _picture(figure: Any, name: str, title: str, alt: str) -> Picture:
+    import matplotlib
+
+    for axes in figure.axes:
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(LIGHT["ink"])
+        axes.tick_params(colors=LIGHT["ink"], which="both", labelcolor=LIGHT["ink"])
+        for text in (axes.xaxis.label, axes.yaxis.label):
+            text.set_color(LIGHT["ink"])
+    for legend in figure.legends:
+        for text in legend.get_texts():
+            text.set_color(LIGHT["ink"])
+    svg, png = io.StringIO(), io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # no metadata: the same figure is the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": readable(name)}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has more fonts
+        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+        figure.suptitle(readable(title, 60), fontsize=10, color=LIGHT["ink"])
+        figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    return Picture(name, title, alt, _for_a_page(svg.getvalue(), name), png.getvalue())
+
+
+def _for_a_page(svg: str, name: str) -> str:
+    """The <svg> element alone, its colours as CSS variables, its ids the figure's own: a page has many figures."""
+    svg = svg[svg.index("<svg") :]
+    variables = {colour: f"var(--{key})" for key, colour in LIGHT.items()}
+
+    def restyle(style: re.Match) -> str:
+        text = re.sub("#[0-9a-f]{6}", lambda colour: variables.get(colour[0], colour[0]), style[0])
+        return re.sub(r" font-family: [^;]*;", "", text)  # the page's, which is not wider than the one measured with
+
+    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it speaks of the whole page
+    svg = re.sub(r'(?<=[ \n])style="[^"<>]*"', restyle, svg)
+    used = set(re.findall(r'(?:xlink:href="|url\()#([\w-]+)', svg))
+    own = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="f{own}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(xlink:href="|url\()#([\w-]+)', rf"\1#f{own}-\2", svg)
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)  # the figure around it has the words
