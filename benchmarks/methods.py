@@ -74,8 +74,8 @@ def make_trainer(name: str, size: Size, opts: tuple[str, ...] = ()) -> PromptTra
     return cls(cfg, data=data, clip_model=random_clip(size.model), log=RunLog(quiet=True))
 
 
-def make_batch(size: Size, images: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(1)
+def make_batch(size: Size, images: int, seed: int = 1) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
     side = size.model.resolution
     return {
         "img": torch.randn(images, 3, side, side, generator=g),
@@ -83,10 +83,10 @@ def make_batch(size: Size, images: int) -> dict[str, Tensor]:
     }
 
 
-def give_image_features(trainer: PromptTrainer, size: Size, images: int) -> None:
-    """Where the image tower is frozen: its output is known."""
-    features = trainer.normalize(torch.randn(images, size.model.embed_dim, generator=torch.Generator().manual_seed(2)))
-    trainer.frozen_image_features = lambda _: features
+def give_image_features(trainer: PromptTrainer, size: Size, batch: dict[str, Tensor], seed: int = 1) -> None:
+    """What the frozen image tower says is known."""
+    g = torch.Generator().manual_seed(1000 + seed)
+    batch["features"] = trainer.normalize(torch.randn(len(batch["label"]), size.model.embed_dim, generator=g))
 
 
 def literal_images(trainer: PromptTrainer, images: Tensor, prompts: list[Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ def prepare_literal(case: str, size: Size, which: str) -> Callable[[], tuple[dic
     name, images = LITERAL[case]
     trainer, batch = make_trainer(name, size), make_batch(size, images)
     if name == "CoCoOp":
-        give_image_features(trainer, size, images)
+        give_image_features(trainer, size, batch)
     tower = LiteralText(trainer.clip_model, trainer.learner)
 
     def step() -> tuple[dict[str, float], Tensor]:
@@ -167,36 +167,46 @@ def measure_literal(case: str, size: Size) -> dict[str, Any]:
     }
 
 
-def prepare_plpp(name: str, size: Size, images: int, opts: tuple[str, ...]) -> tuple[PromptTrainer, dict]:
-    trainer, batch = make_trainer(name, size, opts), make_batch(size, images)
+def prepare_plpp(name: str, size: Size, images: int, opts: tuple[str, ...], count: int = 1) -> tuple[PromptTrainer, list]:
+    """A trainer and ``count`` different batches."""
+    trainer = make_trainer(name, size, opts)
+    batches = [make_batch(size, images, seed) for seed in range(count)]
     if not hasattr(trainer, "image_prompts"):
-        give_image_features(trainer, size, images)
+        for seed, batch in enumerate(batches):
+            give_image_features(trainer, size, batch, seed)
     trainer.optimizer.param_groups[0]["lr"] = trainer.cfg.OPTIM.LR  # not the warm-up epoch's
-    return trainer, batch
+    return trainer, batches
 
 
 def prepare_step(*args: Any) -> Callable[[], dict[str, float]]:
-    trainer, batch = prepare_plpp(*args)
+    trainer, (batch,) = prepare_plpp(*args)
     return lambda: trainer.step(batch)
 
 
 def measure_plpp(case: str, size: Size) -> dict[str, Any]:
     name, images, opts = WITH_PLPP[case]
-    (plain, batch), (treated, _) = (prepare_plpp(n, size, images, opts) for n in (name, f"{name}_PLPP"))
-    plain.step(batch), treated.step(batch)
-    nearest = treated.regularizer.nearest
-    before, pairs = nearest.looked_up, []
-    for i in range(2 * size.repeats):  # which of the two goes first alternates
-        pair = [seconds(lambda t=t: t.step(batch)) for t in ((plain, treated) if i % 2 else (treated, plain))]
-        pairs.append(pair if i % 2 else pair[::-1])
-    looked_up = (nearest.looked_up - before) / (len(nearest.left_out) * len(pairs))
+    count = 2 * size.repeats + 1
+    (plain, batches), (treated, _) = (prepare_plpp(n, size, images, opts, count) for n in (name, f"{name}_PLPP"))
+    plain.step(batches[0]), treated.step(batches[0])
+    nearest, looked_up, rows = treated.regularizer.nearest, 0, 0
+    times: list[tuple[float, float, float]] = []
+    for i, batch in enumerate(batches[1:]):  # which of the two goes first alternates
+        order = (plain, treated) if i % 2 else (treated, plain)
+        before = nearest.looked_up
+        pair = {t: seconds(lambda t=t, batch=batch: t.step(batch)) for t in order}
+        looked_up, rows = looked_up + nearest.looked_up - before, rows + len(nearest.left_out)
+        nearest.forget()
+        losses = treated.compute_losses(batch)  # as far as the step is plain's, timed with every row looked up
+        times.append((pair[plain], pair[treated], seconds(lambda: treated._plpp_losses(False))))
+        del losses
     return {
         "case": f"plpp-{case}",
         "classes": size.classes,
-        "seconds": statistics.median(t for _, t in pairs),
-        "reference_seconds": statistics.median(p for p, _ in pairs),
-        "plpp_overhead": statistics.median(t / p - 1 for p, t in pairs),
-        "plpp_looked_up": looked_up,
+        "seconds": statistics.median(t for _, t, _ in times),
+        "reference_seconds": statistics.median(p for p, _, _ in times),
+        "plpp_overhead": statistics.median(t / p - 1 for p, t, _ in times),
+        "plpp_looked_up": looked_up / rows,
+        "seconds_of_a_term_with_all_rows_looked_up": statistics.median(w for _, _, w in times),
     }
 
 

@@ -60,7 +60,8 @@ class NearestWords:
             return ids
         self.looked_up += len(unsure)
         found, nearest = PF.nearest_words(u[unsure], E, kept.shape[1] + 1, E_inverse_norm)
-        direction[unsure], kept[unsure], left_out[unsure] = u[unsure], nearest[:, :-1], found[:, -1]
+        direction[unsure], left_out[unsure] = u[unsure], found[:, -1]
+        kept[unsure] = nearest[:, :-1].sort(dim=1).values  # of equal cosines the smaller id comes first, always
         return _among(kept, u, E, E_inverse_norm, k)[1]
 
 
@@ -68,5 +69,5 @@ def _among(kept: Tensor, u: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -
     """The k nearest of each row's kept words: cosines (R, k), ids (R, k)."""
     # a sum a word, not a matrix product: its bits do not depend on where among the kept ones the word stands
     cosines = (E[kept] * u.unsqueeze(1)).sum(-1) * E_inverse_norm[kept]
-    best, place = cosines.topk(k, dim=1)
-    return best, kept.gather(1, place)
+    best, place = cosines.sort(dim=1, descending=True, stable=True)
+    return best[:, :k], kept.gather(1, place[:, :k])

@@ -54,6 +54,11 @@ def load_run(
     for key, value in saved.items():
         config.set_value(cfg, key, value)
     cfg.MODEL.INIT_WEIGHTS = ""
+    cfg.TRAINER.PLPP.ENABLED = False  # of no effect on a prediction
+    if not (folder / cls.model_name).is_dir():
+        raise InputError(
+            f"run {str(folder)!r}: expected a run that has learned prompts, {cfg.TRAINER.NAME} has no checkpoint in it"
+        )
     path = checkpoint.find(folder, cls.model_name, epoch)
     trained_on = (checkpoint.load(path).get("plpp_reg") or {}).get("classnames")
     if not classes and not trained_on:
@@ -88,12 +93,14 @@ def predict(trainer: PromptTrainer, images: Sequence[str | Path]) -> Iterator[Pr
     transform, size = build_transform(trainer.cfg, train=False), trainer.cfg.DATALOADER.TEST.BATCH_SIZE
     with trainer.computing():
         trainer.prepare_inference()
-        for i in range(0, len(images), size):
-            paths = images[i : i + size]
-            batch = {"img": torch.stack([transform(_open(path)) for path in paths]).to(trainer.device)}
-            for path, row in zip(paths, trainer.inference(batch).softmax(-1).tolist(), strict=True):
-                ranked = sorted(zip(trainer.data.classnames, row, strict=True), key=lambda pair: -pair[1])
-                yield Prediction(str(path), dict(ranked))
+    for i in range(0, len(images), size):
+        paths = images[i : i + size]
+        batch = {"img": torch.stack([transform(_open(path)) for path in paths]).to(trainer.device)}
+        with trainer.computing():
+            rows = trainer.inference(batch).softmax(-1).tolist()
+        for path, row in zip(paths, rows, strict=True):
+            ranked = sorted(zip(trainer.data.classnames, row, strict=True), key=lambda pair: -pair[1])
+            yield Prediction(str(path), dict(ranked))
 
 
 def _open(path: str | Path) -> Image.Image:

@@ -149,3 +149,28 @@ def test_a_batch_holds_what_its_method_sees(data: DataSplit, cls: type[PromptTra
     assert batch.keys() == names | {"label", "index"}
     if "features" in names and "img" in names:  # the frozen tower's, of the very same crops
         torch.testing.assert_close(batch["features"], trainer.encode_frozen(batch["img"]), rtol=0, atol=1e-6)
+
+
+def test_a_model_is_more_than_its_tensors() -> None:
+    one, two, three = (helpers.tiny_clip().visual for _ in range(3))
+    assert features.weights_sha256(one) == features.weights_sha256(two)
+    two.transformer.resblocks[0].mlp.gelu = torch.nn.GELU()
+    three.transformer.resblocks[0].attn.num_heads = 2
+    three.proj.mul_(1)  # whoever changes a tensor in place is seen, whatever it was before
+    assert len({features.weights_sha256(m) for m in (one, two, three)}) == 3
+    before = features.weights_sha256(one)
+    one.proj.mul_(2)
+    assert features.weights_sha256(one) != before
+
+
+def test_pictures_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    from plpp_reg.datasets import Datum
+
+    found = []
+    for folder in ("a", "b"):
+        path = tmp_path / folder / "0.png"
+        path.parent.mkdir()
+        path.write_bytes(folder.encode())
+        os.utime(path, (1, 1))
+        found.append(features._files_sha256([Datum(str(path), 0, "cat", "0.png")]))
+    assert found[0] != found[1]

@@ -117,3 +117,21 @@ def test_new_weights_in_the_embedding_are_seen():
     regularizer(v, h)
     E.copy_(vocabulary(9)[0])
     assert torch.equal(regularizer(v, h), PerplexityRegularizer(E.clone(), top_k=K)(v, h))
+
+
+def test_words_of_equal_cosine_come_in_one_order_whatever_is_remembered():
+    g = torch.Generator().manual_seed(0)
+    E = torch.randint(-1, 2, (V, 6), generator=g).float() + 0.0
+    E[E.abs().sum(1) == 0] = 1.0
+    inverse = PF.inverse_norm(E)
+    old = NearestWords()
+    for v in walk_of_six(60):
+        assert torch.equal(old(v, E, inverse, K, 64), NearestWords()(v, E, inverse, K, 64))
+    assert old.looked_up < 60 * 3
+
+
+def walk_of_six(steps: int) -> list[torch.Tensor]:
+    """Small turns around whole-number vectors, to which many words have exactly the same cosine."""
+    g = torch.Generator().manual_seed(1)
+    start = torch.randint(1, 3, (3, 6), generator=g).float()
+    return [start * (1 + 0.25 * (i % 4)) for i in range(steps)]

@@ -111,6 +111,20 @@ def test_bad_input_is_one_line(world: Path, arguments: list[str], said: str, cap
     assert said in error and len(error.splitlines()) == 1
 
 
+def test_the_callers_own_computing_is_left_alone(world: Path) -> None:
+    trainer = load_run(world / "CoOp")
+    trainer.precision = "amp"
+    for _ in predict(trainer, pictures(world)[:1]):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_run_that_learned_nothing_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("TRAINER:\n  NAME: ZeroshotCLIP\n")
+    assert cli.main(["predict", str(tmp_path / "run"), pictures(world)[0]]) == 2
+    assert "expected a run that has learned prompts, ZeroshotCLIP has no checkpoint" in capsys.readouterr().err
+
+
 def test_folders_and_files_in_order(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")

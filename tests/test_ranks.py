@@ -121,6 +121,29 @@ def test_a_run_goes_on_with_another_number_of_processes(runs: Path) -> None:
     torch.testing.assert_close(trained(half)["ctx"], trained(runs / "shared-1")["ctx"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["class-specific", "front"])
+def test_four_processes_for_five_classes(runs: Path, case: str) -> None:
+    """One process has two classes, the others one: a mean over classes is not the mean of the processes' means."""
+    opts = {"class-specific": CASES["class-specific"][1], "front": ("TRAINER.COOP.CLASS_TOKEN_POSITION", "front")}[case]
+    even = ("DATALOADER.TRAIN_X.BATCH_SIZE", "4")
+    for processes in (1, 4):
+        done = start(runs, processes, [line(runs, f"four-{case}-{processes}", "CoOp_PLPP", *opts, *even)])
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, four = (trained(runs / f"four-{case}-{processes}")["ctx"] for processes in (1, 4))
+    torch.testing.assert_close(four, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_killed_before_its_test_goes_on_from_its_best(runs: Path) -> None:
+    best = line(runs, "best", "CoOp_PLPP", "TEST.FINAL_MODEL", "best_val")
+    assert start(runs, 2, [best]).returncode == 0
+    first = (runs / "best" / "result.json").read_text()
+    (runs / "best" / "result.json").unlink()
+    done = start(runs, 2, [best])
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = json.loads((runs / "best" / "result.json").read_text())
+    assert again["metrics"] == pytest.approx(json.loads(first)["metrics"])
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(world: Path) -> None:
     done = start(world, 2, [line(world, "odd", "CoOp", "DATALOADER.TRAIN_X.BATCH_SIZE", "5")])
     assert done.returncode != 0 and not (world / "odd").exists()

@@ -67,7 +67,14 @@ class IVLP(PromptTrainer):
     not_loaded = ("image_encoder.", "text_encoder.", "logit_scale", "prompt_learner.ZS_image_encoder.")  # the frozen CLIP
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
-        return VisionLanguagePrompts(clip_model, classnames, self.method_cfg)
+        prompts = VisionLanguagePrompts(clip_model, classnames, self.method_cfg)
+        self.say_context(prompts.prompt_learner)
+        return prompts
+
+    def say_context(self, learner: PromptLearner) -> None:
+        words = self.method_cfg.CTX_INIT.replace("_", " ")
+        said = f"the first {learner.n_ctx} of {words!r}" if learner.from_words else f"{learner.n_ctx} at random"
+        self.log(f"Initial text context: {said}")
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.prompts.parameters())

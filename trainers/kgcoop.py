@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 
 from plpp_reg.datasets import template
+from plpp_reg.engine.trainer import check_weight
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.zeroshot import template_features
 
@@ -21,9 +24,13 @@ class KgCoOp(CoOp):
     not_loaded = ("bias_vectors", "meta_net.linear1.")  # CoCoOp's meta_net has a linear2: its files are not KgCoOp's
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
-        features = template_features(self.tower, [template(self.cfg.DATASET.NAME)], classnames)
-        self.hand_crafted = self.normalize(features[0])  # (C, embed_dim)
+        check_weight("TRAINER.COOP.W", self.method_cfg.W)
         return super().build(clip_model, classnames)
+
+    @functools.cached_property
+    def hand_crafted(self) -> Tensor:
+        """(C, embed_dim), normalised: the class features of the data set's template."""
+        return self.normalize(template_features(self.tower, [template(self.cfg.DATASET.NAME)], self.data.classnames)[0])
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         class_features = self.class_features()

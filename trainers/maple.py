@@ -43,6 +43,7 @@ class MaPLe(IVLP):
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
         cfg = self.method_cfg
         learner = MultiModalPromptLearner(clip_model, classnames, cfg.N_CTX, cfg.CTX_INIT, cfg.PROMPT_DEPTH)
+        self.say_context(learner)
         return nn.ModuleDict({"prompt_learner": learner})
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from plpp_reg.datasets import template
+from plpp_reg.engine.trainer import check_weight
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.coop import CoOp
-from plpp_reg.trainers.zeroshot import template_features
+from plpp_reg.trainers.kgcoop import KgCoOp
 
 
 def align(domain: Tensor, general: Tensor, strength: float = 1.0) -> Tensor:
@@ -33,9 +33,10 @@ class ProGrad(CoOp):
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
         if not self.cfg.LOSS.T > 0:
             raise InputError(f"LOSS.T: expected a number > 0, got {self.cfg.LOSS.T}")
-        features = template_features(self.tower, [template(self.cfg.DATASET.NAME)], classnames)
-        self.hand_crafted = self.normalize(features[0])  # (C, embed_dim)
+        check_weight("LOSS.LAMBDA", self.cfg.LOSS.LAMBDA)
         return super().build(clip_model, classnames)
+
+    hand_crafted = KgCoOp.hand_crafted
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, t = self.image_features(batch), self.cfg.LOSS.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plpp_reg.datasets.templates import SIXTY
+from plpp_reg.engine.trainer import check_weight
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.ivlp import IVLP
 from plpp_reg.trainers.zeroshot import template_features
@@ -40,9 +42,9 @@ class PromptSRC(IVLP):
     }
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
-        features = template_features(self.tower, SIXTY, classnames).float().mean(0)
-        self.frozen_class_features = self.normalize(features)  # (C, embed_dim)
         cfg, epochs = self.method_cfg, range(1, self.cfg.OPTIM.MAX_EPOCH + 1)
+        for key in ("TEXT_LOSS_WEIGHT", "IMAGE_LOSS_WEIGHT"):
+            check_weight(f"TRAINER.PROMPTSRC.{key}", cfg[key])
         if not cfg.GPA_STD > 0:
             raise InputError(f"TRAINER.PROMPTSRC.GPA_STD: expected a number > 0, got {cfg.GPA_STD}")
         exponents = [-((epoch - cfg.GPA_MEAN) ** 2) / (2 * cfg.GPA_STD**2) for epoch in epochs]
@@ -52,6 +54,11 @@ class PromptSRC(IVLP):
         prompts = super().build(clip_model, classnames)
         self.average = {name: torch.zeros_like(p) for name, p in prompts.state_dict().items()}
         return prompts
+
+    @functools.cached_property
+    def frozen_class_features(self) -> Tensor:
+        """(C, embed_dim), normalised: of the mean over the 60 templates."""
+        return self.normalize(template_features(self.tower, SIXTY, self.data.classnames).float().mean(0))
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         cfg, w, w0 = self.method_cfg, self.class_features(), self.frozen_class_features

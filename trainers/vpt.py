@@ -15,6 +15,7 @@ class VPT(PromptTrainer):
     config_node = "VPT"
     config_defaults = {"N_CTX_VISION": 2, "CTX_INIT": "a photo of a", "PREC": "fp16", "PROMPT_DEPTH_VISION": 1}
     sees_frozen_features = False
+    splits_classes = False
     not_loaded = IVLP.not_loaded
     image_features = IVLP.image_features
     image_prompts = IVLP.image_prompts

@@ -18,7 +18,8 @@ from plpp_reg.engine.trainer import PromptTrainer
 def template_features(tower: TextTower, templates: Sequence[str], classnames: Sequence[str]) -> Tensor:
     """(n_templates, C, embed_dim): the text features of each class in each template, not normalised."""
     names = [name.replace("_", " ") for name in classnames]
-    features = encode_texts(tower, [pattern.format(name) for pattern in templates for name in names])
+    with torch.autocast(tower.positional_embedding.device.type, enabled=False):
+        features = encode_texts(tower, [pattern.replace("{}", name) for pattern in templates for name in names])
     return features.unflatten(0, (len(templates), len(names)))
 
 
@@ -26,11 +27,12 @@ class ZeroshotCLIP(PromptTrainer):
     """One template a data set: the baseline that every prompt learner is measured against."""
 
     sees_pixels = False
+    splits_classes = False
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> None:
         self.templates = self.choose_templates()
         first = classnames[0].replace("_", " ")
-        self.log(f"Prompts: {', '.join(repr(t.format(first)) for t in self.templates)}, …")
+        self.log(f"Prompts: {', '.join(repr(t.replace('{}', first)) for t in self.templates)}, …")
 
     def choose_templates(self) -> list[str]:
         return [template(self.cfg.DATASET.NAME)]

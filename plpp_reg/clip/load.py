@@ -137,11 +137,15 @@ def cache_folder() -> Path:
 
 def _download(name: str) -> Path:
     """The weights' file, downloaded once and its SHA-256 checked each time, by openai-clip."""
+    from filelock import FileLock
+
     clip = openai_clip().clip
     url = clip._MODELS[name]
     target = cache_folder() / url.rsplit("/", 1)[1]
     try:
-        return Path(clip._download(url, str(cache_folder())))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):  # openai-clip writes to the final name: one process at a time
+            return Path(clip._download(url, str(cache_folder())))
     except (urllib.error.URLError, OSError, RuntimeError) as e:
         raise InputError(
             f"backbone {name!r}: expected its weights at {target} (SHA-256 {url.split('/')[-2]}) and could not download them "

@@ -89,6 +89,7 @@ class PromptLearner(nn.Module):
             raise InputError("classnames: expected at least one class name, got none")
         embedding = clip_model.token_embedding.weight
         init_words = ctx_init.replace("_", " ").strip()
+        self.from_words = bool(init_words)
         self._fixed: list[int] = []  # init words that stay words
         if init_words:
             tokens = encode(init_words)

@@ -14,7 +14,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import PIL
 import torch
+import torchvision
 from torch import Tensor
 
 from plpp_reg.datasets import Datum
@@ -85,8 +87,11 @@ class FrozenFeatures:
             "version": VERSION,
             "weights": weights_sha256(t.clip_model.visual),
             "precision": t.precision,
-            "device": torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else t.device.type,
-            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(t.device)
+            if t.device.type == "cuda"
+            else torch.backends.cpu.get_cpu_capability(),
+            "matmul": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
+            "libraries": [torch.__version__, torchvision.__version__, PIL.__version__],
             "threads": torch.get_num_threads(),
             "input": {name: list(v) if isinstance(v, tuple) else v for name, v in sorted(cfg.INPUT.items())},
             "train": train,
@@ -96,24 +101,35 @@ class FrozenFeatures:
         }
 
 
+def _device_name(device: torch.device) -> str:
+    """The GPU's, or the CPU's instruction set, by which torch chooses its kernels."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
 def weights_sha256(module: torch.nn.Module) -> str:
-    """Hash of a module's tensors, made once a module."""
-    if "_plpp_sha256" not in module.__dict__:
-        digest = hashlib.sha256()
+    """Hash of a module's tensors and of what they do not tell (activations, heads); made again when a tensor has changed."""
+    tensors = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in module.state_dict().values()]
+    seen = (tensors, repr(module), [m.num_heads for m in module.modules() if hasattr(m, "num_heads")])
+    if module.__dict__.get("_plpp_sha256", (None,))[0] != seen:
+        digest = hashlib.sha256(str(seen[1:]).encode())
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        module.__dict__["_plpp_sha256"] = digest.hexdigest()
-    return module.__dict__["_plpp_sha256"]
+        module.__dict__["_plpp_sha256"] = (seen, digest.hexdigest())
+    return module.__dict__["_plpp_sha256"][1]
 
 
 def _files_sha256(items: Sequence[Datum]) -> str:
-    """Hash of which files these are, in order, and of their sizes and times: a file that was changed is another one."""
+    """Hash of which files these are, in order, with sizes and times: a file that was changed is another one.
+
+    Of the times one, that of the last change of the inode, cannot be set back.
+    """
     digest = hashlib.sha256()
     for item in items:
         try:
             stat = os.stat(item.impath)
         except OSError as e:
             raise InputError(f"image {item.impath}: expected a readable picture, got {e}") from e
-        digest.update(f"{item.name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode())
+        of_file = (os.path.realpath(item.impath), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        digest.update(f"{of_file}\n".encode())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """``write`` to a temporary file beside ``path``, then rename it: at any moment the old file or the new one is there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # not mkstemp: its files are unreadable to one's group
+    # not mkstemp: its files are unreadable to one's group; not the process number alone: two machines may share a disk
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         write(temporary)
         with temporary.open("r+b") as file:  # Windows flushes only what is open for writing

@@ -8,6 +8,7 @@ of all ranks' parameter gradients is exactly the gradient of one process.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from plpp_reg.errors import InputError
 
 T = TypeVar("T")
 
@@ -103,9 +106,13 @@ def current() -> Ranks:
 
 def start(use_cuda: bool) -> Ranks:
     """Join the processes that ``torchrun`` has started; alone, nothing happens."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         cuda = use_cuda and torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                raise InputError(f"--nproc-per-node: expected at most {gpus} processes, one a GPU, got more")
+            torch.cuda.set_device(local)
         dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
     return current()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -187,7 +188,7 @@ def run(
         if not getattr(trainer.data, split):
             raise InputError(f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none")
         trainer.loader(split)
-    further = _further_tests(cfg, tests or {})
+    further = _further_tests(trainer, tests or {})
     with contextlib.ExitStack() as stack:
         # of several processes the first alone writes where it was told to
         place = folder if processes.first else Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -206,11 +207,18 @@ def _parts_needed(trainer: PromptTrainer, args: RunArguments) -> set[str]:
     return parts
 
 
-def _further_tests(cfg: CfgNode, tests: Mapping[str, Sequence[str]]) -> list[FurtherTest]:
+def _further_tests(trainer: PromptTrainer, tests: Mapping[str, Sequence[str]]) -> list[FurtherTest]:
     found = []
     for name, opts in tests.items():
-        changed = further_config(cfg, opts)
+        changed = further_config(trainer.cfg, opts)
         data = load_data(changed)
+        if list(data.classnames) != list(trainer.data.classnames):
+            trainer.check_classes(list(data.classnames))
+        if trainer.splits_classes and trainer.ranks.size > len(data.classnames):
+            raise InputError(
+                f"data set {changed.DATASET.NAME!r}: expected at most a process a class ({len(data.classnames)}), "
+                f"got {trainer.ranks.size} processes"
+            )
         if not getattr(data, changed.TEST.SPLIT):
             raise InputError(
                 f"data set {changed.DATASET.NAME!r}: expected images in its {changed.TEST.SPLIT} part, it has none"
@@ -260,6 +268,10 @@ def _run_in(
                 trainer.saving.resume(resumed)
             except InputError as e:
                 raise UnusableCheckpoint(str(e)) from e
+            if folder != resumed and (resumed / trainer.model_name).is_dir():
+                shutil.copytree(resumed / trainer.model_name, trainer.saving.folder, dirs_exist_ok=True)
+        if not trainer.ranks.all_agree(trainer.ranks.of_the_first(trainer.epoch) == trainer.epoch):
+            raise InputError("expected the same checkpoint on every process: is --output-dir on a disk that all of them share?")
         trainer.train(folder, after_epoch)
         if cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
             log("Deploy the model with the best val performance")

@@ -10,16 +10,19 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from plpp_reg.engine.files import write_atomically
 from plpp_reg.errors import InputError
 
 SUFFIX = ".safetensors"
+A_DAY = 24 * 3600.0  # seconds: no file is being written that long
 
 
 class Entry(NamedTuple):
@@ -87,6 +90,7 @@ class TensorStore:
 
     def trim(self, keep: Path | None = None) -> None:
         """Remove the longest unused files until the bound holds; ``keep`` stays."""
+        self._remove_halves(older_than=A_DAY)
         entries = self.entries()
         excess = sum(entry.size for entry in entries) - self.max_bytes
         for entry in entries:
@@ -96,8 +100,15 @@ class TensorStore:
                 excess -= entry.size
 
     def clear(self) -> int:
-        """Remove every file; how many there were."""
+        """Remove every file, also what a killed process left half-written; how many whole ones there were."""
+        self._remove_halves(older_than=0)
         return sum(_remove(entry.path) for entry in self.entries())
+
+    def _remove_halves(self, older_than: float) -> None:
+        for path in self.folder.glob(f".*{SUFFIX}.*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime >= older_than:
+                    path.unlink()
 
 
 def _remove(path: Path) -> bool:
@@ -113,7 +124,17 @@ def _remove(path: Path) -> bool:
 def _write(path: Path, tensors: dict[str, Tensor], key: str) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: t.cpu() for name, t in tensors.items()}, path, {"what": key})
+    on_cpu = {name: t.cpu() for name, t in tensors.items()}
+    save_file(on_cpu, path, {"what": key, "sha256": _digest(on_cpu)})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """safetensors has no checksum of its own."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:
@@ -122,8 +143,10 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
 
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("what") != key:
+            metadata = file.metadata() or {}
+            if metadata.get("what") != key:
                 return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        return tensors if _digest(tensors) == metadata.get("sha256") else None
     except (OSError, SafetensorError):
         return None

@@ -34,9 +34,21 @@ from plpp_reg.errors import InputError
 from plpp_reg.regularizer import Components, PerplexityRegularizer, settings_defaults
 from plpp_reg.words import candidate_ids
 
+MOST_LOG_PERPLEXITY = 700  # its exp is a float still
+
 
 class NonFiniteLoss(RuntimeError):
     """Training stopped before a non-finite loss could reach the weights."""
+
+
+def check_weight(key: str, value: float) -> None:
+    """A factor of a loss.
+
+    Raises:
+        InputError: it is below 0.
+    """
+    if not value >= 0:
+        raise InputError(f"{key}: expected a number >= 0, got {value}")
 
 
 class PromptTrainer:
@@ -175,7 +187,7 @@ class PromptTrainer:
             self.log(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME}, {self.precision} on {self.device})")
             clip_model = load_clip(cfg.MODEL.BACKBONE.NAME, self.precision, self.device)
         self.clip_model = clip_model.to(self.device)
-        if self.ranks.size > (classes := len(self.data.classnames)):
+        if self.splits_classes and self.ranks.size > (classes := len(self.data.classnames)):
             raise InputError(f"expected at most a process a class ({classes}), got {self.ranks.size} processes")
         resolution = clip_model.visual.input_resolution
         if tuple(cfg.INPUT.SIZE) != (resolution, resolution):
@@ -351,18 +363,19 @@ class PromptTrainer:
         if not self.plpp_acts:
             return {}
         parts = self.regularizer.components(*self.plpp_reads, with_perplexity)
-        if math.isfinite(perplexity := parts.perplexity.item()):
-            self.metrics["perplexity"] = perplexity
         terms, share = self.regularizer.terms(parts), self._share_of_prompts()
+        if with_perplexity or self.regularizer.normalize_over == "vocabulary":  # the same on every rank
+            log = self.ranks.average_values({"log": share * parts.perplexity.log().item()})["log"]
+            if math.isfinite(log) and log < MOST_LOG_PERPLEXITY:
+                self.metrics["perplexity"] = math.exp(log)
         return terms if share == 1 else {name: share * term for name, term in terms.items()}
 
     def _share_of_prompts(self) -> float:
         """Of a mean over prompts, one a class, that are split by rank: this rank's number over the ranks' mean number."""
-        context, hidden = self.plpp_reads
-        a_class = max(len(hidden), len(context) if context.dim() == 3 else 1) > 1 and self.ranks.size > 1
-        if not a_class or not self.splits_classes:
+        a_class = self.splits_classes and (self.learner.class_specific or self.learner.position != "end")
+        if not a_class or self.ranks.size == 1:
             return 1.0
-        return len(hidden) * self.ranks.size / len(self.data.classnames)
+        return len(self.ranks.share(self.data.classnames)) * self.ranks.size / len(self.data.classnames)
 
     def _log_batch(self, index: int, batches: int, meters: Meters, data_clock: Clock, batch_clock: Clock) -> None:
         cfg, step = self.cfg, self.epoch * batches + index
