@@ -29,7 +29,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
 
-from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, peak_mib, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, Sizes, count_cpu_time, machine, peak_mib, random_clip, seconds
 from names import short_names
 
 
@@ -151,7 +151,7 @@ def measure_literal(case: str, size: Size) -> dict[str, Any]:
     times: dict[str, list[float]] = {"fast": [], "literal": []}
     for i in range(size.repeats):
         times["fast"].append(seconds(fast))
-        if i < 3:
+        if i < min(3, size.repeats):
             times["literal"].append(seconds(literal))
     fast_s, literal_s = (statistics.median(times[n]) for n in ("fast", "literal"))
     return {
@@ -250,11 +250,17 @@ def main() -> None:
     parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine that others use too")
+    parser.add_argument("--repeats", type=int, default=0, help="how often each step is timed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.cpu_time:
+        count_cpu_time()
+    size = QUICK if args.quick else FULL
+    size = size._replace(repeats=args.repeats or size.repeats)
     rows = []
     for case in args.cases:
-        rows.append(CASES[case](QUICK if args.quick else FULL))
+        rows.append(CASES[case](size))
         print(describe(rows[-1]), flush=True)
     Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
 

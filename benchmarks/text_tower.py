@@ -26,7 +26,7 @@ from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 
-from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, peak_mib, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, Sizes, count_cpu_time, machine, peak_mib, random_clip, seconds
 from names import car_names, short_names
 
 
@@ -147,13 +147,19 @@ def main() -> None:
     parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine that others use too")
+    parser.add_argument("--repeats", type=int, default=0, help="how often each step is timed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.cpu_time:
+        count_cpu_time()
+    size = QUICK if args.quick else FULL
+    size = size._replace(repeats=args.repeats or size.repeats)
     rows = []
     print(f"{'case':28s}{'literal s':>10s}{'fast s':>9s}{'speedup':>9s}{'PLPP (all rows looked up)':>27s}", end="")
     print(f"{'|diff|':>10s}{'grad rel':>10s}{'MiB':>14s}")
     for case in args.cases:
-        row = measure(case, QUICK if args.quick else FULL)
+        row = measure(case, size)
         rows.append(row)
         plpp = f"{100 * row['plpp_overhead']:+.1f}% ({100 * row['plpp_overhead_all_looked_up']:+.1f}%)"
         memory = f"{row['peak_mib']:.0f} / {row['reference_peak_mib']:.0f}" if row["peak_mib"] is not None else ""
