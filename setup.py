@@ -35,7 +35,7 @@ demo = [
 ]
 ray = ["ray"]  # without the dashboard
 data = ["huggingface_hub>=1.0"]  # plpp data get: addresses, sizes and SHA-256 of the Hub's files
-test = [*demo, *ray, *data, "open_clip_torch", "pytest", "hypothesis", "ruff", "build", "scikit-learn"]
+test = [*demo, *ray, *data, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build", "scikit-learn"]
 
 setup(
     name="plpp-reg",
