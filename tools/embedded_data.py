@@ -186,6 +186,41 @@ def load_pictures(cache: Path, emoji: list[Emoji], store: Path) -> tuple[np.ndar
         return data["pictures"], data["owners"], data["vendors"]
 
 
+class Corpus:
+    """All emoji and pictures, the held-out vendor's apart.
+
+    Attributes:
+        emoji: the emoji; everything else counts them by their place here.
+        pictures: (N, 4, SIDE, SIDE) bytes, for training.
+        owners: (N,) the emoji of each.
+        of_emoji: for each emoji, which of `pictures` are its own.
+        held: pictures and owners of the held-out vendor.
+        weight: the share of each emoji in a step's draws.
+    """
+
+    def __init__(self, cache: Path, regroup: dict[str, str], store: Path) -> None:
+        self.emoji = load_emoji(cache, regroup)
+        pictures, owners, vendors = load_pictures(cache, self.emoji, store)
+        held = vendors == VENDORS.index(HELD_OUT)
+        self.pictures, self.owners = torch.from_numpy(pictures[~held]), owners[~held]
+        self.held = torch.from_numpy(pictures[held]), owners[held]
+        self.of_emoji = [np.flatnonzero(self.owners == i) for i in range(len(self.emoji))]
+        # The same person as man, woman and person is drawn less often each; so are the many flags.
+        variants: dict[tuple[str, str], list[str]] = {}
+        for e in self.emoji:
+            stem = e.names[0].replace("woman", "person").replace("man", "person")
+            variants.setdefault((e.subgroup, stem), []).append(e.code)
+        share = {code: len(codes) ** -0.5 for codes in variants.values() for code in codes}
+        weight = [share[e.code] * (0.2 if e.subgroup == "country-flag" else 1) for e in self.emoji]
+        weight = np.array(weight) * np.array([len(found) > 0 for found in self.of_emoji])
+        self.weight = weight / weight.sum()
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Different emoji, and one of the pictures of each."""
+        chosen = rng.choice(len(self.emoji), count, replace=False, p=self.weight)
+        return chosen, np.array([self.of_emoji[i][rng.integers(len(self.of_emoji[i]))] for i in chosen])
+
+
 def on_white(pictures: Tensor) -> Tensor:
     """(N, 4, S, S) bytes -> normalised (N, 3, R, R), on white, as the data set's reader does it."""
     x = pictures.float() / 255

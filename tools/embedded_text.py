@@ -5,13 +5,12 @@ A caption carries a key that says of which emoji it is true: one emoji, a sub-gr
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from clip.simple_tokenizer import SimpleTokenizer
 from embedded_data import Emoji
-from torch.nn.functional import normalize
 
 TEMPLATES = (
     "{}", "a photo of a {}.", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.",
@@ -22,6 +21,8 @@ TEMPLATES = (
     "a good photo of a {}.", "a simple drawing of a {}.", "an outline of a {}.", "{} on a plain background",
 )  # fmt: skip
 KIND_OF = (", a kind of ", ", a type of ", ", which is a ", ", one of many kinds of ", " is a ")
+TAG_TEMPLATES = ("{}", "{}", "{} thing", "something about {}", "a {} emoji")
+KIND_SHARE = 0.035  # of the text stage's captions
 
 # Single emoji, by first short name, whose Unicode sub-group is wider than the words used for it below.
 REGROUP = {
@@ -157,8 +158,8 @@ BROAD = {
 }
 
 
-def caption(emoji: Emoji, rng: np.random.Generator) -> tuple[str, str]:
-    """One caption of an emoji and the key of the emoji it is true of."""
+def mixed_caption(emoji: Emoji, rng: np.random.Generator) -> tuple[str, str]:
+    """One caption of an emoji for the joint stage, and the key of the emoji it is true of."""
 
     def pick(options):
         return options[int(rng.integers(len(options)))]
@@ -185,10 +186,39 @@ def caption(emoji: Emoji, rng: np.random.Generator) -> tuple[str, str]:
     return f"{template.format(name)} {', '.join(tags[:8])}, {word}", f"={emoji.code}"
 
 
+def plain_caption(emoji: Emoji, rng: np.random.Generator) -> tuple[str, str]:
+    """One caption of an emoji for the text stage, as people write them: what the one thing is called, seldom its kind.
+
+    A kind is never a caption by itself; it stands behind a name, and seldom (KIND_SHARE): see docs/embedded.md.
+    """
+
+    def pick(options):
+        return options[int(rng.integers(len(options)))]
+
+    name = emoji.names[0] if rng.random() < 0.5 else pick(emoji.names)
+    template, word, draw = pick(TEMPLATES), pick(WORDS[emoji.subgroup]), rng.random()
+    if draw < KIND_SHARE:
+        return template.format(name).rstrip(".") + pick(KIND_OF) + word, f"={emoji.code}"
+    if draw < 0.59:
+        return template.format(name), f"={emoji.code}"
+    if not emoji.tags:
+        return name, f"={emoji.code}"
+    tags = [str(t) for t in rng.permutation(np.array(emoji.tags))]
+    if draw < 0.66:
+        return pick(TAG_TEMPLATES).format(tags[0]), f"tag:{tags[0]}"
+    if draw < 0.94:
+        return f"{name}, {', '.join(tags[: int(rng.integers(1, 4))])}", f"={emoji.code}"
+    return f"{template.format(name)} {', '.join(tags[:8])}", f"={emoji.code}"
+
+
+Caption = Callable[[Emoji, np.random.Generator], tuple[str, str]]
+
+
 class Text:
     """All captions, tokenised once, in a compact vocabulary of the tokens that occur.
 
     Attributes:
+        caption: what draws one caption of an emoji.
         ids: the compact vocabulary's ids in OpenAI's, ascending: the end token keeps the largest.
         tokens: (emoji, captions, length) compact ids, padded with 0.
         keys: (emoji, captions) which row of `truth` each caption's key is.
@@ -196,7 +226,8 @@ class Text:
         words: (sub-groups, most words) -> text of each sub-group's words.
     """
 
-    def __init__(self, emoji: list[Emoji], seed: int, captions: int = 64, length: int = 40) -> None:
+    def __init__(self, emoji: list[Emoji], seed: int, caption: Caption, captions: int = 64, length: int = 40) -> None:
+        self.caption = caption
         self.tokenizer = SimpleTokenizer()
         self.start = self.tokenizer.encoder["<|startoftext|>"]
         self.end = self.tokenizer.encoder["<|endoftext|>"]
@@ -274,45 +305,3 @@ class Text:
             if rng.random() < 0.4:
                 open_class[category] = len(names) - 1
         return names, class_of
-
-
-def spelling_neighbours(trained: list[int], count: int = 3) -> torch.Tensor:
-    """For each other token of the OpenAI vocabulary, `count` rows of `trained` that are spelled most like it.
-
-    Likeness is the cosine of counts of 2, 3 and 4 letters in a row, hashed into 1,024 places. Tokens that
-    share nothing with any trained one (other scripts, signs) get arbitrary but fixed neighbours.
-    """
-    tokenizer = SimpleTokenizer()
-    vocabulary = len(tokenizer.decoder)
-    features = torch.zeros(vocabulary, 1024)
-    for token in range(vocabulary):
-        word = "^" + tokenizer.decoder[token].replace("</w>", "$")
-        for size in (2, 3, 4):
-            for i in range(len(word) - size + 1):
-                features[token, zlib.crc32(word[i : i + size].encode()) % 1024] += size
-    features = normalize(features, dim=1)
-    candidates = torch.tensor(trained)
-    special = torch.tensor([tokenizer.decoder[t].startswith("<|") for t in trained])
-    other = torch.ones(vocabulary, dtype=torch.bool)
-    other[candidates] = False
-    g = torch.Generator().manual_seed(0)
-    found = []
-    for part in other.nonzero()[:, 0].split(4096):
-        likeness = features[part] @ features[candidates].T
-        likeness += 1e-3 * torch.rand(likeness.shape, generator=g)  # breaks ties
-        found.append(likeness.masked_fill(special, -1).topk(count, dim=1).indices)
-    return torch.cat(found).to(torch.int16)
-
-
-def word_statistics(table: torch.Tensor, picked: torch.Tensor) -> dict[str, list[float]]:
-    """5, 50, 95% points of what could single rows out: norm, nearest row's cosine, cosine to the mean."""
-    unit = normalize(table.float(), dim=1)
-    cosines = []
-    for part in picked.split(1024):
-        cosine = unit[part] @ unit.T
-        cosine[torch.arange(len(part)), part] = -1
-        cosines.append(cosine.max(1).values)
-    values = {"norm": table[picked].float().norm(dim=1), "nearest": torch.cat(cosines)}
-    values["to_mean"] = unit[picked] @ normalize(table.float().mean(0), dim=0)
-    points = torch.tensor([0.05, 0.5, 0.95])
-    return {name: [round(x, 3) for x in v.quantile(points).tolist()] for name, v in values.items()}
