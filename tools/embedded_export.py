@@ -91,7 +91,8 @@ def export(stage: Stage, path: Path) -> None:
     state["token_embedding.trained_ids"] = ids.to(torch.int32)
     state["token_embedding.neighbours"] = neighbours
     metadata = {
-        "format": embedded.FORMAT, "seed": stage.args.seed, "steps": stage.args.steps, "batch": BATCH,
+        "format": embedded.FORMAT, "seed": stage.args.seed, "steps": stage.args.steps,
+        "text_steps": stage.steps, "batch": BATCH,
         "steps_done": stage.step, "held_out": HELD_OUT, "resolution": RESOLUTION,
         "trained_tokens": len(ids),
         "sources": " ".join(f"{name}@{version}" for name, version in PACKAGES.items()),

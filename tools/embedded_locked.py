@@ -20,6 +20,7 @@ from embedded_text import Text, plain_caption
 from torch import Tensor, nn
 
 VIEWS = 8
+HEAD_GAIN = 4.0  # of ln_final at the start: words this short need long states, or no next word could be likely
 DROPOUT = 0.1  # of what each residual block adds
 
 
@@ -38,6 +39,7 @@ class Locked(Stage):
         text = Text(corpus.emoji, args.seed, plain_caption)
         model = new_clip(len(text.ids))
         model.visual = image_tower.requires_grad_(False)
+        nn.init.constant_(model.ln_final.weight, HEAD_GAIN)
         super().__init__(args, args.text_steps, corpus, text, model)
         matrices, others = matrices_and_others(model)
         words = model.token_embedding.weight

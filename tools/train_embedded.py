@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("build/npm"), help="folder of the npm archives")
     parser.add_argument("--out", type=Path, default=ROOT / "plpp_reg/clip/embedded.safetensors")
     parser.add_argument("--steps", type=int, default=3200, help="of the first stage")
-    parser.add_argument("--text-steps", type=int, default=2000, help="of the second")
+    parser.add_argument("--text-steps", type=int, default=1500, help="of the second")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export-only", action="store_true", help="export the last checkpoint, finished or not")
@@ -41,9 +41,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(args.cache, REGROUP, args.work / "pictures.npz")
     joint = Joint(args, corpus)
-    joint.run()
+    joint.resume() if args.export_only else joint.run()
     text = Locked(args, corpus, joint.model.visual)
-    text.run()
+    text.resume() if args.export_only else text.run()
     export(text, args.out)
 
 
