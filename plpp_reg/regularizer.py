@@ -53,8 +53,8 @@ class PerplexityRegularizer(nn.Module):
     def __init__(
         self,
         embedding: Tensor,
-        weight: float = 0.1,
-        inverse_weight: float = 3.0,
+        weight: float = 0.3,
+        inverse_weight: float = 0.3,
         top_k: int = 10,
         temperature: float = 0.1,
         label: str = "soft",
