@@ -200,7 +200,9 @@ def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, exec
     output = place.folder / f"{how}-{executor}"
     flags = ["--executor", executor, "--workers", str(n), "--threads", "1", "--methods", "dying:NeverEnds"]
     argv = place.argv(output.name, *flags)
-    code = "import sys; from plpp_reg.cli import main; sys.exit(main(sys.argv[1:]))"
+    # a background job of a shell, as this test may be, is started with Ctrl-C ignored
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from plpp_reg.cli import main; sys.exit(main(sys.argv[1:]))"
     command = helpers.python(code, *argv, path=[helpers.HERE], stderr=subprocess.PIPE, start_new_session=True)
     process = subprocess.Popen(**command)
     try:
