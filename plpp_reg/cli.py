@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -16,6 +17,9 @@ from plpp_reg.errors import InputError, unknown
 # It is read when torch is loaded, so it stands here, before anything loads it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|USE_CUDA|OUTPUT_DIR|RESUME|VERSION")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -207,7 +211,9 @@ def _predict(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from plpp_reg.predict import export, load_run
 
-    export(load_run(args.run, args.classes, args.load_epoch), args.file)
+    trainer = load_run(args.run, args.classes, args.load_epoch)
+    export(trainer, args.file)
+    print(f"Exported: {args.file} ({len(trainer.data.classnames)} classes, {trainer.cfg.MODEL.BACKBONE.NAME})")
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -236,6 +242,16 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"Picture: {args.out}", file=sys.stderr)
 
 
+def _keys_apart(argv: Sequence[str]) -> list[str]:
+    """``--seeds 1 2 OPTIM.LR 0.1``: the first configuration key ends the values of a flag that takes several."""
+    words = list(argv)
+    if words[:1] in (["train"], ["demo"]) and "--" not in words:
+        for i, word in enumerate(words):
+            if KEY.fullmatch(word):
+                return [*words[:i], "--", *words[i:]]
+    return words
+
+
 def _check_opts(opts: Sequence[str]) -> None:
     for word in opts[::2]:
         if word.startswith("-"):
@@ -249,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run itself failed, 2 what was asked for cannot be."""
     parser = _parser()
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_args(_keys_apart(sys.argv[1:] if argv is None else argv))
+        args.opts = [word for i, word in enumerate(getattr(args, "opts", [])) if i or word != "--"]
         if args.command is None:
             parser.print_help()
             return 0
@@ -264,6 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         print(f"plpp: the package {e.name!r} is needed: pip install 'plpp-reg[demo]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # plpp … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into the pipe
+        return 141
     except KeyboardInterrupt:
         print("plpp: stopped; the same command goes on from what is there", file=sys.stderr)
         return 130

@@ -181,6 +181,8 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
     for job in left:
+        if _other_settings(job):
+            say(f"{job.label}: the run that is there has other settings or files; it goes below {job.output / SUPERSEDED}")
         job.folder.mkdir(parents=True, exist_ok=True)
         _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
     failed: list[Outcome] = []
@@ -228,6 +230,8 @@ def planned(jobs: Sequence[Job]) -> list[str]:
     lines, hashes = [], Hashes()
     for job in jobs:
         state = "to go on with" if (job.folder / "config.yaml").is_file() else "to run"
+        if _other_settings(job):
+            state = f"to run anew (other settings there go below {SUPERSEDED}/)"
         state = "there already" if finished(job, hashes) else state
         lines.append(f"{job.label}: {state}, in {job.folder}")
     return [*lines, f"{len(jobs)} runs"]

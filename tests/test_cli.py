@@ -515,3 +515,22 @@ def test_how_threads_wait_is_said_before_torch_is_loaded() -> None:
     code = "import os, sys, plpp_reg.cli; sys.exit('torch' in sys.modules or os.environ['GOMP_SPINCOUNT'] != '2000')"
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds", "opts"),
+    [
+        (["demo", "--seeds", "1", "2", "OPTIM.LR", "0.1"], [1, 2], ["OPTIM.LR", "0.1"]),
+        (["demo", "OPTIM.LR", "0.1"], [1, 2, 3], ["OPTIM.LR", "0.1"]),
+        (
+            ["demo", "--methods", "VPT", "SEED", "3", "TRAINER.VPT.PREC", "fp32"],
+            [1, 2, 3],
+            ["SEED", "3", "TRAINER.VPT.PREC", "fp32"],
+        ),
+    ],
+)
+def test_configuration_keys_end_the_values_of_a_flag(words: list[str], seeds: list[int], opts: list[str], monkeypatch) -> None:
+    seen = {}
+    monkeypatch.setattr(cli, "_demo", lambda args: seen.update(vars(args)))
+    assert cli.main(words) == 0
+    assert seen["seeds"] == seeds and seen["opts"] == opts

@@ -21,11 +21,19 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that their owner alone may read
         with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """What the user takes away from a new file's rights; it can be read by setting it alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: str | Path, text: str) -> None:
