@@ -11,6 +11,7 @@ from torch import nn
 
 from plpp_reg import PerplexityRegularizer, with_plpp
 from plpp_reg.errors import InputError
+from plpp_reg.regularizer import settings_defaults
 
 HOSTS = Path(__file__).parent / "hosts"
 sys.path += [str(HOSTS), str(HOSTS / "checkout")]  # behind everything: the checkout has a package clip
@@ -119,7 +120,10 @@ def test_settings_are_the_configurations_and_have_defaults(cfg):
     assert cls(cfg).plpp.regularizer.label == "hard"
     cfg.TRAINER.PLPP = CfgNode({"TOP_K": 3})
     regularizer = cls(cfg).plpp.regularizer
-    assert (regularizer.top_k, regularizer.weight, regularizer.inverse_weight) == (3, 0.1, 3.0)
+    defaults = settings_defaults()
+    weights = (defaults["weight"], defaults["inverse_weight"])
+    assert regularizer.top_k == 3 != defaults["top_k"]
+    assert (regularizer.weight, regularizer.inverse_weight) == weights
     del cfg.TRAINER["PLPP"]
     assert cls(cfg).plpp.regularizer.top_k == 10
     cfg.TRAINER.PLPP = CfgNode({"TOP_K": 0})
