@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,6 +104,22 @@ def _status(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1])  # KiB
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def arguments(doc: str, cases: Iterable[str]) -> argparse.Namespace:
+    """The command line that the benchmarks share; threads and clock are set as it says."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small models, few repeats")
+    parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
+    parser.add_argument("--cases", nargs="+", choices=list(cases), default=list(cases))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine that others use too")
+    parser.add_argument("--repeats", type=int, default=0, help="how often each step is timed")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.cpu_time:
+        count_cpu_time()
+    return args
 
 
 def machine() -> dict[str, object]:

@@ -13,7 +13,6 @@ Seconds are medians; the two take turns, so that both see the same machine.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
 
-from common import SMALL, VIT_B_16, LiteralText, Sizes, count_cpu_time, machine, peak_mib, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, Sizes, arguments, machine, peak_mib, random_clip, seconds
 from names import short_names
 
 
@@ -245,17 +244,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small towers, few repeats")
-    parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine that others use too")
-    parser.add_argument("--repeats", type=int, default=0, help="how often each step is timed")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.cpu_time:
-        count_cpu_time()
+    args = arguments(__doc__, CASES)
     size = QUICK if args.quick else FULL
     size = size._replace(repeats=args.repeats or size.repeats)
     rows = []

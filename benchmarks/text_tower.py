@@ -11,7 +11,6 @@ so that few rows need the whole vocabulary, and with all rows looked up in it, w
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 
-from common import SMALL, VIT_B_16, LiteralText, Sizes, count_cpu_time, machine, peak_mib, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, Sizes, arguments, machine, peak_mib, random_clip, seconds
 from names import car_names, short_names
 
 
@@ -142,17 +141,7 @@ def measure(case: str, size: Size) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small tower, few repeats")
-    parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine that others use too")
-    parser.add_argument("--repeats", type=int, default=0, help="how often each step is timed")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.cpu_time:
-        count_cpu_time()
+    args = arguments(__doc__, CASES)
     size = QUICK if args.quick else FULL
     size = size._replace(repeats=args.repeats or size.repeats)
     rows = []

@@ -15,15 +15,15 @@ def random_prompt(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(count, width).normal_(std=STD))
 
 
-def check_prompts(key: str, value: int, most: int | None = None, least: int = 1) -> None:
+def check_prompts(key: str, value: int, most: int | None = None) -> None:
     """A number of prompts, or of layers that have some, of which there are at most ``most``.
 
     Raises:
-        InputError: it is not between ``least`` and ``most``.
+        InputError: it is below 1 or above ``most``.
     """
-    if not least <= value or (most is not None and value > most):
+    if value < 1 or (most is not None and value > most):
         upper = f" and <= {most} (the tower's layers)" if most is not None else ""
-        raise InputError(f"{key}: expected an integer >= {least}{upper}, got {value}")
+        raise InputError(f"{key}: expected an integer >= 1{upper}, got {value}")
 
 
 def register(root: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
