@@ -75,7 +75,7 @@ def search_all(v: Tensor, E: Tensor, E_inverse_norm: Tensor | None, k: int, chun
 def label_log_probabilities(v: Tensor, E_I: Tensor, temperature: float) -> Tensor:
     """``log q = log_softmax(cos(E_I, v) / temperature)``: v (R, D), E_I (R, K, D) -> (R, K). Differentiable in v.
 
-    >>> v, E_I = torch.tensor([[0.0, 4.0, 3.0]]), torch.eye(3)[1:].unsqueeze(0)  # cosines 0.8 and 0.6
+    >>> v, E_I = torch.tensor([[0.0, 4.0, 3.0]]), torch.eye(3)[1:].unsqueeze(0)
     >>> label_log_probabilities(v, E_I, temperature=0.1).exp()
     tensor([[0.8808, 0.1192]])
     """

@@ -22,12 +22,15 @@ CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.p
 
 
 def command_lines() -> list[str]:
-    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    texts = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES]
+    lines = [line for text in texts for line in text.splitlines()]
     return [part.split(" #")[0].strip() for line in lines for part in re.findall(r"(?:^|&& )(plpp [^&`]+)", line.strip())]
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_every_command_line_means_something(line):
+def test_every_command_line_means_something(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     args = cli._parser().parse_args(shlex.split(line)[1:])
     cli._check_opts(args.opts)
     if args.command == "train":
