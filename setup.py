@@ -35,7 +35,13 @@ demo = [
 ]
 ray = ["ray"]  # without the dashboard
 data = ["huggingface_hub>=1.0"]  # plpp data get: addresses, sizes and SHA-256 of the Hub's files
-test = [*demo, *ray, *data, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build", "scikit-learn"]
+docs = [
+    "sphinx>=8.1",  # docs/ as a site, with the docstrings; a link or a name that leads nowhere is an error
+    "myst-parser>=4",  # its pages stay the Markdown that is read in the repository
+    "furo",  # a theme of which nothing is fetched when a page is read
+]
+test = [*demo, *ray, *data, *docs, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build", "scikit-learn"]
+test += ["sybil>=8"]  # runs the Python of the Markdown pages
 
 setup(
     name="plpp-reg",
@@ -67,7 +73,7 @@ setup(
         "ray": ray,
         "data": data,
         "open_clip": ["open_clip_torch"],
-        "docs": ["mkdocs"],
+        "docs": [*train, *docs],  # the reference is read off the imported package
     },
     entry_points={"console_scripts": ["plpp=plpp_reg.cli:main"]},
     classifiers=[

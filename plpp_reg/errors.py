@@ -15,7 +15,11 @@ class InputError(ValueError):
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
-    """``unknown trainer 'Coop': did you mean 'CoOp'? (known: CoOp, ZeroshotCLIP)``"""
+    """The error for a name that is none of ``choices``, with the nearest of them.
+
+    >>> print(unknown("trainer", "Coop", ["ZeroshotCLIP", "CoOp"]))
+    unknown trainer 'Coop': did you mean 'CoOp'? (known: CoOp, ZeroshotCLIP)
+    """
     known = sorted(choices)
     lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)

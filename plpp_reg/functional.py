@@ -2,14 +2,15 @@ r"""Every equation of PLPP, as pure functions of tensors.
 
 Letters (used in every docstring of the package)::
 
-    B images   C classes   P prompts   M context vectors   T tokens   D text width   V vocabulary   K top-k   R = P * M rows
+    B images   C classes   P prompts   M context vectors   T tokens
+    D text width   V vocabulary   K top-k   R = P * M rows
 
-    E   (V, D)     the frozen token embedding of the text tower, also the weight of the training-free LM head
+    E   (V, D)     the frozen token embedding; also the weight of the training-free LM head
     v   (R, D)     learnable context vectors, in token-embedding space
-    h   (R, D)     the text tower's ``ln_final`` output at the position that precedes each context vector
+    h   (R, D)     the text tower's ln_final output at the position before each of them
     I   (R, K)     ids of the K words nearest to each v by cosine
-    q   (R, K)     the label, ``softmax(cos(E_I, v) / temperature)``
-    p   (R, K)     the LM head's probability of those words, ``softmax(E h)`` over V or over I
+    q   (R, K)     the label, softmax(cos(E_I, v) / temperature)
+    p   (R, K)     the LM head's probability of those words, softmax(E h) over V or over I
 
 The equations follow "Prompt Learning with PerPlexity" (arXiv 2412.15277); what its public text leaves open is listed as
 OUR CHOICE in docs/method.md. All logarithms are natural (units: nats). Whatever comes in, the arithmetic is float32 at least
@@ -52,6 +53,10 @@ def nearest_words(v: Tensor, E: Tensor, k: int, E_inverse_norm: Tensor | None = 
     """The k words nearest by cosine, no gradient: v (R, D), E (V, D) -> cosines (R, k) descending and ids I (R, k).
 
     The normalised copy of E is never made: ``cos(E_i, v) = (E_i . v) / |E_i| / |v|``.
+
+    >>> cosines, ids = nearest_words(torch.tensor([[0.0, 4.0, 3.0]]), torch.eye(3), k=2)
+    >>> ids, cosines
+    (tensor([[1, 2]]), tensor([[0.8000, 0.6000]]))
     """
     if E_inverse_norm is None:
         E_inverse_norm = inverse_norm(E)
@@ -68,22 +73,41 @@ def search_all(v: Tensor, E: Tensor, E_inverse_norm: Tensor | None, k: int, chun
 
 
 def label_log_probabilities(v: Tensor, E_I: Tensor, temperature: float) -> Tensor:
-    """``log q = log_softmax(cos(E_I, v) / temperature)``: v (R, D), E_I (R, K, D) -> (R, K). Differentiable in v."""
+    """``log q = log_softmax(cos(E_I, v) / temperature)``: v (R, D), E_I (R, K, D) -> (R, K). Differentiable in v.
+
+    >>> v, E_I = torch.tensor([[0.0, 4.0, 3.0]]), torch.eye(3)[1:].unsqueeze(0)
+    >>> label_log_probabilities(v, E_I, temperature=0.1).exp()
+    tensor([[0.8808, 0.1192]])
+    """
     return (F.cosine_similarity(E_I, v.unsqueeze(1), dim=-1) / temperature).log_softmax(-1)
 
 
 def perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """``-sum_I q log p``: cross-entropy of the prediction under the label, (R, K) -> (R,), nats."""
+    """``-sum_I q log p``: cross-entropy of the prediction under the label, (R, K) -> (R,), nats.
+
+    >>> q, p = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.75, 0.25]])
+    >>> perplexity_loss(q.log(), p.log())
+    tensor([0.8370])
+    """
     return -(log_q.exp() * log_p).sum(-1)
 
 
 def inverted_perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """``-sum_I p log q``: the same with the roles exchanged, (R, K) -> (R,), nats."""
+    """``-sum_I p log q``: the same with the roles exchanged, (R, K) -> (R,), nats.
+
+    >>> q, p = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.75, 0.25]])
+    >>> inverted_perplexity_loss(q.log(), p.log())  # log 2, whatever p is: q is uniform
+    tensor([0.6931])
+    """
     return -(log_p.exp() * log_q).sum(-1)
 
 
 def perplexity(hard_nll: Tensor) -> Tensor:
-    """``exp(mean negative log-likelihood)`` over all rows, dimensionless; a uniform prediction over V words gives V."""
+    """``exp(mean negative log-likelihood)`` over all rows, dimensionless; a uniform prediction over V words gives V.
+
+    >>> perplexity(torch.tensor([1000.0, 1000.0]).log()).round()
+    tensor(1000.)
+    """
     return hard_nll.mean().exp()
 
 

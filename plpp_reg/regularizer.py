@@ -48,6 +48,15 @@ class PerplexityRegularizer(nn.Module):
 
     ``embedding`` of an openai-clip model, say: ``PerplexityRegularizer(clip_model.token_embedding.weight)``. The module has no
     parameters and saves nothing.
+
+    >>> regularizer = PerplexityRegularizer(torch.eye(1000, 64), inverse_weight=0.5)
+    >>> context = torch.nn.Parameter(torch.randn(4, 64) * 0.02)  # v, (M, D)
+    >>> hidden = torch.zeros(4, 64)  # h, (M, D): these states predict every word alike
+    >>> parts = regularizer.components(context, hidden)
+    >>> parts.perplexity.round()
+    tensor(1000.)
+    >>> torch.equal(parts.total, 0.3 * parts.perplexity_loss + 0.5 * parts.inverse_loss)
+    True
     """
 
     def __init__(
@@ -121,7 +130,7 @@ class PerplexityRegularizer(nn.Module):
             nan where it was neither asked for nor at hand.
 
         Raises:
-            InputError (a ValueError): shapes, width or dtype do not fit the vocabulary.
+            InputError: shapes, width or dtype do not fit the vocabulary. It is a ValueError.
         """
         return self._measure(context, hidden, with_nll=with_perplexity)
 

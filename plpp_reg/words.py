@@ -43,7 +43,20 @@ def candidate_ids(clip_model: nn.Module) -> Tensor | None:
 
 
 def nearest_words(context: Tensor, embedding: Tensor, k: int = 5, candidates: Tensor | None = None) -> list[list[NearWord]]:
-    """For each context vector, (M, D) or (P, M, D), its k nearest tokens of CLIP's vocabulary E (V, D), nearest first."""
+    """For each context vector, (M, D) or (P, M, D), its k nearest tokens of CLIP's vocabulary E (V, D), nearest first.
+
+    >>> from plpp_reg.clip.load import load_clip
+    >>> from plpp_reg.clip.prompts import PromptLearner
+    >>> model = load_clip()
+    >>> prompts = PromptLearner(model, ["cat"], ctx_init="a photo of a")
+    >>> words = candidate_ids(model)
+    >>> for near in nearest_words(prompts.ctx, model.token_embedding.weight, 2, words):
+    ...     print(*(f"{word} {cosine:.2f}" for word, cosine in near))
+    a 1.00 an 0.62
+    photo 1.00 cartoon 0.68
+    of 1.00 is 0.48
+    a 1.00 an 0.62
+    """
     vectors = context.detach().float().flatten(0, -2)
     rows = embedding.detach().float()
     if candidates is not None:

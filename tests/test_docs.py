@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,15 @@ CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.p
 
 
 def command_lines() -> list[str]:
-    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    texts = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES]
+    lines = [line for text in texts for line in text.splitlines()]
     return [part.split(" #")[0].strip() for line in lines for part in re.findall(r"(?:^|&& )(plpp [^&`]+)", line.strip())]
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_every_command_line_means_something(line):
+def test_every_command_line_means_something(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     args = cli._parser().parse_args(shlex.split(line)[1:])
     cli._check_opts(args.opts)
     if args.command == "train":
@@ -64,3 +69,37 @@ def test_the_page_on_the_method_lists_every_setting_with_its_default():
         row = re.search(rf"\| `{name}` \| `?([^|`]+)`? \|", text)
         assert row is not None, f"{name} is not in the table"
         assert row[1].strip() == str(default), f"{name}: the page says {row[1]}, the code {default}"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Strict: a page outside the navigation, a link, an anchor or a name in a docstring that leads nowhere is an error."""
+    place = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", place / "doctrees"]
+    done = subprocess.run([*build, ROOT / "docs", place / "html"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return place / "html"
+
+
+def test_the_site_has_every_page_and_the_docstrings(site):
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} <= {path.stem for path in site.glob("*.html")}
+    reference = (site / "api.html").read_text(encoding="utf-8")
+    for name in (
+        "PerplexityRegularizer",
+        "functional.plpp",
+        "attach",
+        "with_plpp",
+        "clip.text.TextTower",
+        "clip.prompts.PromptLearner",
+        "engine.trainer.PromptTrainer.compute_losses",
+    ):
+        assert f'id="plpp_reg.{name}"' in reference
+
+
+def test_reading_the_site_fetches_nothing(site):
+    in_html = r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*"
+    in_css = r"(?:url\(|@import )[\"']?(?:https?:)?//[^)\s]*"
+    read = [path for path in site.rglob("*") if path.suffix in (".html", ".css")]
+    assert len(read) > 10
+    for path in read:
+        assert not re.findall(f"{in_html}|{in_css}", path.read_text(encoding="utf-8")), path.name

@@ -68,6 +68,13 @@ class PromptLearner(nn.Module):
 
     ``ctx`` is a float32 leaf whatever the model's precision: an fp16 leaf of size 0.02 ignores small updates.
 
+    >>> from plpp_reg.clip.load import load_clip
+    >>> prompts = PromptLearner(load_clip(), ["cat", "hot air balloon"], ctx_init="a photo of a")
+    >>> prompts.n_ctx, prompts.context_positions()[0].tolist()  # SOS stands at 0
+    (4, [1, 2, 3, 4])
+    >>> prompts.name_positions()  # the full stop among them
+    [[5, 6], [5, 6, 7, 8]]
+
     Raises:
         InputError: a prompt does not fit the model's context length; the message names it.
     """

@@ -33,7 +33,7 @@ class TextOutput(NamedTuple):
 
 
 class TextTower(nn.Module):
-    """Runs a :class:`PromptTree` through the text transformer of a CLIP model.
+    """Runs a :class:`~plpp_reg.clip.tree.PromptTree` through the text transformer of a CLIP model.
 
     Works on the stock modules of openai-clip (``transformer.resblocks`` of ``ln_1, attn, ln_2, mlp`` with
     ``nn.MultiheadAttention`` weights, ``positional_embedding``, ``ln_final``, ``text_projection``), of any width and depth,
@@ -43,6 +43,14 @@ class TextTower(nn.Module):
         clip_model: a model as :func:`plpp_reg.clip.load.load_clip` returns it.
         memory_mib: bound on what the suffixes keep for the backward pass, in MiB (an estimate); prompts beyond it are
             computed in chunks, each again in backward.
+
+    >>> from plpp_reg.clip.load import load_clip
+    >>> from plpp_reg.clip.prompts import PromptLearner
+    >>> model = load_clip()
+    >>> prompts, tower = PromptLearner(model, ["cat", "hot air balloon"], n_ctx=4), TextTower(model)
+    >>> output = prompts(tower)  # one pass
+    >>> output.features.shape, output.hidden.shape  # (C, embed_dim), (P, M, D)
+    (torch.Size([2, 128]), torch.Size([1, 4, 128]))
     """
 
     def __init__(self, clip_model: nn.Module, memory_mib: float = 1024) -> None:

@@ -25,12 +25,19 @@ __all__ = [
 
 
 def template(name: str) -> str:
-    """The hand-crafted template of a data set, with one ``{}``; a general one where the data set is not in the table."""
+    """The hand-crafted template of a data set, with one ``{}``; a general one where the data set is not in the table.
+
+    >>> template("DescribableTextures"), template("folder:pets")
+    ('{} texture.', 'a photo of a {}.')
+    """
     return DATASETS[name].template if name in DATASETS else FALLBACK_TEMPLATE
 
 
 def full_name(name: str) -> str:
     """The table's key: ``"dtd"``, ``"DTD"`` and ``"DescribableTextures"`` are ``"DescribableTextures"``; folder: and csv: stay.
+
+    >>> full_name("DTD"), full_name("flowers102")
+    ('DescribableTextures', 'OxfordFlowers')
 
     Raises:
         InputError: no such data set.
@@ -44,7 +51,11 @@ def full_name(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """The name that a folder of results gets: ``dtd``; of one's own data the last part of its path, ``own_dtd`` if need be."""
+    """The name that a folder of results gets: ``dtd``; of one's own data the last part of its path, ``own_dtd`` if need be.
+
+    >>> short_name("DescribableTextures"), short_name("folder:photos/pets"), short_name("folder:photos/dtd")
+    ('dtd', 'pets', 'own_dtd')
+    """
     if kind := own_kind(name):
         path = Path(name.partition(":")[2]).expanduser().resolve()
         own = path.stem if kind == "csv" else path.name
@@ -54,7 +65,11 @@ def short_name(name: str) -> str:
 
 
 def paper_name(name: str) -> str:
-    """The name that a table prints: ``DTD``; of one's own data the last part of its path."""
+    """The name that a table prints: ``DTD``; of one's own data the last part of its path.
+
+    >>> paper_name("DescribableTextures"), paper_name("csv:photos/pets.csv")
+    ('DTD', 'pets')
+    """
     return (DATASETS[name].paper if name in DATASETS else "") or short_name(name)
 
 
@@ -85,7 +100,8 @@ def load_dataset(name: str, root: str | Path = "", shots: int = -1, seed: int = 
         subsample: "all", "base" (the first half of the labels) or "new" (the second, relabelled from 0).
 
     Raises:
-        InputError: as :func:`read_dataset`; or a class of one's own data has fewer training images than shots.
+        InputError: no such data set; its files are not there or not what they should be; a class of one's own data has fewer
+            training images than shots.
     """
     data = read_dataset(name, root)
     if own_kind(name):

@@ -29,7 +29,10 @@ def config_nodes(own: type[PromptTrainer] | None = None) -> dict[str, dict[str, 
 
 
 def find_trainer(name: str) -> tuple[type[PromptTrainer], str, bool]:
-    """``"CoOp_PLPP"`` -> (class, "CoOp", True). A trainer of one's own goes as ``package.module:Class``.
+    """The class, its plain name and whether PLPP is asked for. A trainer of one's own goes as ``package.module:Class``.
+
+    >>> find_trainer("CoOp_PLPP")
+    (<class 'plpp_reg.trainers.coop.CoOp'>, 'CoOp', True)
 
     Raises:
         InputError: no such name, or ``X_PLPP`` of a method without text context.

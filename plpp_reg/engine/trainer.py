@@ -64,14 +64,22 @@ class PromptTrainer:
         log: where lines go; None: standard output.
     """
 
+    #: its node below TRAINER
     config_node: ClassVar[str] = ""
+    #: the node's keys and defaults
     config_defaults: ClassVar[dict[str, object]] = {}
-    model_name: ClassVar[str] = "prompt_learner"  # the folder of its checkpoints
+    #: the folder of its checkpoints
+    model_name: ClassVar[str] = "prompt_learner"
+    #: whether PLPP has something to act on, and so whether there is an X_PLPP
     learns_text_context: ClassVar[bool] = False
-    splits_classes: ClassVar[bool] = True  # :meth:`class_features` does; False where each image has its own
-    sees_pixels: ClassVar[bool] = True  # batches have "img"; where all that a method reads of it is frozen, it need not
-    sees_frozen_features: ClassVar[bool] = True  # batches have "features", computed ahead and kept for other runs
-    not_loaded: ClassVar[tuple[str, ...]] = ()  # beginnings of names that upstream's checkpoints hold beside what was learned
+    #: :meth:`class_features` does; False where each image has its own
+    splits_classes: ClassVar[bool] = True
+    #: batches have "img"; where all that a method reads of it is frozen, it need not
+    sees_pixels: ClassVar[bool] = True
+    #: batches have "features", computed ahead and kept for other runs
+    sees_frozen_features: ClassVar[bool] = True
+    #: beginnings of names that upstream's checkpoints hold beside what was learned
+    not_loaded: ClassVar[tuple[str, ...]] = ()
 
     # ---- what a method gives -------------------------------------------------------------------------------------
 
