@@ -16,14 +16,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plpp_reg import __version__, plots, tables
+from plpp_reg import __version__, plots, records
 from plpp_reg.engine.files import write_atomically, write_text
 from plpp_reg.errors import InputError
 from plpp_reg.learned import PromptReader, Prompts, history
 from plpp_reg.plots import Bar, Line, Picture
 from plpp_reg.protocols import run_label
+from plpp_reg.records import Found
+from plpp_reg.rendering import LEGEND, LEGEND_H
+from plpp_reg.rows import AVERAGE_OF, Row, Table, dataset_order, method_order, plain_of, title_of
+from plpp_reg.series import MEAN_H, Figure, H
 from plpp_reg.sweep import FAILED, duration
-from plpp_reg.tables import Figure, Found, Row, Table
+from plpp_reg.tables import make_tables
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -116,7 +120,7 @@ def write_report(
     Raises:
         InputError: no such folder, no run in it, or a place that cannot be written to.
     """
-    found = tables.find_runs(folder)
+    found = records.find_runs(folder)
     if not found:
         raise InputError(f"{str(folder)!r}: expected recorded runs (folders with a result.json) in it, got none")
     path = Path(output) if output else Path(folder) / PAGE
@@ -148,8 +152,8 @@ def render(content: Mapping[str, Any]) -> str:
 
 def page(folder: Path, found: Sequence[Found], published: bool, files: str) -> dict[str, Any]:
     """What the template shows of these runs."""
-    runs = sorted(filter(None, map(_run, found)), key=lambda r: (*tables.dataset_order(r.dataset, r.shots), r.method, r.seed))
-    made = tables.make_tables(tables.as_runs(found), published=published)
+    runs = sorted(filter(None, map(_run, found)), key=lambda r: (*dataset_order(r.dataset, r.shots), r.method, r.seed))
+    made = make_tables(records.as_runs(found), published=published)
     reader = PromptReader()
     sections = [_protocol(table, _of(runs, table), reader) for table in made]
     if others := [run for run in runs if not run.found.note]:
@@ -208,7 +212,7 @@ def _protocol(table: Table, runs: Sequence[Run], reader: PromptReader) -> Sectio
         title=title,
         overview=_overview(table, form),
         full=_full(table),
-        legend=tables.LEGEND + (tables.LEGEND_H if tables.H in table.columns else ""),
+        legend=LEGEND + (LEGEND_H if H in table.columns else ""),
         results=drawn,
         training=_training(runs, name),
         words=_words(runs, reader),
@@ -220,14 +224,14 @@ def _full(table: Table) -> Grid:
     for row in table.rows:
         cells = [_cell(row, row.cells.get(column)) for column in table.columns]
         blocks.setdefault(row.group, []).append(TableRow(row.label, row.kind, cells, row.n, row.source))
-    columns = [*map(tables.title_of, table.columns), "seeds"]
+    columns = [*map(title_of, table.columns), "seeds"]
     return Grid("Every figure", columns, list(blocks.items()), any(row.source for row in table.rows))
 
 
 def _overview(table: Table, form: str) -> list[Grid]:
     """A table a column, with a column a data set, where there are several: H, the most shots and the average first."""
     groups = list(dict.fromkeys(row.group for row in table.rows))
-    groups.sort(key=lambda group: not group.startswith(tables.AVERAGE_OF))
+    groups.sort(key=lambda group: not group.startswith(AVERAGE_OF))
     if form == "targets" or len(groups) < 2:
         return []
     grids = []
@@ -286,12 +290,12 @@ def _shot_curves(table: Table, name: str) -> list[Picture]:
 def _difference_bars(table: Table, name: str, form: str) -> list[Picture]:
     """Each method with PLPP against the plain one: a row a data set; a row a method where there is one data set."""
     by_group = _by_group(table, "difference")
-    columns = [c for c in table.columns if c != tables.MEAN_H and any(c in row.cells for _, rows in by_group for row in rows)]
+    columns = [c for c in table.columns if c != MEAN_H and any(c in row.cells for _, rows in by_group for row in rows)]
     drawn: list[tuple[str, list[str], dict[str, list[Bar | None]]]] = []
     if form == "targets":
         for group, rows in by_group:
             values = {row.label: [_bar(row, column) for column in columns] for row in rows}
-            drawn += [(f"{group}: {label}", list(map(tables.title_of, columns)), {label: v}) for label, v in values.items()]
+            drawn += [(f"{group}: {label}", list(map(title_of, columns)), {label: v}) for label, v in values.items()]
     elif len(by_group) == 1:
         ((group, rows),) = by_group
         values = {column: [_bar(row, column) for row in rows] for column in columns}
@@ -320,7 +324,7 @@ def _by_group(table: Table, kind: str) -> list[tuple[str, list[Row]]]:
 
 
 def _plain(methods: Sequence[str]) -> dict[str, str]:
-    return {method: plain for method in methods if (plain := tables.plain_of(method))}
+    return {method: plain for method in methods if (plain := plain_of(method))}
 
 
 def _bar(row: Row, column: str) -> Bar | None:
@@ -357,7 +361,7 @@ def _training(runs: Sequence[Run], name: str) -> list[Training]:
                 histories.setdefault(run.method, []).append(epochs)
             elif run.found.note or (run.found.place / "few_shot.json").is_file():
                 without.append(f"{run.method}, seed {run.seed}: {why}")
-        title = tables.title_of(dataset) + (f", {most} shots" if most > 0 else "")
+        title = title_of(dataset) + (f", {most} shots" if most > 0 else "")
         pictures = _history_curves(histories, title, name) if histories else []
         if pictures or without:
             parts.append(Training(title, pictures, without))
@@ -365,7 +369,7 @@ def _training(runs: Sequence[Run], name: str) -> list[Training]:
 
 
 def _history_curves(histories: Mapping[str, list[list[dict[str, float]]]], title: str, name: str) -> list[Picture]:
-    methods = tables.method_order(histories)
+    methods = method_order(histories)
     style = plots.styles(methods, _plain(methods))
     names = dict.fromkeys(key for method in methods for epochs in histories[method] for epoch in epochs for key in epoch)
     wanted = [*(key for key in ("perplexity", "loss") if key in names), *(k for k in names if k not in (*NOT_A_LOSS, "loss"))]
@@ -415,7 +419,7 @@ def _words(runs: Sequence[Run], reader: PromptReader) -> list[tuple[str, list[Wo
             except Exception as e:  # a file that nobody foresaw loses its words, not the page
                 shown.append(Words(label, None, f"{type(e).__name__}: {e}"))
         if shown:
-            parts.append((tables.title_of(dataset) + (f", {most} shots" if most > 0 else ""), shown))
+            parts.append((title_of(dataset) + (f", {most} shots" if most > 0 else ""), shown))
     return parts
 
 
@@ -435,7 +439,7 @@ def _outside(folder: Path, runs: Sequence[Run], reader: PromptReader) -> Section
     for run in runs:
         result = run.found.result
         accuracy = result["metrics"].get("accuracy") if isinstance(result["metrics"], dict) else None
-        values = [run.method, tables.title_of(run.dataset), str(_key(result, "DATASET.SUBSAMPLE_CLASSES") or "")]
+        values = [run.method, title_of(run.dataset), str(_key(result, "DATASET.SUBSAMPLE_CLASSES") or "")]
         values += ["all" if run.shots < 0 else str(run.shots), str(run.seed)]
         values.append(f"{accuracy:.2f}" if isinstance(accuracy, (int, float)) else "")
         lines.append(TableRow(_place(folder, run.found), "measured", [Cell(value) for value in values]))
@@ -463,7 +467,7 @@ def _place(folder: Path, run: Found) -> str:
 def _card_group(run: Found) -> str:
     if not run.note:
         return "Runs outside a protocol"
-    return f"{run.note['name']}: {tables.title_of(run.note['dataset'])}"
+    return f"{run.note['name']}: {title_of(run.note['dataset'])}"
 
 
 def _card(folder: Path, run: Found) -> RunCard:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from plpp_reg import tables
+from plpp_reg import rows, tables
 from plpp_reg.cli import main
 from plpp_reg.errors import InputError
 from plpp_reg.results import harmonic_mean
@@ -155,7 +155,7 @@ def test_published_averages_stand_beside_the_papers_eleven_alone(tmp_path: Path)
     misprint = next(line for line in text.splitlines() if "Average of 11 | CoOp [rerun in DePT]" in line)
     assert "new as printed, 69.99 follows: not the mean of its rows" in misprint
     order = [line.split(" | ")[0] for line in text.splitlines() if "| CoOp |" in line]
-    assert order == [f"| {name}" for name in (*tables.PAPERS, "Average of 11")]
+    assert order == [f"| {name}" for name in (*rows.PAPERS, "Average of 11")]
 
 
 def test_no_published_row_beside_another_model_or_other_shots(tmp_path: Path) -> None:
