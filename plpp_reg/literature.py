@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from plpp_reg.rows import SUFFIX, Row, title_of
+from plpp_reg.engine.registry import SUFFIX
+from plpp_reg.rows import Row, title_of
 from plpp_reg.series import AVERAGE, Figure, H
 
 PUBLISHED_NAMES = {"CLIP": "ZeroshotCLIP", "Zero-shot CLIP": "ZeroshotCLIP", "Deep Vision Prompting": "VPT"}

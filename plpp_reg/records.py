@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from plpp_reg import results
 from plpp_reg.errors import InputError
 from plpp_reg.protocols import TABLES, run_label
+from plpp_reg.settings import Made, Settings, relevant, tell_apart
 from plpp_reg.sweep import FAILED, JOB, SUPERSEDED
 
 NOTE = {"name": str, "table": str, "dataset": str, "shots": int, "method": str, "variant": str, "backbone": str, "test": str}
@@ -19,14 +20,17 @@ NOTE |= {"learns": bool, "seed": int}
 
 
 class Record(NamedTuple):
-    """One finished run: its note, and each test's accuracy in percent."""
+    """One finished run: its note, each test's accuracy in percent, and the row that it belongs to, named for its settings."""
 
     note: Mapping[str, Any]
     accuracies: Mapping[str, float]
+    place: Path
+    row: str
+    settings: Settings
 
     @property
-    def method(self) -> str:
-        return f"{self.note['method']} {self.note['variant']}".rstrip()
+    def cell(self) -> tuple[str, int]:
+        return self.note["dataset"], self.note["shots"]
 
 
 class Found(NamedTuple):
@@ -106,13 +110,24 @@ def read_runs(folder: str | Path) -> Runs:
 
 def as_runs(found: Iterable[Found]) -> Runs:
     """What counts of these, and the others in words."""
-    records, missing = [], []
+    counted, missing = [], []
     for run in found:
         if run.note and run.result:
-            records.append(Record(run.note, accuracies(run.note, run.result)))
+            counted.append(run)
         elif not run.result:
             missing.append(f"{run_label(run.note) if run.note else run.place}: {run.why}")
+    rows = tell_apart([_made(run.note, run.result) for run in counted])
+    records = [
+        Record(run.note, accuracies(run.note, run.result), run.place, row, settings)
+        for run, (row, settings) in zip(counted, rows, strict=True)
+    ]
     return Runs(records, missing)
+
+
+def _made(note: Mapping[str, Any], result: Mapping[str, Any]) -> Made:
+    method = f"{note['method']} {note['variant']}".rstrip()
+    settings = relevant(result["config"], note["method"], note["learns"])
+    return Made((note["name"], note["table"], note["backbone"]), method, (note["dataset"], note["shots"]), settings)
 
 
 def _why(place: Path, other: bool) -> str:

@@ -43,6 +43,7 @@ def markdown(tables: Sequence[Table], missing: Sequence[str]) -> str:
             line = [row.group, _label(row), *cells, row.n, row.source]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
         lines += ["", LEGEND + (LEGEND_H if H in table.columns else ""), ""]
+        lines += [*(f"- {note}" for note in table.notes), ""] if table.notes else []
     return "\n".join([*lines, *_missing_lines(missing)]).rstrip("\n") + "\n"
 
 
@@ -63,6 +64,8 @@ def to_csv(tables: Sequence[Table], missing: Sequence[str]) -> str:
                     rest = ["" if math.isnan(spread) else repr(spread), row.n, row.source]
                     head = [table.protocol, table.backbone, row.group, row.label, row.kind, column]
                     writer.writerow([*head, repr(value), *rest])
+        for note in table.notes:
+            writer.writerow([table.protocol, table.backbone, "", "", "note", "", "", "", "", note])
     for line in missing:
         writer.writerow(["", "", "", "", "missing", "", "", "", "", line])
     return buffer.getvalue()
@@ -94,7 +97,8 @@ def latex(tables: Sequence[Table], missing: Sequence[str]) -> str:
             cells = [_tex(_cell(row, column, "±", "--")) for column in table.columns]
             lines.append(" & ".join([_tex(row.group), _tex(_label(row)) + note, *cells, row.n]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-        lines += [f"% [{i}] {source}" for i, source in enumerate(sources, start=1)] + [""]
+        lines += [f"% [{i}] {source}" for i, source in enumerate(sources, start=1)]
+        lines += [f"% {note}" for note in table.notes] + [""]
     return "\n".join([*lines, *(f"% missing: {line}" for line in missing)]).rstrip("\n") + "\n"
 
 

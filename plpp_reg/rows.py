@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from plpp_reg.datasets import full_name, paper_name
+from plpp_reg.engine.registry import SUFFIX
 from plpp_reg.errors import InputError
 from plpp_reg.series import Figure
+from plpp_reg.settings import method_of
 
-SUFFIX = "_PLPP"
 AVERAGE_OF = "Average of "  # what the title of an average over data sets begins with
 PAPERS = ("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft", "SUN397", "DTD")
 PAPERS += ("EuroSAT", "UCF101")
@@ -27,20 +28,13 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
+    """``notes``: what a reader must know beside the figures, a sentence each."""
+
     protocol: str
     backbone: str
     columns: Sequence[str]
     rows: Sequence[Row]
-
-
-def plain_of(method: str) -> str:
-    """``"CoOp_PLPP TOP_K=3"`` -> CoOp, what it is compared with; nothing for a method without PLPP."""
-    name = method.partition(" ")[0]
-    return name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else ""
-
-
-def difference_label(method: str) -> str:
-    return f"{method} - {plain_of(method)}"
+    notes: Sequence[str] = ()
 
 
 def title_of(dataset: str) -> str:
@@ -60,4 +54,4 @@ def dataset_order(dataset: str, shots: int) -> tuple[int, str, int]:
 
 def method_order(methods: Iterable[str]) -> list[str]:
     """Zero-shot first, then each method with its PLPP forms after it."""
-    return sorted(methods, key=lambda m: (not m.startswith("Zeroshot"), m.partition(" ")[0].removesuffix(SUFFIX), m))
+    return sorted(methods, key=lambda m: (not m.startswith("Zeroshot"), method_of(m).removesuffix(SUFFIX), m))

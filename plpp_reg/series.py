@@ -62,6 +62,12 @@ def average(parts: Sequence[Series], columns: Iterable[str]) -> Series:
     return Series({column: values for column, values in averaged.items() if values})
 
 
+def at_every(series: Series, columns: Iterable[str]) -> Series:
+    """What learns nothing is the same at any number of shots, whichever it was run with."""
+    values = {seed: accuracy for there in series.columns.values() for seed, accuracy in there.items()}
+    return Series({column: values for column in columns})
+
+
 def harmonic(series: Series) -> dict[int, float]:
     """Each seed's H."""
     base, new = series.columns.get("base", {}), series.columns.get("new", {})

@@ -8,14 +8,17 @@ from pathlib import Path
 
 from plpp_reg.engine.files import write_text
 from plpp_reg.literature import published_rows
+from plpp_reg.notes import doubled, uncompared, varying
+from plpp_reg.protocols import shots_text
 from plpp_reg.records import Record, Runs, read_runs
 from plpp_reg.rendering import WRITERS
-from plpp_reg.rows import AVERAGE_OF, PAPERS, Row, Table, dataset_order, difference_label, method_order, plain_of, title_of
+from plpp_reg.rows import AVERAGE_OF, PAPERS, Row, Table, dataset_order, method_order, title_of
 from plpp_reg.series import (
     AVERAGE,
     MEAN_H,
     H,
     Series,
+    at_every,
     average,
     cells_of,
     difference,
@@ -24,6 +27,7 @@ from plpp_reg.series import (
     series_of,
     with_average,
 )
+from plpp_reg.settings import Settings, method_of, pair
 
 
 def write_tables(folder: str | Path, form: str, output: str = "", mean_h: bool = False, published: bool = True) -> str:
@@ -51,34 +55,42 @@ def make_tables(runs: Runs, mean_h: bool = False, published: bool = True) -> lis
 def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: bool, published: bool) -> Table:
     groups: dict[tuple[str, int], dict[str, list[Record]]] = {}
     for record in records:
-        key = (record.note["dataset"], 0 if form == "shots" else record.note["shots"])
-        groups.setdefault(key, {}).setdefault(record.method, []).append(record)
+        dataset, shots = record.cell
+        groups.setdefault((dataset, 0 if form == "shots" else shots), {}).setdefault(record.row, []).append(record)
     all_shots = sorted({record.note["shots"] for record in records})
     several_shots = form != "shots" and len(all_shots) > 1
     columns = _columns(form, records, mean_h)
+    kinds: dict[str, dict[tuple[str, int], Settings]] = {}
     rows: list[Row] = []
+    apart: list[tuple[str, dict[str, str]]] = []
     by_shots: dict[int, dict[str, dict[str, Series]]] = {}
     for (dataset, shots), methods in sorted(groups.items(), key=lambda item: dataset_order(*item[0])):
-        title = title_of(dataset) + (f", {shots} shots" if several_shots else "")
+        title = title_of(dataset) + (f", {shots_text(shots)}" if several_shots else "")
         series = {m: series_of(methods[m], form, columns[0]) for m in method_order(methods)}
         if form == "targets":
             series = {m: with_average(s, columns[1:-1]) for m, s in series.items()}
         if form == "shots":
-            series = {m: _every_shot(s, methods[m], all_shots) for m, s in series.items()}
-        rows += _measured(title, series, form, mean_h)
+            series = {m: s if methods[m][0].note["learns"] else at_every(s, columns) for m, s in series.items()}
+        here = {m: {record.cell: record.settings for record in methods[m]} for m in series}
+        pairs, why = pair(here)
+        apart.append((title, why))
+        rows += _measured(title, series, form, mean_h) + _differences(title, series, form, pairs)
         if published:
-            rows += published_rows(title, form, backbone, title_of(dataset), shots, list(series), columns)
+            rows += published_rows(title, form, backbone, title_of(dataset), shots, set(map(method_of, series)), columns)
         for method, values in series.items():
             by_shots.setdefault(shots, {}).setdefault(method, {})[dataset] = values
+            kinds.setdefault(method, {}).update(here[method])
     if form != "targets":
         for shots, methods in by_shots.items():
             datasets = sorted({d for parts in methods.values() for d in parts}, key=lambda d: dataset_order(d, 0))
             if len(datasets) > 1:
-                title = f"{AVERAGE_OF}{len(datasets)}" + (f", {shots} shots" if several_shots else "")
-                rows += _averages(title, methods, datasets, form, columns, mean_h)
+                title = f"{AVERAGE_OF}{len(datasets)}" + (f", {shots_text(shots)}" if several_shots else "")
+                pairs, _ = pair({m: {c: s for c, s in kinds[m].items() if shots in (0, c[1])} for m in method_order(methods)})
+                rows += _averages(title, methods, datasets, form, columns, mean_h, pairs)
                 if published and sorted(map(title_of, datasets)) == sorted(PAPERS):
-                    rows += published_rows(title, form, backbone, "Average", shots, list(methods), columns)
-    return Table(name, backbone, columns, rows)
+                    rows += published_rows(title, form, backbone, "Average", shots, set(map(method_of, methods)), columns)
+    notes = [*varying(kinds), *uncompared(apart), *doubled(records)]
+    return Table(name, backbone, columns, rows, notes)
 
 
 def _columns(form: str, records: list[Record], mean_h: bool) -> list[str]:
@@ -96,14 +108,15 @@ def _measured(title: str, series: Mapping[str, Series], form: str, mean_h: bool)
         each = list(harmonic(values).values()) if mean_h else []
         cells = cells_of(values, form, statistics.fmean(each) if each else None)
         rows.append(Row(title, method, "measured", cells, seeds_of(values)))
-    return rows + _differences(title, series, form)
+    return rows
 
 
-def _differences(title: str, series: Mapping[str, Series], form: str) -> list[Row]:
+def _differences(title: str, series: Mapping[str, Series], form: str, pairs: Mapping[str, str]) -> list[Row]:
     rows = []
-    for method, values in series.items():
-        if (plain := plain_of(method)) in series:
-            rows.append(Row(title, difference_label(method), "difference", *difference(values, series[plain], form)))
+    for treated, plain in pairs.items():
+        if treated in series and plain in series:
+            cells, n = difference(series[treated], series[plain], form)
+            rows.append(Row(title, f"{treated} - {plain}", "difference", cells, n))
     return rows
 
 
@@ -114,6 +127,7 @@ def _averages(
     form: str,
     columns: Sequence[str],
     mean_h: bool,
+    pairs: Mapping[str, str],
 ) -> list[Row]:
     averaged: dict[str, Series] = {}
     mean_of_h: dict[str, float] = {}
@@ -129,12 +143,4 @@ def _averages(
         if mean_h and all(hs):
             mean_of_h[method] = statistics.fmean(h.value for h in hs)
     rows = [Row(title, m, "measured", cells_of(s, form, mean_of_h.get(m)), seeds_of(s)) for m, s in averaged.items()]
-    return rows + _differences(title, averaged, form)
-
-
-def _every_shot(series: Series, records: Sequence[Record], all_shots: Sequence[int]) -> Series:
-    """What learns nothing is the same at any number of shots."""
-    if records[0].note["learns"]:
-        return series
-    (values,) = series.columns.values()
-    return Series({str(shots): values for shots in all_shots})
+    return rows + _differences(title, averaged, form, pairs)

@@ -22,6 +22,7 @@ FORMS = {"base_to_new": "halves", "few_shot": "shots", "cross_dataset": "targets
 def record(
     place: Path, method: str, seed: int, accuracies: dict[str, float], dataset: str = "dtd", *, protocol: str = "base_to_new",
     shots: int = 16, backbone: str = "ViT-B/16", variant: str = "", finished: bool = True,
+    config: dict[str, object] | None = None,
 ) -> Path:  # fmt: skip
     """What a run leaves behind, as far as a table reads it; the first accuracy is of the test on the run's own data."""
     first, *others = accuracies
@@ -34,7 +35,7 @@ def record(
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(note))
     result = {
-        "config": {}, "files_sha256": "", "metrics": {"accuracy": accuracies[first]}, "protocol": note,
+        "config": config or {}, "files_sha256": "", "metrics": {"accuracy": accuracies[first]}, "protocol": note,
         "tests": {o: {"metrics": {"accuracy": accuracies[o]}, "files_sha256": ""} for o in others},
     }  # fmt: skip
     if finished:

@@ -28,12 +28,12 @@ from plpp_reg.report.runs import (
     environment_of,
     failure_log,
     place_of,
-    run_of,
+    runs_of,
     setting,
     title_of_run,
 )
 from plpp_reg.report.training import Training, Words, training, words
-from plpp_reg.rows import Table, dataset_order, title_of
+from plpp_reg.rows import Table, title_of
 from plpp_reg.series import H
 from plpp_reg.tables import make_tables
 
@@ -49,6 +49,7 @@ class Section(NamedTuple):
     overview: list[Grid]
     full: Grid | None
     legend: str
+    notes: Sequence[str]
     results: list[Picture]
     training: list[Training]
     words: list[tuple[str, list[Words]]]
@@ -94,8 +95,9 @@ def render(content: Mapping[str, Any]) -> str:
 
 def page(folder: Path, found: Sequence[Found], published: bool, files: str) -> dict[str, Any]:
     """What the template shows of these runs."""
-    runs = sorted(filter(None, map(run_of, found)), key=lambda r: (*dataset_order(r.dataset, r.shots), r.method, r.seed))
-    made = make_tables(records.as_runs(found), published=published)
+    recorded = records.as_runs(found)
+    runs = runs_of(found, recorded.records)
+    made = make_tables(recorded, published=published)
     reader = PromptReader()
     sections = [_protocol(table, _of(runs, table), reader) for table in made]
     if others := [run for run in runs if not run.found.note]:
@@ -137,6 +139,7 @@ def _protocol(table: Table, runs: Sequence[Run], reader: PromptReader) -> Sectio
         overview=overview(table, form),
         full=full(table),
         legend=LEGEND + (LEGEND_H if H in table.columns else ""),
+        notes=table.notes,
         results=drawn,
         training=training(runs, name),
         words=words(runs, reader),
@@ -160,6 +163,7 @@ def _outside(folder: Path, runs: Sequence[Run], reader: PromptReader) -> Section
         overview=[],
         full=Grid("Every run", columns, [("", lines)]),
         legend="Accuracy in percent, of the test that the run itself made; nothing is averaged.",
+        notes=[],
         results=[],
         training=training(runs, "outside"),
         words=words(runs, reader),

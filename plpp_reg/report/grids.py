@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from plpp_reg import plots
 from plpp_reg.plots import Bar, Line, Picture, file_name
-from plpp_reg.rows import AVERAGE_OF, Row, Table, plain_of, title_of
+from plpp_reg.protocols import shots_text
+from plpp_reg.rows import AVERAGE_OF, Row, Table, title_of
 from plpp_reg.series import MEAN_H, Figure
+from plpp_reg.settings import method_of, plain_of
 
 
 class Cell(NamedTuple):
@@ -66,7 +68,7 @@ def overview(table: Table, form: str) -> list[Grid]:
             for (label, kind), rows in sorted(lines.items(), key=lambda item: item[0][1] == "difference")
         ]
         if ours:
-            what = f"{column} shots" if form == "shots" else column
+            what = shots_text(int(column)) if form == "shots" else column
             grids.append(Grid(f"{what}, a column a data set", groups, [("", ours)]))
     return grids
 
@@ -95,7 +97,7 @@ def shot_curves(table: Table, name: str) -> list[Picture]:
             low, high = ([v + sign * s for v, s in zip(y, spreads, strict=True)] for sign in (-1, 1))
             lines.append(Line(row.label, style[row.label], x, y, low, high))
         title = f"{group}: accuracy over shots"
-        said = [f"{row.label}: " + ", ".join(f"{c} shots {_say(row, c)}" for c in row.cells) for row in rows]
+        said = [f"{row.label}: " + ", ".join(f"{shots_text(int(c))} {_say(row, c)}" for c in row.cells) for row in rows]
         pictures.append(
             plots.curves(
                 f"{name}-{file_name(group)}-shots", title, f"{title}, percent. {'. '.join(said)}.", lines,
@@ -143,7 +145,12 @@ def _by_group(table: Table, kind: str) -> list[tuple[str, list[Row]]]:
 
 def plain_forms(methods: Sequence[str]) -> dict[str, str]:
     """Of these methods, each with PLPP -> the one that it is compared with."""
-    return {method: plain for method in methods if (plain := plain_of(method))}
+    found = {}
+    for method in methods:
+        if plain := plain_of(method):
+            alike = plain + method.removeprefix(method_of(method))  # of the same settings, if there is one
+            found[method] = alike if alike in methods else next((m for m in methods if method_of(m) == plain), plain)
+    return found
 
 
 def _bar(row: Row, column: str) -> Bar | None:

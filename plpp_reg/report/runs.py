@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plpp_reg.protocols import run_label
-from plpp_reg.records import Found
+from plpp_reg.records import Found, Record
 from plpp_reg.report.grids import Cell, Grid, TableRow
-from plpp_reg.rows import title_of
+from plpp_reg.rows import dataset_order, title_of
+from plpp_reg.settings import Made, relevant, tell_apart
 from plpp_reg.sweep import FAILED, duration
 
 
@@ -36,15 +37,24 @@ class RunCard(NamedTuple):
     log: str
 
 
-def run_of(found: Found) -> Run | None:
-    """A finished run with what it is grouped by; None where its record does not say."""
-    if found.result is None:
+def runs_of(found: Sequence[Found], records: Sequence[Record]) -> list[Run]:
+    """The finished ones with what they are grouped by, each named as its row of the tables is; ``records``: those in tables."""
+    rows = {record.place: record.row for record in records}
+    runs = [run for run in map(_outside_of_a_protocol, found) if run is not None]
+    made = [Made((), run.method, (run.dataset, run.shots), relevant(run.found.result["config"], run.method)) for run in runs]
+    runs = [run._replace(method=row) for run, (row, _) in zip(runs, tell_apart(made), strict=True)]
+    for run in found:
+        if run.place in rows:
+            note = run.note
+            section = (note["name"], note["table"], note["backbone"])
+            runs.append(Run(run, section, note["dataset"], note["shots"], rows[run.place], note["seed"]))
+    return sorted(runs, key=lambda run: (*dataset_order(run.dataset, run.shots), run.method, run.seed))
+
+
+def _outside_of_a_protocol(found: Found) -> Run | None:
+    if found.note or found.result is None:
         return None
-    note, result = found.note, found.result
-    if note:
-        section = (note["name"], note["table"], note["backbone"])
-        method = f"{note['method']} {note['variant']}".rstrip()
-        return Run(found, section, note["dataset"], note["shots"], method, note["seed"])
+    result = found.result
     shots, seed = (
         value if isinstance(value, int) else -1 for value in (setting(result, "DATASET.NUM_SHOTS"), result.get("seed"))
     )

@@ -10,6 +10,7 @@ from plpp_reg import plots
 from plpp_reg.errors import InputError
 from plpp_reg.learned import PromptReader, Prompts, history
 from plpp_reg.plots import Line, Picture, file_name
+from plpp_reg.protocols import shots_text
 from plpp_reg.report.grids import plain_forms
 from plpp_reg.report.runs import Run
 from plpp_reg.rows import method_order, title_of
@@ -51,7 +52,7 @@ def training(runs: Sequence[Run], name: str) -> list[Training]:
                 histories.setdefault(run.method, []).append(epochs)
             elif run.found.note or (run.found.place / "few_shot.json").is_file():
                 without.append(f"{run.method}, seed {run.seed}: {why}")
-        title = title_of(dataset) + (f", {most} shots" if most > 0 else "")
+        title = title_of(dataset) + (f", {shots_text(most)}" if most > 0 else "")
         pictures = _history_curves(histories, title, name) if histories else []
         if pictures or without:
             parts.append(Training(title, pictures, without))
@@ -109,7 +110,7 @@ def words(runs: Sequence[Run], reader: PromptReader) -> list[tuple[str, list[Wor
             except Exception as e:  # a file that nobody foresaw loses its words, not the page
                 shown.append(Words(label, None, f"{type(e).__name__}: {e}"))
         if shown:
-            parts.append((title_of(dataset) + (f", {most} shots" if most > 0 else ""), shown))
+            parts.append((title_of(dataset) + (f", {shots_text(most)}" if most > 0 else ""), shown))
     return parts
 
 
