@@ -19,7 +19,7 @@ import yaml
 from plpp_reg import protocols, sweep, tables
 from plpp_reg.cli import main
 from plpp_reg.datasets import DATASETS, DatasetEntry
-from plpp_reg.engine import config, registry
+from plpp_reg.engine import config
 from plpp_reg.engine.files import locked
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.run import run as run_once
@@ -164,12 +164,6 @@ def test_recipes_follow_method_data_set_and_shots(tmp_path: Path) -> None:
     assert found == {("dtd", 16): 100, ("imagenet", 16): 50}
     jobs = plan("few_shot", Choice(methods=["PromptSRC"], datasets=["dtd", "food101"], shots=[4], **papers), tmp_path)
     assert [resolve(job.arguments)[0].TRAINER.PROMPTSRC.GPA_MEAN for job in jobs] == [45.0, 30.0]
-
-
-@pytest.mark.parametrize("name", [n for n in registry.trainer_names() if not n.endswith("_PLPP")])
-def test_every_method_has_a_recipe_base_to_new(name: str, tmp_path: Path) -> None:
-    (job,) = plan("base_to_new", Choice(methods=[name], datasets=["dtd"], seeds=[1], root="DATA"), tmp_path)
-    assert resolve(job.arguments)[0].INPUT.SIZE == (224, 224)
 
 
 @pytest.mark.parametrize("name", protocols.protocol_names())
