@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from plpp_reg import __version__
-from plpp_reg.errors import InputError, unknown
+from plpp_reg.errors import InputError, install, unknown
 
 # torch's threads (GNU OpenMP) wait for each other in a long busy loop: with small tensors, and another process on one of two
 # cores, a step takes 60 times as long. A short loop costs nothing where the machine is quiet, and 2.5 times where it is not.
@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as e:
-        print(f"plpp: the package {e.name!r} is needed: pip install 'plpp-reg[demo]'", file=sys.stderr)
+        print(f"plpp: the package {e.name!r} is needed: {install('demo')}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # plpp … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into the pipe

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from plpp_reg.errors import install
+
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 6)
 PKG_RESOURCES_GONE = 81  # the first setuptools without it; openai-clip imports it
 
@@ -96,7 +98,7 @@ def _torch(folder: Path) -> Iterator[Finding]:
 def _numpy(folder: Path) -> Iterator[Finding]:
     version = version_of("numpy")
     if version is None:
-        yield Finding("numpy", "not installed", "training needs it", "pip install 'plpp-reg[train]'")
+        yield Finding("numpy", "not installed", "training needs it", install("train"))
         return
     try:
         import torch
@@ -127,7 +129,7 @@ def _engine(folder: Path) -> Iterator[Finding]:
     needed |= {"filelock": "filelock", "pillow": "PIL", "tensorboard": "tensorboard"}
     missing = [package for package, module in needed.items() if importlib.util.find_spec(module) is None]
     if missing and spec_of("dassl", folder) is None:
-        yield Finding("plpp train", "cannot run", f"not installed: {', '.join(missing)}", "pip install 'plpp-reg[train]'")
+        yield Finding("plpp train", "cannot run", f"not installed: {', '.join(missing)}", install("train"))
     else:
         yield Finding("plpp train", f"not installed: {', '.join(missing)}" if missing else "has what it needs")
 

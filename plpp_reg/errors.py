@@ -26,3 +26,8 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
     hint = f": did you mean {lower[close[0]]!r}?" if close else ""
     shown = f" (known: {', '.join(known)})" if len(known) <= 16 else ""
     return InputError(f"unknown {what} {name!r}{hint}{shown}")
+
+
+def install(extra: str) -> str:
+    """The command that installs what a part needs: the package is on no index, so it is installed from its clone."""
+    return f'pip install -e ".[{extra}]" (in the clone of plpp-reg)'

@@ -208,3 +208,11 @@ def _for_a_page(svg: str, name: str) -> str:
     svg = re.sub(r' id="([^"]*)"', lambda m: f' id="f{own}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(xlink:href="|url\()#([\w-]+)', rf"\1#f{own}-\2", svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)  # the figure around it has the words
+
+
+def file_name(text: str) -> str:
+    """A name that any file system takes, different for different texts."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:60]
+    if plain == text.lower():
+        return plain
+    return f"{plain}-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:6]}".strip("-")

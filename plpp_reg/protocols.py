@@ -85,10 +85,15 @@ class Job(NamedTuple):
         return run_label(self.note)
 
 
+def shots_text(shots: int) -> str:
+    """``1 shot``, ``16 shots``."""
+    return f"{shots} shot{'' if shots == 1 else 's'}"
+
+
 def run_label(note: Mapping[str, Any]) -> str:
     """``base_to_new: dtd, 16 shots, CoOp_PLPP TOP_K=3, seed 1``."""
     variant = f" {note['variant']}" if note["variant"] else ""
-    return f"{note['name']}: {note['dataset']}, {note['shots']} shots, {note['method']}{variant}, seed {note['seed']}"
+    return f"{note['name']}: {note['dataset']}, {shots_text(note['shots'])}, {note['method']}{variant}, seed {note['seed']}"
 
 
 def protocol_names() -> list[str]:

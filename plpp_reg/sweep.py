@@ -34,13 +34,14 @@ TAIL = 8  # lines of a failed run's log that are shown
 
 
 class Outcome(NamedTuple):
-    """How a run ended: its result, or what went wrong and the last lines of its log."""
+    """How a run ended: its result, or what went wrong and the last lines of its log. ``aside``: where an older run went."""
 
     job: Job
     result: dict[str, Any] | None
     seconds: float
     error: str = ""
     log: tuple[str, ...] = ()
+    aside: Path | None = None
 
 
 Say = Callable[[str], None]
@@ -79,21 +80,22 @@ def execute(job: Job, models: Models | None = None) -> Outcome:
     """Run one job to its result.json, going on from its last checkpoint; an exception becomes an outcome with an error."""
     start = time.perf_counter()
     models = models if models is not None else Models()
+    aside = None
     try:
         with locked(job.folder):
             (job.folder / FAILED).unlink(missing_ok=True)
             _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
             if _other_settings(job):
-                set_aside(job)
+                aside = set_aside(job)
         try:
             result = _run(job, models)
         except UnusableCheckpoint:
             with locked(job.folder):
-                set_aside(job)
+                aside = set_aside(job)
             result = _run(job, models)
-        return Outcome(job, result, time.perf_counter() - start)
+        return Outcome(job, result, time.perf_counter() - start, aside=aside)
     except Exception as e:
-        return failure(job, e, time.perf_counter() - start)
+        return failure(job, e, time.perf_counter() - start)._replace(aside=aside)
 
 
 class Models(dict):
@@ -133,7 +135,7 @@ def failure(job: Job, error: Exception, seconds: float) -> Outcome:
     return outcome
 
 
-def _other_settings(job: Job) -> bool:
+def _other_settings(job: Job, hashes: Hashes | None = None) -> bool:
     """Whether the folder holds a run, finished or not, of another configuration, or a finished one of other files."""
     there = job.folder / "config.yaml"
     if not there.is_file():
@@ -142,7 +144,8 @@ def _other_settings(job: Job) -> bool:
     if config.differences(config.from_yaml(there), config.flat(cfg)):
         return True
     result = results.read_if_whole(job.folder)
-    return result is not None and result["files_sha256"] != load_data(cfg).sha256()
+    read = hashes if hashes is not None else Hashes()
+    return result is not None and result["files_sha256"] != read.of(cfg)
 
 
 def set_aside(job: Job) -> Path:
@@ -181,8 +184,6 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
     for job in left:
-        if _other_settings(job):
-            say(f"{job.label}: the run that is there has other settings or files; it goes below {job.output / SUPERSEDED}")
         job.folder.mkdir(parents=True, exist_ok=True)
         _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
     failed: list[Outcome] = []
@@ -191,6 +192,8 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
     try:
         for number, outcome in enumerate(outcomes, start=1):
             done += outcome.job.cost
+            if outcome.aside is not None:
+                say(f"{outcome.job.label}: the run that was there had other settings or files; it is now {outcome.aside}")
             spent = time.perf_counter() - start
             remaining = f", about {duration(spent * (total - done) / done)} left" if number < len(left) else ""
             what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
@@ -226,12 +229,18 @@ def report(failed: Iterable[Outcome]) -> list[str]:
 
 
 def planned(jobs: Sequence[Job]) -> list[str]:
-    """What ``--dry-run`` prints: each run, and whether it is there."""
-    lines, hashes = [], Hashes()
-    for job in jobs:
-        state = "to go on with" if (job.folder / "config.yaml").is_file() else "to run"
-        if _other_settings(job):
-            state = f"to run anew (other settings there go below {SUPERSEDED}/)"
-        state = "there already" if finished(job, hashes) else state
-        lines.append(f"{job.label}: {state}, in {job.folder}")
-    return [*lines, f"{len(jobs)} runs"]
+    """What ``--dry-run`` prints: each run, and whether it is there. Data are read where a finished run's files are compared."""
+    hashes = Hashes()
+    lines = [f"{job.label}: {_state(job, hashes)}, in {job.folder}" for job in jobs]
+    return [*lines, f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"]
+
+
+def _state(job: Job, hashes: Hashes) -> str:
+    try:
+        if finished(job, hashes):
+            return "there already"
+        if _other_settings(job, hashes):
+            return f"to run anew (other settings or files there go below {SUPERSEDED}/)"
+    except InputError as e:
+        return f"there already if its files are the same; data not there to compare ({e})"
+    return "to go on with" if (job.folder / "config.yaml").is_file() else "to run"

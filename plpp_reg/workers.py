@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from plpp_reg.errors import InputError, unknown
+from plpp_reg.errors import InputError, install, unknown
 from plpp_reg.protocols import Job
 from plpp_reg.sweep import Models, Outcome, Runner, execute, failure, one_after_another
 
@@ -199,7 +199,7 @@ def on_ray(address: str = "", threads: int = 1, workers: int = 0) -> Runner:
         InputError: Ray is not installed, or no cluster answers, or ``workers`` of a cluster that is there.
     """
     if importlib.util.find_spec("ray") is None:
-        raise InputError("--executor ray: expected Ray, which is not installed: pip install 'plpp-reg[ray]'")
+        raise InputError(f"--executor ray: expected Ray, which is not installed: {install('ray')}")
     address = address or os.environ.get("RAY_ADDRESS", "")
     if address and workers:
         raise InputError(f"--workers {workers}: expected none with --address, a cluster has its own")

@@ -59,7 +59,7 @@ def complete(folder: Path, draw: random.Random, epochs: int, plpp: bool) -> None
         if plpp:
             means |= {"ppl": 0.3 * 0.9**epoch, "perplexity": 1e5 * 0.4**epoch + draw.random()}
         history.append({"loss": means["ce"] + means.get("ppl", 0.0), **means})
-    config = {"SEED": seed, "OPTIM.LR": 0.002, "OPTIM.MAX_EPOCH": epochs, "MARK": f"made up, {folder.as_posix()}"}
+    config = {"SEED": seed, "OPTIM.LR": 0.002, "OPTIM.MAX_EPOCH": epochs, "OUTPUT_DIR": f"made up, {folder.as_posix()}"}
     result |= {"config": config, "losses": {"ce": history[-1]["ce"]} if history else {}, "seconds": 61.0 + seed}
     result["versions"] = {"python": "3.11.7", "torch": "2.15.0", "device": "cpu", "precision": "fp32"}
     (folder / "result.json").write_text(json.dumps(result))

@@ -50,7 +50,7 @@ def test_a_fault_gives_status_1_and_a_command(tmp_path, capsys, monkeypatch):
     ("package", "what", "mend"),
     [
         ("torch", "torch", "pip install 'torch>=2.6'"),
-        ("numpy", "numpy", "pip install 'plpp-reg[train]'"),
+        ("numpy", "numpy", 'pip install -e ".[train]" (in the clone of plpp-reg)'),
     ],
 )
 def test_what_is_not_installed(tmp_path, monkeypatch, package, what, mend):
@@ -64,7 +64,7 @@ def test_what_is_not_installed(tmp_path, monkeypatch, package, what, mend):
     ("module", "what", "mend"),
     [
         ("pkg_resources", "setuptools", "pip install 'setuptools<81'"),
-        ("yacs", "plpp train", "pip install 'plpp-reg[train]'"),
+        ("yacs", "plpp train", 'pip install -e ".[train]" (in the clone of plpp-reg)'),
         ("ftfy", "clip needs", "pip install ftfy"),
     ],
 )

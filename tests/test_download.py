@@ -385,4 +385,4 @@ def test_no_hub_and_no_library(server: Server, tmp_path: Path, monkeypatch, caps
     server.files[f"/{REPOSITORY}/resolve/main/dtd.zip"] = b"without a checksum"
     assert "expected the file's SHA-256, got None" in refused(capsys, "dtd", *root)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'plpp-reg[data]'" in refused(capsys, "dtd", *root)
+    assert 'pip install -e ".[data]" (in the clone of plpp-reg)' in refused(capsys, "dtd", *root)

@@ -19,7 +19,7 @@ import yaml
 from plpp_reg import protocols, sweep, tables
 from plpp_reg.cli import main
 from plpp_reg.datasets import DATASETS, DatasetEntry
-from plpp_reg.engine import config, registry
+from plpp_reg.engine import config
 from plpp_reg.engine.files import locked
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.run import run as run_once
@@ -166,12 +166,6 @@ def test_recipes_follow_method_data_set_and_shots(tmp_path: Path) -> None:
     assert [resolve(job.arguments)[0].TRAINER.PROMPTSRC.GPA_MEAN for job in jobs] == [45.0, 30.0]
 
 
-@pytest.mark.parametrize("name", [n for n in registry.trainer_names() if not n.endswith("_PLPP")])
-def test_every_method_has_a_recipe_base_to_new(name: str, tmp_path: Path) -> None:
-    (job,) = plan("base_to_new", Choice(methods=[name], datasets=["dtd"], seeds=[1], root="DATA"), tmp_path)
-    assert resolve(job.arguments)[0].INPUT.SIZE == (224, 224)
-
-
 @pytest.mark.parametrize("name", protocols.protocol_names())
 def test_every_shipped_protocol_has_an_embedded_form(name: str, tmp_path: Path) -> None:
     jobs = plan(name, Choice(), tmp_path)
@@ -202,7 +196,7 @@ def test_an_ablation_changes_one_choice_at_a_time_of_plpp_alone(tmp_path: Path) 
 def test_what_learns_nothing_runs_once(tmp_path: Path) -> None:
     jobs = plan("few_shot", Choice(methods=["ZeroshotCLIP", "CoOp"]), tmp_path)
     assert [job.label for job in jobs if job.note["method"] == "ZeroshotCLIP"] == [
-        "few_shot: emoji, 1 shots, ZeroshotCLIP, seed 1"
+        "few_shot: emoji, 1 shot, ZeroshotCLIP, seed 1"
     ]
     assert len(jobs) == 1 + 5 * 3
 
@@ -258,8 +252,31 @@ def test_a_bad_protocol_is_one_line(changes: dict, message: str, bench: Bench) -
 def test_dry_run_prints_the_plan_and_does_nothing(bench: Bench, capsys: pytest.CaptureFixture) -> None:
     assert main(bench.argv("--dry-run", "--seeds", "3", "--methods", "CoOp")) == 0
     out = capsys.readouterr().out
-    assert "small: tiny, 2 shots, CoOp, seed 3: to run" in out and "1 runs" in out
+    assert "small: tiny, 2 shots, CoOp, seed 3: to run, in" in out and out.endswith("\n1 run\n")
     assert not bench.output.exists()
+
+
+def test_dry_run_says_what_is_there_and_needs_no_data(
+    copy: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (copy.output / "small/tiny/shots2/CoOp/seed2/result.json").unlink()
+
+    def states(*more: str) -> list[str]:
+        assert main(copy.argv("--dry-run", "--methods", "CoOp", "CoOp_PLPP", "--seeds", "1", "2", "4", *more)) == 0
+        return [line.split(": ", 2)[2].partition(", in ")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+
+    assert states() == ["there already", "to go on with", "to run"] + ["there already"] * 2 + ["to run"]
+    anew = "to run anew (other settings or files there go below superseded/)"
+    assert states("--set", "OPTIM.LR", "0.01") == [anew, anew, "to run"] * 2
+    before = {path: path.stat().st_mtime_ns for path in copy.output.rglob("*")}
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("test_protocols:read_gone"))
+    said = states()
+    assert [line.partition(" (")[0] for line in said] == [
+        "there already if its files are the same; data not there to compare", "to go on with", "to run",
+        *["there already if its files are the same; data not there to compare"] * 2, "to run",
+    ]  # fmt: skip
+    assert "tiny: expected its folder" in said[0]
+    assert {path: path.stat().st_mtime_ns for path in copy.output.rglob("*")} == before
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
@@ -325,6 +342,28 @@ def test_other_settings_are_run_anew_and_the_old_result_set_aside(copy: Bench) -
     assert "Missing" not in tables.write_tables(copy.output, "markdown")
 
 
+def test_a_sweep_says_once_what_it_sets_aside_and_reads_data_once_for_all(copy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = copy.plan(methods=["CoOp"])
+    for job in jobs:
+        changed = json.loads((job.folder / "result.json").read_text()) | {"files_sha256": "0" * 64}  # of other images
+        (job.folder / "result.json").write_text(json.dumps(changed))
+    reads: list[int] = []
+    load = sweep.load_data
+    monkeypatch.setattr(sweep, "load_data", lambda cfg: reads.append(cfg.SEED) or load(cfg))
+    said: list[str] = []
+    seen: list[list[int]] = []
+
+    def runner(left: Sequence[Job]) -> Iterator[sweep.Outcome]:
+        seen.append(list(reads))
+        return sweep.one_after_another(left)
+
+    assert sweep.sweep(jobs, say=said.append, runner=runner) == []
+    assert seen == [[1, 2]] and reads == [1, 2, 1, 2]  # each once to see what is left, each once where it runs
+    aside = [line for line in said if "it is now" in line]
+    assert [line.partition(": the run that was there had")[0] for line in aside] == [job.label for job in jobs]
+    assert all((Path(line.partition("it is now ")[2]) / "result.json").is_file() for line in aside)
+
+
 def test_another_image_list_is_run_anew(copy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("test_protocols:read_other"))
     jobs = copy.plan(methods=["CoOp"], seeds=[1])
@@ -334,6 +373,10 @@ def test_another_image_list_is_run_anew(copy: Bench, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
     assert executed(jobs) == [jobs[0].label]  # a checkpoint of other images is not gone on from
     assert executed(jobs) == []
+
+
+def read_gone(root: str | Path):
+    raise InputError("tiny: expected its folder, it is gone")
 
 
 def read_other(root: str | Path):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from plpp_reg import results, tables
+from plpp_reg import literature, results
 
-FOLDER = Path(tables.__file__).parent / "published"
+FOLDER = Path(literature.__file__).parent / "published"
 NAMES = {"base_to_new", "base_to_new_by_shots", "cross_dataset", "domain_generalization", "few_shot", "promptkd_teacher"}
 PRINTED_TO = {"base_to_new": 0.011, "base_to_new_by_shots": 0.011}  # base and new are rounded to 0.01, and so is H
 TEXT = {"method", "dataset", "source", "shots"}
@@ -20,9 +20,9 @@ Wrong = set[tuple[str, str, str, str, str]]
 
 def test_every_file_is_there_and_every_figure_is_an_accuracy() -> None:
     assert {path.stem for path in FOLDER.glob("*.csv")} == NAMES | {"misprints"}
-    assert (len(tables.read_published("base_to_new")), len(tables.read_published("few_shot"))) == (404, 142)
+    assert (len(literature.read_published("base_to_new")), len(literature.read_published("few_shot"))) == (404, 142)
     for name in NAMES:
-        for line in tables.read_published(name):
+        for line in literature.read_published(name):
             assert line["source"], (name, line)
             for key, value in line.items():
                 if key not in TEXT and not key.startswith("n_") and value:
@@ -30,14 +30,14 @@ def test_every_file_is_there_and_every_figure_is_an_accuracy() -> None:
 
 
 def recorded(columns: set[str]) -> Wrong:
-    found = tables.read_published("misprints")
+    found = literature.read_published("misprints")
     return {(m["file"], m["method"], m["dataset"], m["shots"], m["column"]) for m in found if m["column"] in columns}
 
 
 def test_the_recorded_misprints_are_the_only_rows_whose_h_does_not_follow() -> None:
     wrong: Wrong = set()
     for name in ("base_to_new", "base_to_new_by_shots"):
-        for line in tables.read_published(name):
+        for line in literature.read_published(name):
             if not line["base"]:  # PLPP's first version: the average H alone is public
                 assert line["dataset"] == "Average" and "PLPP" in line["method"]
                 continue
@@ -50,7 +50,7 @@ def test_the_recorded_misprints_are_the_only_rows_whose_h_does_not_follow() -> N
 def test_the_recorded_misprints_are_the_only_averages_that_do_not_follow() -> None:
     wrong: Wrong = set()
     by_method: dict[str, dict[str, dict[str, str]]] = {}
-    for line in tables.read_published("base_to_new"):
+    for line in literature.read_published("base_to_new"):
         by_method.setdefault(line["method"], {})[line["dataset"]] = line
     whole = [method for method, lines in by_method.items() if len(lines) == 12]
     assert len(whole) == 31
@@ -61,7 +61,7 @@ def test_the_recorded_misprints_are_the_only_averages_that_do_not_follow() -> No
             if abs(mean - float(lines["Average"][column])) > 0.011:
                 wrong.add(("base_to_new", method, "Average", "", column))
     for name, first in (("cross_dataset", 2), ("domain_generalization", 2)):
-        for line in tables.read_published(name):
+        for line in literature.read_published(name):
             targets = [v for k, v in list(line.items())[first:-2]]
             if all(targets) and line["Average_targets"]:
                 if abs(statistics.fmean(map(float, targets)) - float(line["Average_targets"])) > 0.011:
@@ -70,10 +70,10 @@ def test_the_recorded_misprints_are_the_only_averages_that_do_not_follow() -> No
 
 
 def test_what_follows_is_what_the_misprints_say() -> None:
-    for m in tables.read_published("misprints"):
+    for m in literature.read_published("misprints"):
         (line,) = [
             line
-            for line in tables.read_published(m["file"])
+            for line in literature.read_published(m["file"])
             if line["method"] == m["method"] and line.get("dataset", "") == m["dataset"] and line.get("shots", "") == m["shots"]
         ]
         assert line[m["column"]] == m["printed"]
@@ -104,4 +104,4 @@ def test_the_readme_counts_the_rows() -> None:
     ],
 )
 def test_whose_figures_a_row_has(printed: str, ours: str) -> None:
-    assert tables.our_name(printed) == ours
+    assert literature.our_name(printed) == ours

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from plpp_reg import cli
-from plpp_reg.engine import config
+from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, resolve, shipped_config
 from plpp_reg.errors import InputError
+from plpp_reg.protocols import Choice, plan, protocol_names
 from plpp_reg.trainers import TRAINERS
 
 FOLDER = Path(str(shipped_config("trainers")))
@@ -87,12 +88,27 @@ PUBLISHED = {
     "CoCoOp/base2new.yaml": COCOOP,
     "CoCoOp/cross_dataset.yaml": COCOOP,
     "CoCoOp/few_shot_16.yaml": COCOOP,
+    "KgCoOp/few_shot_16.yaml": coop(100, 4, WORDS, **{"TRAINER.COOP.W": 8.0}),
+    "KgCoOp/cross_dataset.yaml": coop(100, 4, WORDS, batch=128, **{"TRAINER.COOP.W": 8.0}),
     "KgCoOp/base2new.yaml": coop(100, 4, WORDS, batch=128, **{"TRAINER.COOP.W": 8.0}),
     "ProGrad/base2new.yaml": coop(100, **{"LOSS.T": 1.0, "LOSS.LAMBDA": 1.0}),
     "ProGrad/base2new_imagenet.yaml": coop(50, **{"LOSS.T": 1.0, "LOSS.LAMBDA": 1.0}),
+    "ProGrad/few_shot_1.yaml": coop(50),
+    "ProGrad/few_shot_2.yaml": coop(100),
+    "ProGrad/few_shot_4.yaml": coop(100),
+    "ProGrad/few_shot_8.yaml": coop(200),
+    "ProGrad/few_shot_16.yaml": coop(200, **{"LOSS.T": 1.0, "LOSS.LAMBDA": 1.0}),
+    "ProGrad/few_shot_16_lambda.yaml": coop(200, **{"LOSS.LAMBDA": 0.8}),
+    "ProGrad/few_shot_imagenet.yaml": coop(50),
+    "ProGrad/cross_dataset.yaml": coop(50, **{"LOSS.LAMBDA": 1.0}),
+    "MaPLe/few_shot_16.yaml": deep("MaPLe", 5, 0.0035, 9),
     "MaPLe/base2new.yaml": deep("MaPLe", 5, 0.0035, 9),
     "MaPLe/cross_dataset.yaml": deep("MaPLe", 2, 0.0026, 3),
     "IVLP/base2new.yaml": deep("IVLP", 20, 0.0025, 9),
+    "IVLP/few_shot_16.yaml": deep("IVLP", 20, 0.0025, 9),
+    "IVLP/cross_dataset.yaml": deep("IVLP", 5, 0.0035, 12, N_CTX_VISION=2, N_CTX_TEXT=2),
+    "VPT/few_shot_16.yaml": deep("VPT", 5, 0.0025, 12),
+    "VPT/cross_dataset.yaml": deep("VPT", 5, 0.0025, 12),
     "VPT/base2new.yaml": deep("VPT", 5, 0.0025, 12),
     "PromptSRC/base2new.yaml": src(20, 9, 15.0, 1.0),
     "PromptSRC/cross_dataset.yaml": src(20, 3, 6.0, 10.0),
@@ -100,6 +116,10 @@ PUBLISHED = {
     "PromptSRC/few_shot_16_fine_grained.yaml": src(50, 9, 45.0, 5.0),
     "ZeroshotCLIP/few_shot_16.yaml": {},
     "ZeroshotCLIP2/few_shot_16.yaml": {},
+    "ZeroshotCLIP/base2new.yaml": {},
+    "ZeroshotCLIP2/base2new.yaml": {},
+    "ZeroshotCLIP/cross_dataset.yaml": {},
+    "ZeroshotCLIP2/cross_dataset.yaml": {},
 }
 # What all of them share: DESIGN's "All", and CoOp's normalisation.
 SHARED = {
@@ -152,9 +172,8 @@ def test_the_embedded_recipe_is_that_of_the_embedded_model(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_without_a_config_file_the_method_has_its_own(name: str) -> None:
     embedded, openai = (config.flat(resolve(RunArguments(trainer=name, backbone=b))[0]) for b in ("", "RN50"))
-    chosen = "few_shot_16" if (FOLDER / name / "few_shot_16.yaml").is_file() else "base2new"
     assert embedded == of(f"{name}/embedded.yaml")
-    assert openai == {**of(f"{name}/{chosen}.yaml"), "MODEL.BACKBONE.NAME": "RN50"}
+    assert openai == {**of(f"{name}/few_shot_16.yaml"), "MODEL.BACKBONE.NAME": "RN50"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -182,6 +201,49 @@ def test_a_recipe_says_what_it_is_and_overrides_its_base(recipe: str) -> None:
         assert dict(config._flat(own)).keys() >= {
             key for key, value in config.flat(after).items() if config.flat(before)[key] != value
         }
+
+
+@pytest.mark.parametrize("protocol", protocol_names())
+@pytest.mark.parametrize("name", registry.trainer_names())
+def test_every_protocol_has_a_recipe_for_every_method(protocol: str, name: str, tmp_path: Path) -> None:
+    """Each method by each protocol, on the papers' data sets and on the embedded one, from its own folder of recipes."""
+    for root, datasets in (("DATA", ["imagenet", "dtd"]), ("", [])):
+        jobs = plan(protocol, Choice(methods=[name], datasets=datasets, seeds=[1], root=root), tmp_path)
+        assert {job.note["method"] for job in jobs} == {name}
+        assert {Path(job.arguments.config_file).parent.name for job in jobs} == {name.removesuffix(registry.SUFFIX)}
+        assert {Path(job.arguments.config_file).stem == "embedded" for job in jobs} == {root == ""}
+
+
+def test_all_methods_at_once_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    few = ["--datasets", "imagenet", "--seeds", "1", "--dry-run", "--root", str(tmp_path / "no data")]
+    for protocol in protocol_names():
+        argv = ["run", protocol, "--methods", *registry.trainer_names(), *few, "--output", str(tmp_path / "out")]
+        assert cli.main(argv) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) > len(registry.trainer_names()) and all(": to run, in " in line for line in said[:-1])
+
+
+def recipes_of(method: str, dataset: str) -> dict[int, str]:
+    jobs = plan("few_shot", Choice(methods=[method], datasets=[dataset], seeds=[1], root="DATA"), "out")
+    return {job.note["shots"]: Path(job.arguments.config_file).stem for job in jobs}
+
+
+def test_prograds_weaker_lambda_is_of_its_data_sets_and_shots() -> None:
+    usual = {shots: f"few_shot_{shots}" for shots in (1, 2, 4, 8, 16)}
+    assert recipes_of("ProGrad", "food101") == usual
+    for dataset in ("oxford_flowers", "dtd", "eurosat"):
+        assert recipes_of("ProGrad_PLPP", dataset) == {**usual, 8: "few_shot_16_lambda", 16: "few_shot_16_lambda"}
+    assert set(recipes_of("ProGrad", "imagenet").values()) == {"few_shot_imagenet"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_our_choice_is_said_where_no_recipe_is_published(recipe: str) -> None:
+    first = (FOLDER / recipe).read_text(encoding="utf-8").splitlines()[0]
+    ours = {"MaPLe/few_shot_16.yaml", "IVLP/few_shot_16.yaml", "VPT/few_shot_16.yaml"}
+    assert ("OUR CHOICE" in first) == (recipe in ours)
+    if recipe in ours:
+        other = of(recipe.replace("few_shot_16", "base2new"))
+        assert of(recipe) == other
 
 
 # ---- _BASE_ --------------------------------------------------------------------------------------------------------------

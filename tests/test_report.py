@@ -114,7 +114,7 @@ def test_every_runs_configuration_is_there(sweep: tuple[Path, Page]) -> None:
     runs = [path.parent for path in folder.rglob("result.json")]
     assert len(shown) == len(runs) == 2 * 2 * 3 + 2 * 2 * 2
     for run in runs:
-        assert sum(f'MARK: "made up, {run.as_posix()}"' in text for text in shown) == 1
+        assert sum(f'OUTPUT_DIR: "made up, {run.as_posix()}"' in text for text in shown) == 1
     assert all("OPTIM.LR: 0.002" in text for text in shown)
     cards = page.of("details", class_="run")
     assert len(cards) == len(runs) and "base_to_new: dtd, 16 shots, CoOp_PLPP, seed 2" in cards[4][1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from plpp_reg import tables
+from plpp_reg import rows, tables
 from plpp_reg.cli import main
 from plpp_reg.errors import InputError
 from plpp_reg.results import harmonic_mean
@@ -22,6 +22,7 @@ FORMS = {"base_to_new": "halves", "few_shot": "shots", "cross_dataset": "targets
 def record(
     place: Path, method: str, seed: int, accuracies: dict[str, float], dataset: str = "dtd", *, protocol: str = "base_to_new",
     shots: int = 16, backbone: str = "ViT-B/16", variant: str = "", finished: bool = True,
+    config: dict[str, object] | None = None,
 ) -> Path:  # fmt: skip
     """What a run leaves behind, as far as a table reads it; the first accuracy is of the test on the run's own data."""
     first, *others = accuracies
@@ -34,7 +35,7 @@ def record(
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(note))
     result = {
-        "config": {}, "files_sha256": "", "metrics": {"accuracy": accuracies[first]}, "protocol": note,
+        "config": config or {}, "files_sha256": "", "metrics": {"accuracy": accuracies[first]}, "protocol": note,
         "tests": {o: {"metrics": {"accuracy": accuracies[o]}, "files_sha256": ""} for o in others},
     }  # fmt: skip
     if finished:
@@ -155,7 +156,7 @@ def test_published_averages_stand_beside_the_papers_eleven_alone(tmp_path: Path)
     misprint = next(line for line in text.splitlines() if "Average of 11 | CoOp [rerun in DePT]" in line)
     assert "new as printed, 69.99 follows: not the mean of its rows" in misprint
     order = [line.split(" | ")[0] for line in text.splitlines() if "| CoOp |" in line]
-    assert order == [f"| {name}" for name in (*tables.PAPERS, "Average of 11")]
+    assert order == [f"| {name}" for name in (*rows.PAPERS, "Average of 11")]
 
 
 def test_no_published_row_beside_another_model_or_other_shots(tmp_path: Path) -> None:

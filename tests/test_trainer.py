@@ -311,6 +311,7 @@ def test_files_keys_and_figures_of_a_run(arguments, data: DataSplit) -> None:
     assert result["losses"] == {name: last[name] for name in ("loss", "ce", "ppl", "inverse_ppl")}
     assert result["versions"]["precision"] == "fp32" and result["versions"]["device"] == "cpu"
     log = (folder / "log.txt").read_text()
+    assert log.count(" eta 0:00:00") >= 2  # where Dassl has it; the line of each short epoch
     assert "Evaluate on the *test* set" in log and f"* accuracy: {result['metrics']['accuracy']:.1f}%" in log
 
 

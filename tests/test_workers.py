@@ -245,7 +245,7 @@ def test_what_cannot_be_is_refused(place: Place, flags: list[str], message: str,
 
 def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install 'plpp-reg\[ray\]'"):
+    with pytest.raises(InputError, match=r'pip install -e "\.\[ray\]"'):
         workers.choose("ray")
 
 

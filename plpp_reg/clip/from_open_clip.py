@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from plpp_reg.clip.load import OPEN_CLIP, openai_clip, read_state_dict
-from plpp_reg.errors import InputError, unknown
+from plpp_reg.errors import InputError, install, unknown
 
 TOLERANCE = 1e-3  # of the largest feature, in float32: two implementations of one model agree to about 1e-6
 
@@ -26,7 +26,7 @@ def load_open_clip(name: str) -> nn.Module:
     try:
         import open_clip
     except ImportError as e:
-        raise InputError(f"backbone {name!r}: expected the package open_clip: pip install 'plpp-reg[open_clip]' ({e})") from e
+        raise InputError(f"backbone {name!r}: expected the package open_clip: {install('open_clip')} ({e})") from e
     architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
     if architecture not in open_clip.list_models():
         raise unknown("open_clip model", architecture, open_clip.list_models())

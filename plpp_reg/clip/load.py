@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from plpp_reg.errors import InputError, unknown
+from plpp_reg.errors import InputError, install, unknown
 
 EMBEDDED = "embedded"
 OPEN_CLIP = "open_clip:"  # what the names of open_clip's models begin with
@@ -34,9 +34,7 @@ def openai_clip() -> ModuleType:
                 return _import_as("plpp_reg_openai_clip", hidden)
             import clip
     except ImportError as e:
-        raise InputError(
-            f"the package openai-clip, with setuptools below 81, is needed: pip install 'plpp-reg[train]' ({e})"
-        ) from e
+        raise InputError(f"the package openai-clip, with setuptools below 81, is needed: {install('train')} ({e})") from e
     return clip
 
 

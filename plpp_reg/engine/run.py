@@ -26,7 +26,7 @@ from plpp_reg.errors import InputError
 
 DEFAULT_TRAINER = "CoOp_PLPP"
 DEFAULT_DATASET = "emoji"
-DEFAULT_RECIPES = ("few_shot_16", "base2new")  # the first of them that the method has
+DEFAULT_RECIPE = "few_shot_16"
 
 
 class RunArguments(NamedTuple):
@@ -67,9 +67,8 @@ def resolve(args: RunArguments) -> tuple[CfgNode, type[PromptTrainer]]:
         files.append(args.config_file)
     else:
         embedded = (args.backbone or requested.get("MODEL.BACKBONE.NAME") or EMBEDDED) == EMBEDDED
-        names = [EMBEDDED] if embedded else DEFAULT_RECIPES
-        recipes = [shipped_config("trainers", plain, f"{name}.yaml") for name in names]
-        files += [recipe for recipe in recipes if recipe.is_file()][:1]
+        recipe = shipped_config("trainers", plain, f"{EMBEDDED if embedded else DEFAULT_RECIPE}.yaml")
+        files += [recipe] if recipe.is_file() else []  # a trainer of one's own has none
     for file in files:
         config.merge_file(cfg, file)
     flags = {

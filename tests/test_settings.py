@@ -1,0 +1,210 @@
+"""Runs of different settings are never averaged in silence: rows of their own, pairs of like with like, notes for the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_report import report_of
+
+from plpp_reg import tables
+from plpp_reg.engine import config
+from plpp_reg.engine.run import RunArguments, resolve
+from plpp_reg.settings import OF_THE_RUN, Made, differing, pair, relevant, tell_apart
+
+from test_tables import record
+
+LR, WEIGHT = "OPTIM.LR", "TRAINER.PLPP.WEIGHT"
+
+
+def lines(folder: Path, **options: object) -> list[str]:
+    return tables.write_tables(folder, "markdown", published=False, **options).splitlines()
+
+
+def sweep(place: Path, method: str, seeds: dict[int, tuple[float, float]], dataset: str = "dtd", **settings: object) -> None:
+    for seed, (base, new) in seeds.items():
+        record(place, method, seed, {"base": base, "new": new}, dataset, config={"SEED": seed, LR: 0.002, **settings})
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Seeds 1 and 2 of CoOp_PLPP on DTD with one weight, seed 3, in the same tree, with another; EuroSAT all with the first."""
+    plain = {1: (80.0, 50.0), 2: (82.0, 52.0), 3: (84.0, 54.0)}
+    for dataset in ("dtd", "eurosat"):
+        sweep(tmp_path, "CoOp", plain, dataset, **{WEIGHT: 0.3, "TRAINER.PLPP.ENABLED": False})
+    on = {"TRAINER.PLPP.ENABLED": True}
+    sweep(tmp_path, "CoOp_PLPP", {1: (81.0, 54.0), 2: (83.0, 58.0)}, **on, **{WEIGHT: 0.3})
+    sweep(tmp_path, "CoOp_PLPP", {3: (60.0, 30.0)}, **on, **{WEIGHT: 1.0})
+    sweep(tmp_path, "CoOp_PLPP", {s: (b + 2, n) for s, (b, n) in plain.items()}, "eurosat", **on, **{WEIGHT: 0.3})
+    return tmp_path
+
+
+GOLDEN = """\
+| DTD | CoOp | 82.00 ± 2.00 | 52.00 ± 2.00 | 63.64 ± 2.10 | 3 |  |
+| DTD | CoOp_PLPP (WEIGHT=0.3) | 82.00 ± 1.41 | 56.00 ± 2.83 | 66.55 ± 2.46 | 2 |  |
+| DTD | CoOp_PLPP (WEIGHT=1.0) | 60.00 | 30.00 | 40.00 | 1 |  |
+| DTD | CoOp_PLPP (WEIGHT=0.3) - CoOp | +1.00 ± 0.00 | +5.00 ± 12.71 | +3.95 ± 8.77 | 2 |  |
+| DTD | CoOp_PLPP (WEIGHT=1.0) - CoOp | -24.00 | -24.00 | -25.74 | 1 |  |
+| EuroSAT | CoOp | 82.00 ± 2.00 | 52.00 ± 2.00 | 63.64 ± 2.10 | 3 |  |
+| EuroSAT | CoOp_PLPP (WEIGHT=0.3) | 84.00 ± 2.00 | 52.00 ± 2.00 | 64.24 ± 2.11 | 3 |  |
+| EuroSAT | CoOp_PLPP (WEIGHT=0.3) - CoOp | +2.00 ± 0.00 | +0.00 ± 0.00 | +0.59 ± 0.03 | 3 |  |
+| Average of 2 | CoOp | 82.00 ± 2.00 | 52.00 ± 2.00 | 63.64 ± 2.10 | 3 |  |
+| Average of 2 | CoOp_PLPP (WEIGHT=0.3) | 82.50 ± 1.41 | 53.50 ± 2.12 | 64.91 ± 2.00 | 2 |  |
+| Average of 2 | CoOp_PLPP (WEIGHT=0.3) - CoOp | +1.50 ± 0.00 | +2.50 ± 6.35 | +2.31 ± 4.60 | 2 |  |
+"""
+
+
+def test_golden_table_of_runs_that_were_made_with_different_weights(mixed: Path) -> None:
+    found = lines(mixed)
+    assert "\n".join(found[4 : 4 + len(GOLDEN.splitlines())]) + "\n" == GOLDEN
+    assert not [line for line in found if line.startswith("- ")]  # nothing is hidden, so nothing is to be noted
+
+
+def test_the_same_in_csv_latex_and_the_report(mixed: Path) -> None:
+    text = tables.write_tables(mixed, "csv")
+    assert "DTD,CoOp_PLPP (WEIGHT=1.0),measured,base,60.0,,1," in text
+    assert r"DTD & CoOp\_PLPP (WEIGHT=1.0) & 60.00 & 30.00 & 40.00 & 1 \\" in tables.write_tables(mixed, "latex")
+    page = report_of(mixed)
+    rows = [text for _, text in page.of("tr", class_="measured")]
+    assert any(row.startswith("CoOp_PLPP (WEIGHT=1.0)60.00") for row in rows)
+    assert not any(row.startswith("CoOp_PLPP8") or row.startswith("CoOp_PLPP7") for row in rows)
+    without = page.text[page.text.index("No curves of:") :]
+    assert "CoOp_PLPP (WEIGHT=1.0), seed 3" in without and "CoOp_PLPP (WEIGHT=0.3), seed 1" in without
+
+
+def test_published_rows_stand_beside_rows_of_any_settings(mixed: Path) -> None:
+    assert "| DTD | CoOp (published) |" in tables.write_tables(mixed, "markdown")
+
+
+def test_runs_in_different_folders_pair_by_their_own_learning_rate(tmp_path: Path) -> None:
+    for lr, gain in ((0.002, 1.0), (0.01, 5.0)):
+        place = tmp_path / str(lr)
+        sweep(place, "CoOp", {1: (70.0, 50.0), 2: (72.0, 50.0)}, **{LR: lr})
+        sweep(place, "CoOp_PLPP", {1: (70.0 + gain, 50.0), 2: (72.0 + gain, 50.0)}, **{LR: lr})
+    found = lines(tmp_path)
+    assert any(line.startswith("| DTD | CoOp_PLPP (LR=0.002) - CoOp (LR=0.002) | +1.00 ± 0.00 |") for line in found)
+    assert any(line.startswith("| DTD | CoOp_PLPP (LR=0.01) - CoOp (LR=0.01) | +5.00 ± 0.00 |") for line in found)
+    assert sum(" - CoOp" in line for line in found) == 2
+
+
+def test_a_single_treated_row_finds_the_plain_one_of_its_settings(tmp_path: Path) -> None:
+    sweep(tmp_path / "a", "CoOp", {1: (70.0, 50.0)}, **{LR: 0.002})
+    sweep(tmp_path / "b", "CoOp", {1: (60.0, 50.0)}, **{LR: 0.01})
+    sweep(tmp_path / "b", "CoOp_PLPP", {1: (61.0, 50.0)}, **{LR: 0.01, WEIGHT: 0.3})
+    (row,) = [line for line in lines(tmp_path) if " - CoOp" in line]
+    assert row.startswith("| DTD | CoOp_PLPP - CoOp (LR=0.01) | +1.00 | +0.00 |")
+
+
+def test_no_difference_without_a_plain_run_of_the_same_settings(tmp_path: Path) -> None:
+    for dataset in ("dtd", "eurosat"):
+        sweep(tmp_path, "CoOp", {1: (70.0, 50.0)}, dataset, **{LR: 0.002})
+        sweep(tmp_path, "CoOp_PLPP", {1: (61.0, 50.0)}, dataset, **{LR: 0.01, WEIGHT: 0.3})
+    found = lines(tmp_path)
+    assert not any(line.startswith("|") and " - CoOp" in line for line in found)
+    assert "- CoOp_PLPP (DTD, EuroSAT) has no difference from CoOp: OPTIM.LR=0.01, there 0.002." in found
+    assert ",note,,,,,CoOp_PLPP (DTD" in tables.write_tables(tmp_path, "csv").replace('"', "")
+    assert "% CoOp_PLPP (DTD, EuroSAT) has no difference" in tables.write_tables(tmp_path, "latex")
+    assert any("has no difference from CoOp" in text for _, text in report_of(tmp_path).of("ul", class_="notes"))
+
+
+def test_an_average_is_compared_at_its_own_number_of_shots(tmp_path: Path) -> None:
+    for dataset in ("dtd", "eurosat"):
+        for shots in (4, 16):
+            for method, lr in (("CoOp", 0.002), ("CoOp_PLPP", 0.002 if shots == 16 else 0.01)):
+                accuracies = {"base": 60.0 + shots, "new": 50.0}
+                record(tmp_path, method, 1, accuracies, dataset, shots=shots, config={LR: lr})
+    found = [line for line in lines(tmp_path) if line.startswith("| Average") and " - CoOp" in line]
+    assert [line.split(" | ")[0] for line in found] == ["| Average of 2, 16 shots"]
+
+
+def test_a_recipe_that_differs_between_data_sets_is_averaged_and_noted(tmp_path: Path) -> None:
+    for dataset, epochs in (("imagenet", 50), ("dtd", 200), ("eurosat", 200)):
+        for method in ("CoOp", "CoOp_PLPP"):
+            sweep(tmp_path, method, {1: (70.0, 50.0)}, dataset, **{"OPTIM.MAX_EPOCH": epochs})
+    found = lines(tmp_path)
+    assert any(line.startswith("| Average of 3 | CoOp_PLPP | 70.00 |") for line in found)
+    (note,) = [line for line in found if line.startswith("- ")]
+    assert note == (
+        "- Not the same for all of CoOp, CoOp_PLPP: OPTIM.MAX_EPOCH 50 (ImageNet), 200 (DTD, EuroSAT)."
+    )  # fmt: skip
+
+
+def test_a_hand_that_changed_one_data_set_is_noted_beside_the_average(tmp_path: Path) -> None:
+    for i, dataset in enumerate(("caltech101", "dtd", "eurosat", "ucf101", "food101")):
+        sweep(tmp_path, "CoOp_PLPP", {1: (70.0, 50.0)}, dataset, **{WEIGHT: 1.0 if i == 1 else 0.3})
+    (note,) = [line for line in lines(tmp_path) if line.startswith("- ")]
+    wanted = "TRAINER.PLPP.WEIGHT 0.3 (Caltech101, Food101, EuroSAT and 1 more), 1.0 (DTD)."
+    assert note == f"- Not the same for all of CoOp_PLPP: {wanted}"
+
+
+def test_numbers_of_shots_keep_their_recipes_and_split_by_seed_alone(tmp_path: Path) -> None:
+    epochs = {1: 50, 4: 100}
+    for shots, count in epochs.items():
+        for seed in (1, 2):
+            made = {"OPTIM.MAX_EPOCH": 10 if (shots, seed) == (4, 2) else count}
+            accuracy = {"accuracy": 50.0 + seed}
+            record(tmp_path, "CoOp", seed, accuracy, protocol="few_shot", shots=shots, config=made)
+    found = lines(tmp_path)
+    assert "| DTD | CoOp (MAX_EPOCH=10) |  | 52.00 | 1 |  |" in found
+    assert "| DTD | CoOp (MAX_EPOCH=100) |  | 51.00 | 1 |  |" in found
+    assert "| DTD | CoOp (MAX_EPOCH=50) | 51.50 ± 0.71 |  | 2 |  |" in found
+
+
+def test_zero_shot_is_one_row_whatever_training_was_set_and_at_every_number_of_shots(tmp_path: Path) -> None:
+    for shots, epochs in ((1, 50), (4, 100)):  # of two sweeps: the first of each runs it
+        made = {"OPTIM.MAX_EPOCH": epochs, "INPUT.SIZE": [224, 224]}
+        record(tmp_path, "ZeroshotCLIP", 1, {"accuracy": 40.0}, protocol="few_shot", shots=shots, config=made)
+    assert "| DTD | ZeroshotCLIP | 40.00 | 40.00 | 1 |  |" in lines(tmp_path)
+    record(tmp_path, "ZeroshotCLIP", 2, {"accuracy": 44.0}, protocol="few_shot", shots=4, config={**made, "OPTIM.LR": 1.0})
+    assert "| DTD | ZeroshotCLIP | 42.00 ± 2.83 | 42.00 ± 2.83 | 2 |  |" in lines(tmp_path)
+    record(tmp_path / "b", "ZeroshotCLIP", 2, {"accuracy": 60.0}, protocol="few_shot", config={"INPUT.SIZE": [336, 336]})
+    record(tmp_path / "b", "ZeroshotCLIP", 3, {"accuracy": 40.0}, protocol="few_shot", config={"INPUT.SIZE": [224, 224]})
+    assert "| DTD | ZeroshotCLIP (SIZE=[336, 336]) | 60.00 | 60.00 | 60.00 | 1 |  |" in lines(tmp_path)
+
+
+def test_one_seed_in_two_folders_is_counted_once_and_named_where_it_matters(tmp_path: Path) -> None:
+    for place, base in (("a", 70.0), ("b", 70.0), ("c", 71.0)):
+        sweep(tmp_path / place, "CoOp", {1: (base, 50.0)})
+    found = lines(tmp_path)
+    assert any(line.startswith("| DTD | CoOp | 71.00 | 50.00 |") and line.endswith("| 1 |  |") for line in found)
+    (note,) = [line for line in found if line.startswith("- ")]
+    assert note.startswith("- CoOp (DTD, 16 shots, seed 1) is there twice, with other figures: ")
+    assert f"{tmp_path}/c/" in note.partition(" counts")[0]
+
+
+def test_every_key_that_a_result_depends_on_tells_rows_apart() -> None:
+    """Of a whole configuration: each key by itself, with PLPP, without, and of what learns nothing."""
+    whole = config.flat(resolve(RunArguments(trainer="CoOp_PLPP"))[0])
+    for key, value in whole.items():
+        other = {**whole, key: "something else"}
+        for method, learns, idle in (
+            ("CoOp_PLPP", True, ("no key",)),
+            ("CoOp", True, ("TRAINER.PLPP.",)),
+            ("ZeroshotCLIP", False, ("TRAINER.", "OPTIM.", "TRAIN.", "LOSS.", "DATALOADER.")),
+        ):
+            runs = [Made("t", method, "c", relevant(c, method, learns)) for c in (whole, other, {**whole, key: value})]
+            labels = [label for label, _ in tell_apart(runs)]
+            assert labels[0] == labels[2]
+            assert (labels[0] != labels[1]) == (key not in OF_THE_RUN and not key.startswith(idle)), (key, method)
+    assert {"SEED", "OUTPUT_DIR", "DATASET.NAME", "DATASET.NUM_SHOTS"} <= OF_THE_RUN and LR not in OF_THE_RUN
+
+
+def test_keys_of_one_last_name_are_written_whole_and_what_is_not_set_is_said() -> None:
+    each = [{"A.LR": 1, "B.LR": 1}, {"A.LR": 2, "B.LR": "x\ny"}, {"A.LR": 2}]
+    labels = [label for label, _ in tell_apart([Made("t", "CoOp V=1", "c", settings) for settings in each])]
+    assert labels == ["CoOp V=1 (A.LR=1, B.LR=1)", r"CoOp V=1 (A.LR=2, B.LR='x\ny')", "CoOp V=1 (A.LR=2, B.LR=not set)"]
+    assert differing(each) == ["A.LR", "B.LR"] and differing(each[:1]) == []
+
+
+def test_runs_of_other_tables_methods_or_cells_need_no_telling_apart() -> None:
+    made = [Made(t, m, c, {LR: i}) for i, (t, m, c) in enumerate([("t", "CoOp", 1), ("u", "CoOp", 1), ("t", "MaPLe", 1)])]
+    made.append(Made("t", "CoOp", 2, {LR: 9}))
+    assert [label for label, _ in tell_apart(made)] == ["CoOp", "CoOp", "MaPLe", "CoOp"]
+
+
+def test_a_pair_agrees_in_every_cell_that_both_have() -> None:
+    kinds = {"CoOp": {1: {LR: 1}, 2: {LR: 2}}, "CoOp_PLPP": {1: {LR: 1, WEIGHT: 9}, 2: {LR: 2}}, "KgCoOp_PLPP": {1: {}}}
+    assert pair(kinds) == ({"CoOp_PLPP": "CoOp"}, {})
+    kinds["CoOp_PLPP"] = {1: {LR: 1}, 2: {LR: 3}}
+    assert pair(kinds) == ({}, {"CoOp_PLPP": "CoOp: OPTIM.LR=3, there 2"})
+    assert pair({"CoOp": {1: {}}, "CoOp_PLPP": {2: {}}}) == ({}, {})  # nowhere both
