@@ -176,7 +176,8 @@ def _run(args: argparse.Namespace) -> int:
         print("\n".join(sweep.planned(jobs)))
         return 0
     failed = sweep.sweep(jobs, lambda line: print(line, flush=True), runner)
-    print("\n".join(sweep.report(failed) or [f"All {len(jobs)} runs are there: plpp table {args.output}"]))
+    whole = f"All {len(jobs)} runs are" if len(jobs) > 1 else "The run is"
+    print("\n".join(sweep.report(failed) or [f"{whole} there: plpp table {args.output}"]))
     return 1 if failed else 0
 
 
