@@ -22,7 +22,7 @@ from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.datasets import DataSplit
-from plpp_reg.engine.data import build_loader, load_data
+from plpp_reg.engine.data import build_loader, load_data, part_of
 from plpp_reg.engine.evaluation import Classification
 from plpp_reg.engine.features import FrozenFeatures
 from plpp_reg.engine.files import write_atomically
@@ -252,9 +252,15 @@ class PromptTrainer:
             raise InputError(f"TRAINER.PLPP: {e}") from e
 
     def loader(self, split: str) -> Any:
+        """Of one part of the data, made once.
+
+        Raises:
+            InputError: that part has no images.
+        """
         if split not in self._loaders:
+            items = part_of(self.cfg, self.data, split)
             self._loaders[split] = build_loader(
-                self.cfg, getattr(self.data, split), split == "train", self.device.type == "cuda", self.sees_pixels, self.ranks
+                self.cfg, items, split == "train", self.device.type == "cuda", self.sees_pixels, self.ranks
             )
         return self._loaders[split]
 
@@ -434,8 +440,6 @@ class PromptTrainer:
         return regularizer.components(self.context(), hidden)
 
     def _keep_best(self) -> None:
-        if not self.data.val:
-            raise InputError("TEST.FINAL_MODEL: expected 'last_step' for a data set without validation images, got 'best_val'")
         accuracy = self.test("val")["accuracy"]
         if self.best_val is None or accuracy > self.best_val:
             self.best_val = accuracy
