@@ -240,6 +240,19 @@ def from_yaml(path: str | Path) -> dict[str, object]:
     return dict(_flat_file(path, loaded))
 
 
+def of_run(folder: str | Path) -> tuple[CfgNode, type]:
+    """The configuration that a run's folder records, and the class of its trainer.
+
+    Raises:
+        InputError: no configuration, an unknown trainer, a key or a value that this version does not know.
+    """
+    path = Path(folder) / "config.yaml"
+    trainer, *_ = registry.find_trainer(str(from_yaml(path).get("TRAINER.NAME", "")))
+    cfg = get_cfg_default(trainer)
+    merge_file(cfg, path)
+    return cfg, trainer
+
+
 def _read_yaml(path: str | Path) -> dict[str, object]:
     """The keys and values of a YAML file, as they are nested in it; an empty file has none."""
     try:

@@ -431,13 +431,17 @@ class PromptTrainer:
         return self.logits(self.image_features(batch), self.test_features)
 
     @torch.no_grad()
+    def context_states(self) -> tuple[Tensor, Tensor]:
+        """The context vectors v, (M, D) or (C, M, D), as they are, and the states before them, h (1 or P, M, D)."""
+        return self.context(), self.learner(self.tower, deep=self.deep_context()).hidden
+
+    @torch.no_grad()
     def measure_prompts(self) -> Components | None:
         """PLPP's figures of the prompts as they are, whether or not it is part of the training; None without context."""
         if not self.learns_text_context:
             return None
         regularizer = self.regularizer or self._regularizer()
-        hidden = self.learner(self.tower, deep=self.deep_context()).hidden
-        return regularizer.components(self.context(), hidden)
+        return regularizer.components(*self.context_states())
 
     def _keep_best(self) -> None:
         accuracy = self.test("val")["accuracy"]
