@@ -7,66 +7,20 @@ and the term meet in one backward pass, so every prompt parameter gets the gradi
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plpp_reg.errors import InputError
+from plpp_reg.joining import Group, Join, joined
+from plpp_reg.layout import POSITIONS, Layout, Layouts, distinct_prompts, find_context, read_context
+from plpp_reg.places import contexts, find_learner, find_text_encoder, named_module
 from plpp_reg.regularizer import Components, PerplexityRegularizer
 
-POSITIONS = ("end", "middle", "front")
-
-
-class Layout(NamedTuple):
-    """Where the context vectors stand in N prompts."""
-
-    slot: Tensor  # (N, M) their positions
-    owner: Tensor  # (N,) which of the contexts a prompt reads; 0 where all share one
-
-
-class _Group:
-    """The text passes that belong to one loss: one of a model's forward pass, or B of them (CoCoOp: one an image)."""
-
-    def __init__(self) -> None:
-        self.passes = 0
-        self.run_again = False  # its passes were counted without gradients, and make their graph in a second run
-        self.in_backward = False  # its passes are seen in a second run alone: the whole model is checkpointed
-        self.backward_passes = 0
-        self.measured: list[tuple[Components, Tensor, Tensor]] = []  # all detached
-        self.summary: Components | None = None
-
-    def measure(self, parts: Components, v: Tensor, h: Tensor) -> None:
-        self.measured.append((Components(*(t.detach() for t in parts)), v.detach(), h.detach()))
-        self.summary = None
-
-
-class _Join(torch.autograd.Function):
-    """The text features as they are. On the way back, the term gets the gradient of a summand of the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, handle: Handle, group: _Group, term: Tensor, *features: Tensor) -> Tensor | tuple[Tensor, ...]:
-        ctx.handle, ctx.group, ctx.backward_passes = handle, group, 0
-        ctx.dtype, ctx.device = term.dtype, term.device
-        ctx.set_materialize_grads(False)
-        copies = tuple(f.clone() for f in features)  # not views: some hosts normalise their features in place
-        return copies if len(copies) > 1 else copies[0]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        ctx.backward_passes += 1
-        ctx.group.backward_passes = max(ctx.group.backward_passes, ctx.backward_passes)
-        on_term = None
-        if ctx.backward_passes == ctx.handle.backward_pass:
-            ctx.handle.ever_joined = True
-            # only now is it known how many text passes share the loss
-            on_term = torch.full((), ctx.handle.loss_scale / ctx.group.passes, dtype=ctx.dtype, device=ctx.device)
-            if ctx.handle.scaler:
-                on_term = ctx.handle.scaler.scale(on_term)
-        return None, None, on_term, *gradients
+# the parts in joining, layout and places keep their names here
+__all__ = ["POSITIONS", "Handle", "Layout", "attach", "contexts", "distinct_prompts", "find_context", "find_text_encoder"]
 
 
 class Handle:
@@ -90,11 +44,10 @@ class Handle:
         self.scaler: Any = None
         self.loss_scale = 1.0
         self.backward_pass = 1
-        self._position = position
         self._hidden: Tensor | None = None
         self._in_text_encoder = False
-        self._group: _Group | None = None
-        self._layouts: list[tuple[torch.Size, Tensor | None, Layout | None]] = []
+        self._group: Group | None = None
+        self._layouts = Layouts(prompt_learner, context, position)
         self._seen = self.ever_joined = False
         self._forwards = 0
         self._hooks = [
@@ -110,7 +63,7 @@ class Handle:
             hook.remove()
         self._hooks = []
         self._group = self._hidden = None
-        self._layouts = []
+        self._layouts.forget()
 
     @property
     def last(self) -> Components | None:
@@ -171,7 +124,7 @@ class Handle:
         if prompts is None or not self._trains(prompts):
             return output
         tokens = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point() and len(t) == len(prompts)), None)
-        layout = self._layout(prompts, tokens)
+        layout = self._layouts.of(prompts, tokens)
         if layout is None:
             return output
         self._seen = True
@@ -180,7 +133,7 @@ class Handle:
             if not again:
                 self._next_pass().run_again = True
             return output
-        v, h = self._read(prompts, self._states(hidden, prompts), layout)
+        v, h = read_context(prompts, self._states(hidden, prompts), layout)
         self._check_scaler(prompts.device)
         if self.regularizer.vocabulary.device != v.device:
             self.regularizer.to(v.device)
@@ -191,7 +144,7 @@ class Handle:
             group.in_backward = again
         if not again or group.run_again or group.in_backward:
             group.measure(parts, v, h)
-        return _joined(output, functools.partial(_Join.apply, self, group, parts.total))
+        return joined(output, functools.partial(Join.apply, self, group, parts.total))
 
     # ---- what a pass holds ---------------------------------------------------------------------------------------
 
@@ -202,17 +155,17 @@ class Handle:
     def _trains(self, tensor: Tensor) -> bool:
         return self.regularizer.active and self.prompt_learner.training and tensor.requires_grad
 
-    def _open_group(self) -> _Group:
+    def _open_group(self) -> Group:
         before = self._group
         if before is not None and 0 < before.backward_passes < self.backward_pass:
             raise InputError(
                 f"backward_pass: expected {self.backward_pass} backward passes through one forward pass, the term to ride on "
                 f"the last; got {before.backward_passes}"
             )
-        self._group = _Group()
+        self._group = Group()
         return self._group
 
-    def _next_pass(self) -> _Group:
+    def _next_pass(self) -> Group:
         """The group that a text pass belongs to: the model's forward pass, or, outside one, all since the last backward."""
         group = self._group
         if group is None or group.backward_passes:
@@ -242,51 +195,6 @@ class Handle:
                 "use_reentrant=True; checkpoint the whole text encoder, or use use_reentrant=False"
             )
         return hidden
-
-    def _read(self, prompts: Tensor, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """The vectors and the states before them, each distinct prompt once: v (1 or P, M, D), h (P, M, D)."""
-        rows = distinct_prompts(prompts.detach(), layout)
-        slot, row = layout.slot[rows], rows.unsqueeze(1)
-        v, h = prompts[row, slot], hidden[row, slot - 1]
-        if len(v) > 1 and (layout.owner == layout.owner[0]).all() and torch.equal(v, v[:1].expand_as(v)):
-            v = v[:1]  # one context read in P places: its nearest words are looked up once
-        return v, h
-
-    def _layout(self, prompts: Tensor, tokens: Tensor | None) -> Layout | None:
-        """Found once for the same tokenised prompts; None where the prompts do not depend on the context."""
-        for shape, known, layout in self._layouts:
-            if shape == prompts.shape and _same(known, tokens):
-                return layout
-        if self._position is None:
-            layout = find_context(prompts, self.context)
-        else:
-            layout = self._told_layout(*prompts.shape[:2], prompts.device)
-        if layout is not None and (int(layout.slot.min()) < 1 or int(layout.slot.max()) >= prompts.shape[1]):
-            raise InputError("position: expected context vectors after the first token, to have a state before each")
-        self._layouts = [*self._layouts[-7:], (prompts.shape, None if tokens is None else tokens.clone(), layout)]
-        return layout
-
-    def _told_layout(self, n: int, length: int, device: torch.device) -> Layout:
-        m = self.context.shape[-2]
-        owner = torch.arange(n) if self.context.dim() == 3 else torch.zeros(n, dtype=torch.long)
-        if isinstance(self._position, Tensor):
-            slot = self._position.cpu().long()
-            if slot.shape not in ((m,), (n, m)):
-                raise InputError(f"position: expected integers ({m},) or ({n}, {m}), got {tuple(slot.shape)}")
-            return Layout(slot.expand(n, m).to(device), owner.to(device))
-        order = torch.arange(m)
-        lengths = torch.zeros(n, dtype=torch.long)
-        if self._position != "end":
-            names = getattr(self.prompt_learner, "name_lens", None)
-            if names is None or len(names) != n:
-                raise InputError(
-                    f"position: expected name_lens, {n} token counts, on the prompt learner for {self._position!r}; give the "
-                    f"positions themselves, integers ({n}, {m})"
-                )
-            lengths = torch.tensor(list(names))
-        after = order >= (m // 2 if self._position == "middle" else 0)
-        slot = 1 + order + lengths.unsqueeze(1) * after
-        return Layout(slot.to(device), owner.to(device))
 
 
 def attach(
@@ -338,9 +246,9 @@ def attach(
     if not isinstance(backward_pass, int) or backward_pass < 1:
         raise InputError(f"backward_pass: expected an integer >= 1, got {backward_pass!r}")
     width = regularizer.vocabulary.shape[1]
-    learner = _named_module(model, "prompt_learner", prompt_learner)
-    learner, parameter = _find_context(model, learner, context, width)
-    encoder = _named_module(model, "text_encoder", text_encoder) or find_text_encoder(model)
+    learner = named_module(model, "prompt_learner", prompt_learner)
+    learner, parameter = find_learner(model, learner, context, width)
+    encoder = named_module(model, "text_encoder", text_encoder) or find_text_encoder(model)
     norm = getattr(encoder, "ln_final", None)
     if not isinstance(norm, nn.Module):
         raise InputError(f"text_encoder: expected a module that holds ln_final, got {type(encoder).__name__} without it")
@@ -360,170 +268,9 @@ _ONE_DEVICE = (
 )
 
 
-# ---- finding the places ----------------------------------------------------------------------------------------------
-
-
-def _named_module(model: nn.Module, argument: str, given: nn.Module | str | None) -> nn.Module | None:
-    if not isinstance(given, str):
-        return given
-    try:
-        return model.get_submodule(given)
-    except AttributeError as e:
-        names = ", ".join(name for name, _ in model.named_children())
-        raise InputError(f"{argument}: expected the name of a submodule, got {given!r} (the model's own: {names})") from e
-
-
-def contexts(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Every parameter ``ctx`` of two or three dimensions: its name, the module that holds it, itself."""
-    for name, module in model.named_modules():
-        parameter = module._parameters.get("ctx")
-        if parameter is not None and parameter.dim() in (2, 3):
-            yield f"{name}.ctx".lstrip("."), module, parameter
-
-
-def _find_context(
-    model: nn.Module, learner: nn.Module | None, given: nn.Parameter | str | None, width: int
-) -> tuple[nn.Module, nn.Parameter]:
-    if isinstance(given, str):
-        owner, _, leaf = given.rpartition(".")
-        holder = _named_module(model, "context", owner) if owner else model
-        parameter = getattr(holder, leaf, None)
-        if not isinstance(parameter, Tensor):
-            raise InputError(f"context: expected the name of a parameter, got {given!r}")
-        learner = learner or holder
-    elif isinstance(given, Tensor):
-        parameter = given
-        holders = (m for m in model.modules() if any(p is given for p in m._parameters.values()))
-        learner = learner or next(holders, model)
-    else:
-        found = list(contexts(learner or model))
-        fitting = [f for f in found if f[2].shape[-1] == width]
-        if found and not fitting:
-            shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, _, p in found)
-            raise InputError(f"context: expected width {width}, the vocabulary's, got {shapes}")
-        if len(fitting) != 1:
-            several = f"got {', '.join(name for name, _, _ in fitting)}" if fitting else "found none"
-            raise InputError(
-                f"context: looked in {type(model).__name__} for one parameter named ctx, (M, {width}) or (C, M, {width}), "
-                f"{several}: give it as context="
-            )
-        _, holder, parameter = fitting[0]
-        learner = learner or holder
-    if parameter.dim() not in (2, 3) or parameter.shape[-1] != width:
-        raise InputError(f"context: expected (M, {width}) or (C, M, {width}), got {tuple(parameter.shape)}")
-    return learner, parameter
-
-
-def find_text_encoder(model: nn.Module) -> nn.Module:
-    """The one submodule that holds ``ln_final``; a whole CLIP, which embeds tokens itself, only where there is no other."""
-    holders = {name: m for name, m in model.named_modules() if isinstance(m._modules.get("ln_final"), nn.Module)}
-    towers = {name: m for name, m in holders.items() if "token_embedding" not in m._modules} or holders
-    if len(towers) != 1:
-        named = [m for name, m in towers.items() if name.rpartition(".")[2] == "text_encoder"]
-        if len(named) == 1:
-            return named[0]
-        several = f"got {', '.join(towers)}" if towers else "found none"
-        raise InputError(
-            f"text_encoder: looked in {type(model).__name__} for one submodule that holds ln_final, {several}: "
-            "give it as text_encoder="
-        )
-    return next(iter(towers.values()))
-
-
-def find_context(prompts: Tensor, context: Tensor) -> Layout | None:
-    """Where each context vector stands in prompts (N, T, D), read off the graph that made them; None if they are not linked.
-
-    A gradient of t + 1 at position t arrives at the vector that stands there as t + 1, as long as vectors go into the prompts
-    as they are or shifted by something else. D prompts are told apart at a time, one by each coordinate.
-
-    Raises:
-        InputError: the prompts depend on the context in another way.
-    """
-    n, length, width = prompts.shape
-    contexts_by_class = context.dim() == 3
-    slots, owners = [], []
-    places = torch.arange(1, length + 1, device=prompts.device, dtype=prompts.dtype)
-    for first in range(0, n, width):
-        rows = torch.arange(first, min(first + width, n), device=prompts.device)
-        arrived = []
-        for weights in (places, torch.ones_like(places)):
-            probe = torch.zeros_like(prompts)
-            probe[rows, :, rows - first] = weights
-            with torch.autocast(prompts.device.type, enabled=False):
-                (gradient,) = torch.autograd.grad(prompts, context, probe, retain_graph=True, allow_unused=True)
-            if gradient is None:
-                return None
-            arrived.append(gradient.float().view(-1, *context.shape[-2:])[..., : len(rows)])
-        place, count = arrived  # (1 or C, M, rows)
-        owner = count[:, 0].argmax(0)
-        index = owner.expand(1, place.shape[1], -1)
-        place, own = place.gather(0, index)[0], count.gather(0, index)[0]
-        elsewhere = count.abs().sum(0) - own if contexts_by_class else torch.zeros_like(own)
-        if not (own == 1).all() or elsewhere.any() or (place != place.round()).any():
-            raise InputError(
-                "position: expected each context vector once in each prompt, as it is or shifted; the prompts depend on it in "
-                f"another way: give position= ({', '.join(map(repr, POSITIONS))}, or the positions)"
-            )
-        slots.append(place.T.long() - 1)
-        owners.append(owner)
-    return Layout(torch.cat(slots), torch.cat(owners))
-
-
-def distinct_prompts(prompts: Tensor, layout: Layout) -> Tensor:
-    """Indices of prompts that differ in something a context vector or a state before one depends on: one of each, (P,)."""
-    n, device = len(prompts), prompts.device
-    everything = torch.arange(n, device=device)
-    if n == 1 or len(layout.owner.unique()) == n:
-        return everything
-    last = layout.slot.amax(1, keepdim=True)
-    upto = int(last.max()) + 1
-    read = torch.arange(upto, device=device) <= last  # (N, upto): what stands after the last context vector does not matter
-    rows = prompts[:, :upto] * read.unsqueeze(2)
-    same_place = (layout.slot == layout.slot[:1]).all() and (layout.owner == layout.owner[:1]).all()
-    if same_place and torch.equal(rows, rows[:1].expand_as(rows)):
-        return everything[:1]
-    # a number for each prompt: equal prompts have equal ones; that equal ones mean equal prompts is checked
-    weights = torch.arange(rows[0].numel(), device=device, dtype=torch.float64).sin().view_as(rows[0])
-    number = (rows * weights).sum((1, 2)) + (layout.slot * layout.slot).sum(1) + layout.owner * torch.pi
-    _, group = number.unique(return_inverse=True)
-    first = torch.full((n,), n, device=device).scatter_reduce(0, group, everything, "amin")[: int(group.max()) + 1]
-    chosen = first[group]
-    equal = torch.equal(rows, rows[chosen]) and torch.equal(layout.slot, layout.slot[chosen])
-    return first.sort().values if equal and torch.equal(layout.owner, layout.owner[chosen]) else everything
-
-
-# ---- small parts -----------------------------------------------------------------------------------------------------
-
-
-def _joined(output: Any, join: Callable[..., Any]) -> Any:
-    """The text encoder's output with every differentiable tensor of it passed through ``join``, all in one call."""
-    items = [output] if isinstance(output, Tensor) else output
-    if not isinstance(items, (tuple, list, dict)):
-        raise InputError(f"text_encoder: expected features, or a tuple or dict with them, got {type(output).__name__}")
-    keys = list(items) if isinstance(items, dict) else range(len(items))
-    at = [k for k in keys if isinstance(items[k], Tensor) and items[k].requires_grad]
-    if not at:
-        raise InputError("text_encoder: expected text features that carry a gradient, got none: the term has nothing to join")
-    values = join(*(items[k] for k in at))
-    new = copy.copy(items) if isinstance(items, dict) else list(items)
-    for k, value in zip(at, values if len(at) > 1 else (values,), strict=True):
-        new[k] = value
-    if isinstance(output, Tensor):
-        return new[0]
-    if isinstance(output, tuple):
-        return type(output)(*new) if hasattr(output, "_fields") else tuple(new)
-    return new
-
-
 def _perplexity(regularizer: PerplexityRegularizer, parts: Components, v: Tensor, h: Tensor) -> Tensor:
     """The figure where the losses had it at hand, else by one more look at the vocabulary."""
     return parts.perplexity if parts.perplexity.isfinite() else regularizer.components(v, h).perplexity
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
 
 
 def _in_backward() -> bool:

@@ -1,20 +1,21 @@
-"""What a recorded run learned, read from its checkpoints: figures of each epoch, and its context vectors as words."""
+"""What recorded runs learned, as a report shows it: figures of each epoch, and context vectors as words.
+
+What a run's folder says is neither run nor does it fetch anything: a report is of folders that may be anybody's.
+"""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
+from plpp_reg import contexts
 from plpp_reg.clip import load
-from plpp_reg.datasets import DataSplit
 from plpp_reg.engine import checkpoint, config
-from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.registry import find_trainer
 from plpp_reg.errors import InputError
-from plpp_reg.words import NearWord, candidate_ids, nearest_words
+from plpp_reg.reading import Vocabulary
+from plpp_reg.words import NearWord
 
 
 class Prompts(NamedTuple):
@@ -38,16 +39,8 @@ def history(place: str | Path) -> list[dict[str, float]]:
     for folder in sorted(path for path in Path(place).iterdir() if path.is_dir()):
         path = checkpoint.newest(folder)
         if path is not None:
-            extra = checkpoint.load(path).get("plpp_reg")
-            found = extra.get("history") if isinstance(extra, dict) else []
-            if not isinstance(found, list) or not all(isinstance(epoch, dict) for epoch in found):
-                raise InputError(f"checkpoint {str(path)!r}: expected a list of each epoch's figures as its history")
-            return [{str(k): float(v) for k, v in epoch.items() if _is_number(v)} for epoch in found]
+            return contexts.history_of(checkpoint.load(path), path)
     return []
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def without_download(backbone: str) -> str:
@@ -67,15 +60,18 @@ def without_download(backbone: str) -> str:
 
 
 class PromptReader:
-    """Reads the prompts of many runs; the backbone is loaded once."""
+    """Reads the prompts of many runs; the backbone is loaded once, and once are its words looked at."""
 
     def __init__(self, k: int = 3) -> None:
         self.k = k
-        self._name, self._model = "", None
+        self._name = ""
+        self._model: nn.Module | None = None
+        self._vocabulary: Vocabulary | None = None
 
     def _clip(self, backbone: str) -> nn.Module:
         if backbone != self._name:
             self._model = load.load_clip(without_download(backbone))
+            self._vocabulary = Vocabulary(self._model, self.k)
             self._name = backbone
         return self._model
 
@@ -85,38 +81,16 @@ class PromptReader:
         Raises:
             InputError: nothing to read: no text context, a trainer or weights that are not here, a broken checkpoint.
         """
-        streams = checkpoint.random_streams()
-        try:  # building a model draws at random, and the context is drawn as the run drew it: from its seed
-            return self._read(Path(place))
-        finally:
-            checkpoint.restore_random_streams(streams)
-
-    def _read(self, place: Path) -> Prompts:
-        recorded = place / "config.yaml"
-        name = str(config.from_yaml(recorded).get("TRAINER.NAME"))
+        place = Path(place)
+        name = str(config.from_yaml(place / "config.yaml").get("TRAINER.NAME"))
         if ":" in name:  # importing what a folder names would run it
             raise InputError(f"{name} is a trainer of one's own, which a report does not import")
-        cls, _, _ = find_trainer(name)
-        if not cls.learns_text_context:
-            raise InputError(f"{name} learns no text context")
-        cfg = config.get_cfg_default(cls)
-        config.merge_file(cfg, recorded)
-        cfg.USE_CUDA = False
+        cfg, cls = contexts.of_run(place)
         clip_model = self._clip(cfg.MODEL.BACKBONE.NAME)
         path = checkpoint.find(place, cls.model_name, None)
-        extra = checkpoint.load(path).get("plpp_reg")
-        classnames = extra.get("classnames") if isinstance(extra, dict) else None
-        if not isinstance(classnames, list) or not classnames or not all(isinstance(c, str) for c in classnames):
-            raise InputError(f"checkpoint {str(path)!r}: expected the names of its classes in it")
-        node = cfg.TRAINER[cls.config_node]
-        if not node.get("CSC", False) and node.get("CLASS_TOKEN_POSITION", "end") == "end":
-            classnames = classnames[:1]  # a shared context in front of the name is the same before every one
-        trainer = cls(cfg, DataSplit([], [], [], classnames), clip_model, RunLog(quiet=True))
-        before, at_first = self._words(trainer.context(), clip_model), trainer.measure_prompts().perplexity.item()
-        trainer.saving.load_weights(path)
-        after, at_last = self._words(trainer.context(), clip_model), trainer.measure_prompts().perplexity.item()
-        return Prompts(before, after, (at_first, at_last), classnames[0] if trainer.context().dim() == 3 else "")
-
-    def _words(self, context: Tensor, clip_model: nn.Module) -> list[list[NearWord]]:
-        shown = context[0] if context.dim() == 3 else context
-        return nearest_words(shown, clip_model.token_embedding.weight, self.k, candidate_ids(clip_model))
+        content = checkpoint.load(path)
+        run = contexts.OurRun(cfg, cls, content, path, clip_model, few_classes=True)
+        before, after = run.before(), run.at(content, path)
+        words = [self._vocabulary.nearest(states.context[0]) for states in (before, after)]
+        figures = self._vocabulary.perplexity(before), self._vocabulary.perplexity(after)
+        return Prompts(words[0], words[1], figures, run.first_class)

@@ -23,6 +23,9 @@ class NearestWords:
     no word left out can be among the K nearest: they are found among the kept ones. A row that fails this is looked up again.
     Training moves a context vector by little a step, so most steps look at 4 K words a row instead of at V. Whatever is
     remembered, the answer is the same: it is always taken from the same sum over the kept words.
+
+    On a GPU, whether any row fails must be known on the host before it may be spared the V words: one small copy, hence one
+    synchronisation a step. It is not avoided: without it every step would meet all V words.
     """
 
     def __init__(self) -> None:
@@ -46,22 +49,32 @@ class NearestWords:
             self.direction = torch.full_like(v, torch.nan)  # no row is sure of anything
             self.kept = torch.zeros(len(v), count, dtype=torch.long, device=v.device)
             self.left_out = v.new_zeros(len(v))
-        chunks = range(0, len(v), chunk_size)
-        return torch.cat([self._chunk(slice(i, i + chunk_size), v[i : i + chunk_size], E, E_inverse_norm, k) for i in chunks])
+        places = [slice(i, i + chunk_size) for i in range(0, len(v), chunk_size)]
+        ids, sure = zip(*(self._remembered(place, v[place], E, E_inverse_norm, k) for place in places), strict=True)
+        known = torch.cat(sure).cpu()  # the one place where a GPU is waited for, once however many chunks there are
+        return torch.cat(
+            [
+                found if known[place].all() else self._searched(place, ~known[place], v[place], E, E_inverse_norm, k)
+                for place, found in zip(places, ids, strict=True)
+            ]
+        )
 
-    def _chunk(self, place: slice, v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> Tensor:
-        """The ids of the rows at ``place``, after looking up those that are not sure of their kept words."""
+    def _remembered(self, place: slice, v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ids (r, k) of the rows at ``place`` among their kept words, and of which rows (r,) these are sure."""
+        u = F.normalize(v, dim=-1)
+        cosines, ids = _among(self.kept[place], u, E, E_inverse_norm, k)
+        drift = (u - self.direction[place]).norm(dim=-1)
+        return ids, cosines[:, -1] > self.left_out[place] + drift + SLACK  # nan is not sure
+
+    def _searched(self, place: slice, unsure: Tensor, v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> Tensor:
+        """The ids (r, k) of the rows at ``place``, after those that are ``unsure`` (r,), on the CPU, met all words."""
         u = F.normalize(v, dim=-1)
         direction, kept, left_out = self.direction[place], self.kept[place], self.left_out[place]  # views
-        cosines, ids = _among(kept, u, E, E_inverse_norm, k)
-        drift = (u - direction).norm(dim=-1)
-        unsure = (~(cosines[:, -1] > left_out + drift + SLACK)).nonzero()[:, 0]  # nan is unsure
-        if not len(unsure):
-            return ids
-        self.looked_up += len(unsure)
-        found, nearest = PF.nearest_words(u[unsure], E, kept.shape[1] + 1, E_inverse_norm)
-        direction[unsure], left_out[unsure] = u[unsure], found[:, -1]
-        kept[unsure] = nearest[:, :-1].sort(dim=1).values  # of equal cosines the smaller id comes first, always
+        rows = unsure.nonzero()[:, 0].to(v.device)
+        self.looked_up += len(rows)
+        found, nearest = PF.nearest_words(u[rows], E, kept.shape[1] + 1, E_inverse_norm)
+        direction[rows], left_out[rows] = u[rows], found[:, -1]
+        kept[rows] = nearest[:, :-1].sort(dim=1).values  # of equal cosines the smaller id comes first, always
         return _among(kept, u, E, E_inverse_norm, k)[1]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from plpp_reg.datasets import DataSplit
-from plpp_reg.engine import checkpoint, config, registry
+from plpp_reg.engine import checkpoint, config
 from plpp_reg.engine.data import build_transform
 from plpp_reg.engine.files import write_atomically
 from plpp_reg.engine.log import RunLog
@@ -48,11 +48,7 @@ def load_run(
         raise InputError(f"run {str(folder)!r}: expected a run's folder with its config.yaml")
     if twice := sorted({name for name in classes if list(classes).count(name) > 1}):
         raise InputError(f"--classes: expected different names, got {twice[0]!r} twice")
-    saved = config.from_yaml(folder / "config.yaml")
-    cls, _, _ = registry.find_trainer(str(saved.get("TRAINER.NAME")))
-    cfg = config.get_cfg_default(cls)
-    for key, value in saved.items():
-        config.set_value(cfg, key, value)
+    cfg, cls = config.of_run(folder)
     cfg.MODEL.INIT_WEIGHTS = ""
     cfg.TRAINER.PLPP.ENABLED = False  # of no effect on a prediction
     if not (folder / cls.model_name).is_dir():

@@ -5,6 +5,7 @@ The models are session-scoped and frozen; a test that changes one makes its own 
 
 from __future__ import annotations
 
+import copy
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -76,3 +77,26 @@ def tiny_vit() -> nn.Module:
 @pytest.fixture(scope="session")
 def tiny_resnet() -> nn.Module:
     return make_clip(width=64, layers=2, resnet=True)
+
+
+@pytest.fixture(scope="module")
+def pristine():
+    """Of attach's tests: what ``clip_model`` is a copy of."""
+    return make_clip(width=64, layers=2)
+
+
+@pytest.fixture
+def clip_model(pristine):
+    """In float64, so that equal means equal. A copy: hosts share its modules, and a hook left there is not the next test's."""
+    model = copy.deepcopy(pristine).double()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = nn.LayerNorm  # OpenAI's own computes in float32
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Of attach's tests: three images (B, 3, H, W) and their labels."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64), torch.tensor([0, 3, 1])

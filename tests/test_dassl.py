@@ -339,6 +339,7 @@ def test_objects_in_a_checkpoint_are_data():
     import io
 
     from plpp_reg.dassl import mend
+    from plpp_reg.engine.inert import objects_as_data
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.3)
     buffer = io.BytesIO()
@@ -346,7 +347,7 @@ def test_objects_in_a_checkpoint_are_data():
     with pytest.raises(pickle.UnpicklingError):
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    with mend.objects_as_data():
+    with objects_as_data(mend.optimizers_and_schedulers()):
         buffer.seek(0)
         loaded = torch.load(buffer, weights_only=True)["schedule"]
     assert not isinstance(loaded, torch.optim.lr_scheduler.LRScheduler) and loaded.T_max == 5.0

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg import inspection
 from plpp_reg.cli import main
 from plpp_reg.clip.prompts import encode
 from plpp_reg.engine.log import RunLog
 from plpp_reg.errors import InputError
 from plpp_reg.inspection import as_json, as_text, inspect_prompts
+from plpp_reg.reading import SAMPLE
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.maple import MaPLe
 
@@ -132,7 +132,7 @@ def test_words_themselves_and_the_words_that_it_began_with(tmp_path, backbone, m
 def test_how_far_words_lie_from_each_other(tmp_path, backbone, model):
     found = inspect_prompts(upstream(tmp_path, {"ctx": context(M, D)}), backbone)
     E = torch.nn.functional.normalize(model.token_embedding.weight, dim=-1)
-    at = torch.linspace(0, len(E) - 1, inspection.SAMPLE).long()
+    at = torch.linspace(0, len(E) - 1, SAMPLE).long()
     similarity = E[at] @ E.T
     similarity[torch.arange(len(at)), at] = -1
     nearest = similarity.amax(1)

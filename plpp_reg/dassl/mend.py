@@ -13,12 +13,13 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
+from plpp_reg.engine.inert import objects_as_data
 from plpp_reg.errors import InputError
 
 
@@ -213,26 +214,14 @@ def _checkpoints_are_refused() -> bool:
     return False
 
 
-class _Data:
-    """Takes the place of an object in a file: its attributes are read, its code is not there."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def objects_as_data() -> Iterator[None]:
-    """Optimizers and schedulers, torch's and Dassl's, load as their attributes alone; all else is torch's own allow-list."""
+def optimizers_and_schedulers() -> list[str]:
+    """The whole names of torch's and Dassl's optimizer and scheduler classes, which a host's checkpoints may hold."""
     import dassl.optim
 
     classes = [c for m in (torch_schedulers, torch.optim) for c in vars(m).values() if inspect.isclass(c)]
     classes += [c for m in vars(dassl.optim).values() if inspect.ismodule(m) for c in vars(m).values() if inspect.isclass(c)]
     kinds = (torch.optim.Optimizer, torch_schedulers.LRScheduler)
-    names = {f"{c.__module__}.{c.__qualname__}" for c in classes if issubclass(c, kinds)}
-    stubs = [(type(name.rpartition(".")[2], (_Data,), {}), name) for name in sorted(names)]
-    plain_dict = (lambda factory: {}, "collections.defaultdict")
-    with torch.serialization.safe_globals([*stubs, plain_dict, dict]):
-        yield
+    return sorted({f"{c.__module__}.{c.__qualname__}" for c in classes if issubclass(c, kinds)})
 
 
 def _mend_load_checkpoint() -> None:
@@ -244,7 +233,7 @@ def _mend_load_checkpoint() -> None:
 
     def load_checkpoint(fpath: str) -> dict[str, Any]:
         try:
-            with objects_as_data():
+            with objects_as_data(optimizers_and_schedulers()):
                 return original(fpath)
         except pickle.UnpicklingError as e:  # not torch's own words: they advise to run the file
             raise InputError(

@@ -7,12 +7,11 @@ the newest file. Loading never runs anything: ``weights_only=True`` always.
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import random
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 
 from plpp_reg.clip.load import check_zip
 from plpp_reg.engine.files import write_atomically, write_text
+from plpp_reg.engine.inert import objects_as_data
 from plpp_reg.errors import InputError
 
 BEST = "model-best.pth.tar"
@@ -28,6 +28,15 @@ NEWEST = "checkpoint"
 NUMBERED = re.compile(r"model\.pth\.tar-(\d+)")
 FIXED_TOKENS = ("token_prefix", "token_suffix")  # upstream saves them; they belong to its class names, so they are not loaded
 PROMPTS = ("VPT", "VPT_shallow")  # upstream keeps these among the frozen CLIP's names; what was learned is never left out
+
+# Dassl's warm-up keeps the schedule that follows it, and that its optimizer, as objects in its state_dict.
+SCHEDULES = ("CosineAnnealingLR", "StepLR", "MultiStepLR", "LambdaLR")
+UPSTREAM_OBJECTS = (
+    *(f"torch.optim.lr_scheduler.{name}" for name in SCHEDULES),
+    "torch.optim.sgd.SGD",
+    "torch.optim.adam.Adam",
+    "torch.optim.adamw.AdamW",
+)
 
 
 def random_streams() -> dict[str, Any]:
@@ -116,7 +125,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     try:
         check_zip(path)
-        with _upstream_objects_as_data():
+        with objects_as_data(UPSTREAM_OBJECTS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         # not torch's own words on an unpickling error: they advise to run the file
@@ -126,24 +135,6 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "epoch" not in content:
         raise InputError(f"checkpoint {str(path)!r}: expected keys state_dict and epoch")
     return content
-
-
-class _Inert:
-    """Takes the place of an optimizer or scheduler object in a file: its attributes are read, its code is not there."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _upstream_objects_as_data() -> Iterator[None]:
-    """Dassl's warm-up keeps the schedule that follows it, and that its optimizer, as objects in its state_dict."""
-    schedules = [f"torch.optim.lr_scheduler.{n}" for n in ("CosineAnnealingLR", "StepLR", "MultiStepLR", "LambdaLR")]
-    names = [*schedules, "torch.optim.sgd.SGD", "torch.optim.adam.Adam", "torch.optim.adamw.AdamW"]
-    stubs = [(type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in names]
-    plain_dict = (lambda factory: {}, "collections.defaultdict")
-    with torch.serialization.safe_globals([*stubs, plain_dict, dict]):
-        yield
 
 
 def load_weights(

@@ -132,26 +132,13 @@ def merge_file(cfg: CfgNode, path: str | Path, above: tuple[Path, ...] = ()) -> 
     ``_BASE_`` names a file, relative to this one, that is merged before it (as in fvcore and Detectron2); ``above`` are those
     that led here.
     """
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"config file {str(path)!r}: expected a readable YAML file, got {e.__class__.__name__}: {e}") from e
-    except yaml.YAMLError as e:
-        raise InputError(f"config file {str(path)!r}: expected YAML, got {' '.join(str(e).split())}") from e
-    if loaded is None:
-        return
-    if not isinstance(loaded, dict):
-        raise InputError(f"config file {str(path)!r}: expected keys and values, got {type(loaded).__name__}")
+    loaded = _read_yaml(path)
     if (base := loaded.pop("_BASE_", None)) is not None:
         place = Path(path).resolve()
         if not isinstance(base, str) or place in above:
             raise InputError(f"config file {str(path)!r}: _BASE_: expected another file's name, got {base!r}")
         merge_file(cfg, place.parent / base, (*above, place))
-    try:
-        rows = _flat(loaded)
-    except RecursionError as e:
-        raise InputError(f"config file {str(path)!r}: expected keys and values, got one that contains itself") from e
-    for key, value in rows:
+    for key, value in _flat_file(path, loaded):
         try:
             set_value(cfg, key, value)
         except InputError as e:
@@ -243,11 +230,47 @@ def to_yaml(cfg: CfgNode) -> str:
 
 
 def from_yaml(path: str | Path) -> dict[str, object]:
-    """The flat configuration of a run's ``config.yaml``."""
+    """The flat configuration of a run's ``config.yaml``.
+
+    Raises:
+        InputError: no YAML file of keys and values, or an empty one.
+    """
+    if not (loaded := _read_yaml(path)):
+        raise InputError(f"config file {str(path)!r}: expected the configuration of a run, got an empty file")
+    return dict(_flat_file(path, loaded))
+
+
+def of_run(folder: str | Path) -> tuple[CfgNode, type]:
+    """The configuration that a run's folder records, and the class of its trainer.
+
+    Raises:
+        InputError: no configuration, an unknown trainer, a key or a value that this version does not know.
+    """
+    path = Path(folder) / "config.yaml"
+    trainer, *_ = registry.find_trainer(str(from_yaml(path).get("TRAINER.NAME", "")))
+    cfg = get_cfg_default(trainer)
+    merge_file(cfg, path)
+    return cfg, trainer
+
+
+def _read_yaml(path: str | Path) -> dict[str, object]:
+    """The keys and values of a YAML file, as they are nested in it; an empty file has none."""
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise InputError(f"{str(path)!r}: expected the configuration of a run, got {' '.join(str(e).split())}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"config file {str(path)!r}: expected a readable YAML file, got {e.__class__.__name__}: {e}") from e
+    except yaml.YAMLError as e:
+        raise InputError(f"config file {str(path)!r}: expected YAML, got {' '.join(str(e).split())}") from e
+    if loaded is None:
+        return {}
     if not isinstance(loaded, dict):
-        raise InputError(f"{str(path)!r}: expected the configuration of a run, got {type(loaded).__name__}")
-    return dict(_flat(loaded))
+        raise InputError(f"config file {str(path)!r}: expected keys and values, got {type(loaded).__name__}")
+    return loaded
+
+
+def _flat_file(path: str | Path, loaded: dict[str, object]) -> list[tuple[str, object]]:
+    """What :func:`_read_yaml` read, by the keys' whole names."""
+    try:
+        return _flat(loaded)
+    except RecursionError as e:
+        raise InputError(f"config file {str(path)!r}: expected keys and values, got one that contains itself") from e

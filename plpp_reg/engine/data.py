@@ -160,6 +160,18 @@ def load_data(cfg: CfgNode) -> DataSplit:
     return load_dataset(node.NAME, node.ROOT, node.NUM_SHOTS, image_seed_of(cfg), node.SUBSAMPLE_CLASSES)
 
 
+def part_of(cfg: CfgNode, data: DataSplit, split: str) -> Sequence[Datum]:
+    """The images of one part of the data, "train", "val" or "test".
+
+    Raises:
+        InputError: it has none.
+    """
+    items = getattr(data, split)
+    if not items:
+        raise InputError(f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none")
+    return items
+
+
 def build_loader(
     cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: bool = False, pixels: bool = True, ranks: Ranks = ONE
 ) -> DataLoader:

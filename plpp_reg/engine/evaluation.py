@@ -1,9 +1,16 @@
-"""Accuracy, error and macro-F1 of a classifier, from its confusion matrix."""
+"""Accuracy, error and macro-F1 of a classifier, from its confusion matrix; and a trainer's test on a part of its data."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from plpp_reg.engine.files import write_atomically
+
+if TYPE_CHECKING:
+    from plpp_reg.engine.trainer import PromptTrainer
 
 
 class Classification:
@@ -49,3 +56,28 @@ class Classification:
                 accuracies.append(100 * correct / total)
                 lines.append(f"* class: {label} ({name})\ttotal: {total:,}\tcorrect: {correct:,}\tacc: {accuracies[-1]:.1f}%")
         return [*lines, f"* average: {sum(accuracies) / len(accuracies):.1f}%"]
+
+
+@torch.no_grad()
+def evaluate(trainer: PromptTrainer, split: str) -> dict[str, float]:
+    """The figures of :meth:`Classification.evaluate` on a part of the trainer's data, over all ranks; logged, and with
+    TEST.COMPUTE_CMAT written into its folder."""
+    cfg, log, classnames = trainer.cfg, trainer.log, trainer.data.classnames
+    log(f"Evaluate on the *{split}* set")
+    evaluator = Classification(len(classnames))
+    with trainer.computing():
+        trainer.prepare_inference()
+        for batch in log.progress(trainer.batches(split), split, total=len(trainer.loader(split))):
+            evaluator.process(trainer.inference(batch), batch["label"])
+    evaluator.confusion = trainer.ranks.total(evaluator.confusion)
+    for line in evaluator.report():
+        log(line)
+    if cfg.TEST.PER_CLASS_RESULT:
+        for line in evaluator.per_class_report(classnames):
+            log(line)
+    if cfg.TEST.COMPUTE_CMAT and trainer.output_dir:
+        write_atomically(trainer.output_dir / "cmat.pt", lambda path: torch.save(evaluator.confusion_shares(), path))
+    result = evaluator.evaluate()
+    for name, value in result.items():
+        log.scalar(f"{split}/{name}", value, trainer.epoch)
+    return result

@@ -80,16 +80,18 @@ class FrozenFeatures:
         return batches.flatten(0, 1)[: len(items)].contiguous()
 
     def _described(self, split: str, epoch: int) -> dict[str, Any]:
-        """Everything that a bit of the features depends on."""
+        """Everything that a bit of the features depends on.
+
+        Read anew for each epoch, not once a run: a picture or a tensor that changes in between gives other features, and those
+        must not be kept under the name of the old ones. It costs some microseconds an image.
+        """
         t, cfg, train = self.trainer, self.trainer.cfg, split == "train"
         return {
             "what": "normalised features of CLIP's image tower",
             "version": VERSION,
             "weights": weights_sha256(t.clip_model.visual),
             "precision": t.precision,
-            "device": torch.cuda.get_device_name(t.device)
-            if t.device.type == "cuda"
-            else torch.backends.cpu.get_cpu_capability(),
+            "device": _device_name(t.device),
             "matmul": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
             "libraries": [torch.__version__, torchvision.__version__, PIL.__version__],
             "threads": torch.get_num_threads(),

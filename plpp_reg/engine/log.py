@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -100,3 +101,23 @@ class Clock:
     @property
     def mean(self) -> float:
         return self.total / max(1, self.count)
+
+
+class BatchOf(NamedTuple):
+    """Where a run stands: counted from 0."""
+
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+
+
+def batch_line(at: BatchOf, batch_clock: Clock, data_clock: Clock, meters: Meters, lr: float) -> str:
+    """A batch as Dassl logs it, with the time that is left."""
+    left = at.batches - at.batch - 1 + (at.epochs - at.epoch - 1) * at.batches
+    eta = datetime.timedelta(seconds=int(batch_clock.mean * left))
+    return (
+        f"epoch [{at.epoch + 1}/{at.epochs}] batch [{at.batch + 1}/{at.batches}] "
+        f"time {batch_clock.value:.3f} ({batch_clock.mean:.3f}) data {data_clock.value:.3f} ({data_clock.mean:.3f}) "
+        f"{meters} lr {lr:.4e} eta {eta}"
+    )

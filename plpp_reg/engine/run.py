@@ -18,7 +18,7 @@ from plpp_reg import results
 from plpp_reg.clip.load import EMBEDDED
 from plpp_reg.datasets import DataSplit, short_name
 from plpp_reg.engine import checkpoint, config, ranks, registry
-from plpp_reg.engine.data import load_data
+from plpp_reg.engine.data import load_data, part_of
 from plpp_reg.engine.files import locked, write_text
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
@@ -184,8 +184,6 @@ def run(
     elif cfg.RESUME and not checkpoint.newest(folder / cls.model_name) and not trainer.saving.resume(cfg.RESUME):
         raise InputError(f"--resume {cfg.RESUME!r}: expected a run's folder with a checkpoint of {trainer.model_name}")
     for split in _parts_needed(trainer, args):
-        if not getattr(trainer.data, split):
-            raise InputError(f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none")
         trainer.loader(split)
     further = _further_tests(trainer, tests or {})
     with contextlib.ExitStack() as stack:
@@ -218,10 +216,7 @@ def _further_tests(trainer: PromptTrainer, tests: Mapping[str, Sequence[str]]) -
                 f"data set {changed.DATASET.NAME!r}: expected at most a process a class ({len(data.classnames)}), "
                 f"got {trainer.ranks.size} processes"
             )
-        if not getattr(data, changed.TEST.SPLIT):
-            raise InputError(
-                f"data set {changed.DATASET.NAME!r}: expected images in its {changed.TEST.SPLIT} part, it has none"
-            )
+        part_of(changed, data, changed.TEST.SPLIT)
         found.append(FurtherTest(name, changed, data))
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import random
 import time
@@ -22,17 +21,16 @@ from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.datasets import DataSplit
-from plpp_reg.engine.data import build_loader, load_data
-from plpp_reg.engine.evaluation import Classification
+from plpp_reg.engine.backbone import check_input, computing, precision_on, regularizer_for
+from plpp_reg.engine.data import build_loader, load_data, part_of
+from plpp_reg.engine.evaluation import evaluate
 from plpp_reg.engine.features import FrozenFeatures
-from plpp_reg.engine.files import write_atomically
-from plpp_reg.engine.log import Clock, Meters, RunLog
+from plpp_reg.engine.log import BatchOf, Clock, Meters, RunLog, batch_line
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
 from plpp_reg.engine.ranks import current
 from plpp_reg.engine.saving import Saving
 from plpp_reg.errors import InputError
-from plpp_reg.regularizer import Components, PerplexityRegularizer, settings_defaults
-from plpp_reg.words import candidate_ids
+from plpp_reg.regularizer import Components, PerplexityRegularizer
 
 MOST_LOG_PERPLEXITY = 700  # its exp is a float still
 
@@ -185,7 +183,7 @@ class PromptTrainer:
         self.ranks = current()
         cuda = cfg.USE_CUDA and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        self.precision = self._precision(self.method_cfg.get("PREC", "fp32"))
+        self.precision = precision_on(self.device, self.method_cfg.get("PREC", "fp32"), self.log)
         self.data = data or load_data(cfg)
         self.log(
             f"Data set {cfg.DATASET.NAME}: {len(self.data.classnames)} classes, {len(self.data.train):,} images for training, "
@@ -197,19 +195,7 @@ class PromptTrainer:
         self.clip_model = clip_model.to(self.device)
         if self.splits_classes and self.ranks.size > (classes := len(self.data.classnames)):
             raise InputError(f"expected at most a process a class ({classes}), got {self.ranks.size} processes")
-        resolution = clip_model.visual.input_resolution
-        if tuple(cfg.INPUT.SIZE) != (resolution, resolution):
-            raise InputError(
-                f"INPUT.SIZE: expected {(resolution, resolution)} for backbone {cfg.MODEL.BACKBONE.NAME!r}, "
-                f"got {tuple(cfg.INPUT.SIZE)}"
-            )
-        if getattr(clip_model, "pixel_mean", None):  # open_clip's models say how their images are normalised
-            for key in ("PIXEL_MEAN", "PIXEL_STD"):
-                wanted = list(getattr(clip_model, key.lower()))
-                if not np.allclose(wanted, cfg.INPUT[key], atol=1e-4):
-                    raise InputError(
-                        f"INPUT.{key}: expected {wanted} for backbone {cfg.MODEL.BACKBONE.NAME!r}, got {cfg.INPUT[key]}"
-                    )
+        check_input(cfg, clip_model)
         self.tower = TextTower(clip_model, cfg.MODEL.TEXT_MEMORY_MIB)
         self.image_tower = ImageTower(clip_model)
         self.metrics: dict[str, float] = {}
@@ -220,7 +206,7 @@ class PromptTrainer:
         torch.manual_seed(cfg.SEED)
         self.prompts = self.build(clip_model, self.data.classnames)
         if cfg.TRAINER.PLPP.ENABLED:
-            self.regularizer = self._regularizer()
+            self.regularizer = regularizer_for(cfg, clip_model)
         self.saving = Saving(self)
         self.optimizer = self.schedule = None
         self.scaler = torch.amp.GradScaler(enabled=self.precision == "amp" and self.device.type == "cuda")
@@ -239,30 +225,16 @@ class PromptTrainer:
         self.test_features: Tensor | None = None
         self._loaders: dict[str, Any] = {}
 
-    def _precision(self, asked: str) -> str:
-        if asked in ("fp32", "bf16") or self.device.type == "cuda":
-            return asked
-        if asked == "fp16":
-            self.log("PREC fp16 needs a GPU: computing in fp32 on this CPU")
-            return "fp32"
-        if asked == "amp":
-            self.log("PREC amp on this CPU is autocast to bfloat16, without loss scaling")
-        return asked
-
-    def _regularizer(self) -> PerplexityRegularizer:
-        node = self.cfg.TRAINER.PLPP
-        settings = {name: node[name.upper()] for name in settings_defaults()}
-        try:
-            return PerplexityRegularizer(
-                self.clip_model.token_embedding.weight, candidates=candidate_ids(self.clip_model), **settings
-            )
-        except InputError as e:
-            raise InputError(f"TRAINER.PLPP: {e}") from e
-
     def loader(self, split: str) -> Any:
+        """Of one part of the data, made once.
+
+        Raises:
+            InputError: that part has no images.
+        """
         if split not in self._loaders:
+            items = part_of(self.cfg, self.data, split)
             self._loaders[split] = build_loader(
-                self.cfg, getattr(self.data, split), split == "train", self.device.type == "cuda", self.sees_pixels, self.ranks
+                self.cfg, items, split == "train", self.device.type == "cuda", self.sees_pixels, self.ranks
             )
         return self._loaders[split]
 
@@ -276,15 +248,9 @@ class PromptTrainer:
                 batch["features"] = features[batch["index"]]
             yield {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
 
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> contextlib.AbstractContextManager[None]:
         """Autocast where PREC is amp; nothing otherwise, the weights' own dtype rules then."""
-        if self.precision != "amp":
-            yield
-            return
-        dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        with torch.autocast(self.device.type, dtype=dtype):
-            yield
+        return computing(self.device, self.precision)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -386,18 +352,14 @@ class PromptTrainer:
         return len(self.ranks.share(self.data.classnames)) * self.ranks.size / len(self.data.classnames)
 
     def _log_batch(self, index: int, batches: int, meters: Meters, data_clock: Clock, batch_clock: Clock) -> None:
-        cfg, step = self.cfg, self.epoch * batches + index
+        step = self.epoch * batches + index
         for name, value in meters.means().items():
             self.log.scalar(f"train/{name}", value, step)
         self.log.scalar("train/lr", self.learning_rate, step)
-        if (index + 1) % cfg.TRAIN.PRINT_FREQ == 0 or batches < cfg.TRAIN.PRINT_FREQ:
-            left = batches - index - 1 + (cfg.OPTIM.MAX_EPOCH - self.epoch - 1) * batches
-            eta = datetime.timedelta(seconds=int(batch_clock.mean * left))
-            line = (
-                f"epoch [{self.epoch + 1}/{cfg.OPTIM.MAX_EPOCH}] batch [{index + 1}/{batches}] "
-                f"time {batch_clock.value:.3f} ({batch_clock.mean:.3f}) data {data_clock.value:.3f} ({data_clock.mean:.3f}) "
-                f"{meters} lr {self.learning_rate:.4e} eta {eta}"
-            )
+        frequency = self.cfg.TRAIN.PRINT_FREQ
+        if (index + 1) % frequency == 0 or batches < frequency:
+            where = BatchOf(self.epoch, self.cfg.OPTIM.MAX_EPOCH, index, batches)
+            line = batch_line(where, batch_clock, data_clock, meters, self.learning_rate)
             self.log.file_only(line) if self.log.interactive else self.log(line)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
@@ -405,24 +367,7 @@ class PromptTrainer:
     @torch.no_grad()
     def test(self, split: str = "test") -> dict[str, float]:
         """Accuracy, error and macro-F1 on a split; the classes are encoded once, not once a batch."""
-        self.log(f"Evaluate on the *{split}* set")
-        evaluator = Classification(len(self.data.classnames))
-        with self.computing():
-            self.prepare_inference()
-            for batch in self.log.progress(self.batches(split), split, total=len(self.loader(split))):
-                evaluator.process(self.inference(batch), batch["label"])
-        evaluator.confusion = self.ranks.total(evaluator.confusion)
-        for line in evaluator.report():
-            self.log(line)
-        if self.cfg.TEST.PER_CLASS_RESULT:
-            for line in evaluator.per_class_report(self.data.classnames):
-                self.log(line)
-        if self.cfg.TEST.COMPUTE_CMAT and self.output_dir:
-            write_atomically(self.output_dir / "cmat.pt", lambda path: torch.save(evaluator.confusion_shares(), path))
-        result = evaluator.evaluate()
-        for name, value in result.items():
-            self.log.scalar(f"{split}/{name}", value, self.epoch)
-        return result
+        return evaluate(self, split)
 
     def prepare_inference(self) -> None:
         """What is the same for every test batch of one model state."""
@@ -433,17 +378,19 @@ class PromptTrainer:
         return self.logits(self.image_features(batch), self.test_features)
 
     @torch.no_grad()
+    def context_states(self) -> tuple[Tensor, Tensor]:
+        """The context vectors v, (M, D) or (C, M, D), as they are, and the states before them, h (1 or P, M, D)."""
+        return self.context(), self.learner(self.tower, deep=self.deep_context()).hidden
+
+    @torch.no_grad()
     def measure_prompts(self) -> Components | None:
         """PLPP's figures of the prompts as they are, whether or not it is part of the training; None without context."""
         if not self.learns_text_context:
             return None
-        regularizer = self.regularizer or self._regularizer()
-        hidden = self.learner(self.tower, deep=self.deep_context()).hidden
-        return regularizer.components(self.context(), hidden)
+        regularizer = self.regularizer or regularizer_for(self.cfg, self.clip_model)
+        return regularizer.components(*self.context_states())
 
     def _keep_best(self) -> None:
-        if not self.data.val:
-            raise InputError("TEST.FINAL_MODEL: expected 'last_step' for a data set without validation images, got 'best_val'")
         accuracy = self.test("val")["accuracy"]
         if self.best_val is None or accuracy > self.best_val:
             self.best_val = accuracy
