@@ -21,7 +21,7 @@ nothing learned stands in a chunk's first layer, its queries, keys and values ha
 in which nothing learned stands has none at all. A chunk that is one of several runs forward once more. Of images without
 visual prompts nothing runs backward.
 
-Bytes. A full layer keeps ``14 D`` numbers a row for backward: ``10 D`` a node (both residual states, the MLP's ``4 D`` twice) and
+Bytes. A full layer keeps ``14 D`` numbers a row for backward: ``10 D`` a node (both residual states, twice the MLP's ``4 D``),
 ``4 D`` a position of a path (queries twice, keys, values; of a chain and of images attention's output is the fourth), and in a
 chunk the attention's weights, ``H (p + L)`` a row. What leaves the text tower, ``G (C E + R D)``, lives three times: a chunk's
 part, in order, normalised. While a layer runs, in either direction, up to ``15 D`` numbers a row live beside all that: three of
@@ -43,6 +43,7 @@ from plpp_reg.clip.vision import ImageTower
 KEPT = (
     14  # widths a row and layer, kept for backward; measured with torch's saved_tensors_hooks, as tests/test_estimate.py does
 )
+KEPT_NODE, KEPT_PATH = 10, 4  # widths a row and layer; tests/test_estimate.py compares them with what autograd keeps
 WORKING = 15  # widths a row while a layer runs
 
 
