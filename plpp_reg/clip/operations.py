@@ -40,9 +40,6 @@ from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.tree import Chunk, PromptTree
 from plpp_reg.clip.vision import ImageTower
 
-KEPT = (
-    14  # widths a row and layer, kept for backward; measured with torch's saved_tensors_hooks, as tests/test_estimate.py does
-)
 KEPT_NODE, KEPT_PATH = 10, 4  # widths a row and layer; tests/test_estimate.py compares them with what autograd keeps
 WORKING = 15  # widths a row while a layer runs
 
