@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plpp_reg import PerplexityRegularizer
+from plpp_reg.clip.architectures import Architecture
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 
-from common import SMALL, VIT_B_16, LiteralText, Sizes, arguments, machine, peak_mib, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, arguments, machine, peak_mib, random_clip, seconds
 from names import car_names, short_names
 
 
 class Size(NamedTuple):
-    model: Sizes
+    model: Architecture
     classes: int
     context: int
     repeats: int
