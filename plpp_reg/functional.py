@@ -79,7 +79,8 @@ def label_log_probabilities(v: Tensor, E_I: Tensor, temperature: float) -> Tenso
     >>> label_log_probabilities(v, E_I, temperature=0.1).exp()
     tensor([[0.8808, 0.1192]])
     """
-    return (F.cosine_similarity(E_I, v.unsqueeze(1), dim=-1) / temperature).log_softmax(-1)
+    cosines = torch.einsum("rd,rkd->rk", F.normalize(v, dim=-1), E_I) * inverse_norm(E_I)
+    return (cosines / temperature).log_softmax(-1)
 
 
 def perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def plpp_rows(
     inverted loss exactly 0. ``detach_label``: no gradient through the label's side of either loss: q in the perplexity
     loss, p in the inverted one. ``with_nll=False`` gives nan where the likelihood over V would cost extra.
     """
-    E_I = E[ids]
+    E_I = F.embedding(ids, E)
     logits_I = torch.einsum("rd,rkd->rk", h, E_I)
     if normalize_over == "vocabulary":
         log_p = logits_I - _VocabularyLogNormalizer.apply(h, E).unsqueeze(1)

@@ -81,6 +81,6 @@ class NearestWords:
 def _among(kept: Tensor, u: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest of each row's kept words: cosines (R, k), ids (R, k)."""
     # a sum a word, not a matrix product: its bits do not depend on where among the kept ones the word stands
-    cosines = (E[kept] * u.unsqueeze(1)).sum(-1) * E_inverse_norm[kept]
+    cosines = F.embedding(kept, E).mul_(u.unsqueeze(1)).sum(-1) * E_inverse_norm[kept]
     best, place = cosines.sort(dim=1, descending=True, stable=True)
     return best[:, :k], kept.gather(1, place[:, :k])
