@@ -5,9 +5,9 @@
 
 Weights are random; what is computed does not depend on them. "Literal" is what CoOp's code does: all 77 positions of every
 class, the stock modules. Seconds are medians; the two towers take turns, so that both see the same machine. With PLPP the same
-step is taken with the regularizer at its defaults over the whole vocabulary: with the nearest words remembered, and with all rows
-looked up in it, the least and the most that it can cost. Where a training lies between the two depends on how far a step turns
-a vector, which random weights do not tell; docs/method.md says how many rows trainings looked up.
+step is taken with the regularizer at its defaults over the whole vocabulary: with the nearest words remembered, and with all
+rows looked up in it, the least and the most that it can cost. Where a training lies between the two depends on how far a step
+turns a vector, which random weights do not tell; docs/method.md says how many rows trainings looked up.
 """
 
 from __future__ import annotations
