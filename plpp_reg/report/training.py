@@ -13,7 +13,7 @@ from plpp_reg.plots import Line, Picture, file_name
 from plpp_reg.protocols import shots_text
 from plpp_reg.report.grids import plain_forms
 from plpp_reg.report.runs import Run
-from plpp_reg.rows import method_order, title_of
+from plpp_reg.tables.rows import method_order, title_of
 
 NOT_A_LOSS = ("lr", "acc", "perplexity")  # what a history holds beside losses
 
