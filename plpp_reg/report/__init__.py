@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from plpp_reg import __version__, plots
 from plpp_reg.engine.files import write_atomically, write_text
 from plpp_reg.errors import InputError
-from plpp_reg.learned import PromptReader
 from plpp_reg.plots import Picture, file_name
 from plpp_reg.report.grids import Cell, Grid, TableRow, difference_bars, full, overview, shot_curves
+from plpp_reg.report.learned import PromptReader
 from plpp_reg.report.runs import (
     Run,
     RunCard,

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from plpp_reg import contexts
 from plpp_reg.clip import load
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.errors import InputError
-from plpp_reg.reading import Vocabulary
+from plpp_reg.inspection import contexts
+from plpp_reg.inspection.reading import Vocabulary
 from plpp_reg.words import NearWord
 
 
