@@ -1,6 +1,6 @@
 """Miniature hosts and the sum of their loss and the term by explicit addition, for the tests of attach.
 
-``expected`` shares no code with plpp_reg/attachment.py: it walks the miniature host by hand, places counted in the text.
+``expected`` shares no code with plpp_reg/attachment/: it walks the miniature host by hand, places counted in the text.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from plpp_reg.clip.load import freeze, openai_clip
 from plpp_reg.datasets import DATASETS, DatasetEntry, DataSplit, Datum
 from plpp_reg.engine import config
 from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.run import RunArguments, run
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.trainers.coop import CoOp
 
@@ -146,6 +147,11 @@ def make_trainer(
 ) -> PromptTrainer:
     """A quiet trainer on the tiny model."""
     return cls(make_cfg(*opts), data=data, clip_model=clip_model or tiny_clip(), log=RunLog(quiet=True))
+
+
+def quietly(arguments: RunArguments) -> dict[str, Any]:
+    """A whole run that prints nothing: its result."""
+    return run(arguments, RunLog(quiet=True))[0]
 
 
 def fixed_batches(n: int, size: int = 6, seed: int = 3) -> list[dict[str, torch.Tensor]]:

@@ -244,3 +244,7 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 def flat(tensors) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def gradient(loss: Tensor, of: lm.Parameters) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(of.values()), retain_graph=True, allow_unused=True, materialize_grads=True))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from plpp_reg import literature, results
+from plpp_reg import results
+from plpp_reg.tables import literature
 
-FOLDER = Path(literature.__file__).parent / "published"
+FOLDER = Path(literature.__file__).parents[1] / "published"
 NAMES = {"base_to_new", "base_to_new_by_shots", "cross_dataset", "domain_generalization", "few_shot", "promptkd_teacher"}
 PRINTED_TO = {"base_to_new": 0.011, "base_to_new_by_shots": 0.011}  # base and new are rounded to 0.01, and so is H
 TEXT = {"method", "dataset", "source", "shots"}

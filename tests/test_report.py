@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from plpp_reg import learned, plots, report, tables
+from plpp_reg import plots, report, tables
 from plpp_reg.cli import main
 from plpp_reg.clip import load
 from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.errors import InputError
+from plpp_reg.report import learned
 from plpp_reg.words import candidate_ids, nearest_words
 
 from made_up import complete, made_up_sweep

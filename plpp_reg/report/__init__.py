@@ -12,14 +12,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plpp_reg import __version__, plots, records
+from plpp_reg import __version__, plots
 from plpp_reg.engine.files import write_atomically, write_text
 from plpp_reg.errors import InputError
-from plpp_reg.learned import PromptReader
 from plpp_reg.plots import Picture, file_name
-from plpp_reg.records import Found
-from plpp_reg.rendering import LEGEND, LEGEND_H
 from plpp_reg.report.grids import Cell, Grid, TableRow, difference_bars, full, overview, shot_curves
+from plpp_reg.report.learned import PromptReader
 from plpp_reg.report.runs import (
     Run,
     RunCard,
@@ -33,9 +31,11 @@ from plpp_reg.report.runs import (
     title_of_run,
 )
 from plpp_reg.report.training import Training, Words, training, words
-from plpp_reg.rows import Table, title_of
-from plpp_reg.series import H
-from plpp_reg.tables import make_tables
+from plpp_reg.tables import make_tables, records
+from plpp_reg.tables.records import Found
+from plpp_reg.tables.rendering import LEGEND, LEGEND_H
+from plpp_reg.tables.rows import Table, title_of
+from plpp_reg.tables.series import H
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from plpp_reg import plots
 from plpp_reg.plots import Bar, Line, Picture, file_name
 from plpp_reg.protocols import shots_text
-from plpp_reg.rows import AVERAGE_OF, Row, Table, title_of
-from plpp_reg.series import MEAN_H, Figure
-from plpp_reg.settings import method_of, plain_of
+from plpp_reg.tables.rows import AVERAGE_OF, Row, Table, title_of
+from plpp_reg.tables.series import MEAN_H, Figure
+from plpp_reg.tables.settings import method_of, plain_of
 
 
 class Cell(NamedTuple):

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plpp_reg.protocols import run_label
-from plpp_reg.records import Found, Record
 from plpp_reg.report.grids import Cell, Grid, TableRow
-from plpp_reg.rows import dataset_order, title_of
-from plpp_reg.settings import Made, relevant, tell_apart
 from plpp_reg.sweep import FAILED, duration
+from plpp_reg.tables.records import Found, Record
+from plpp_reg.tables.rows import dataset_order, title_of
+from plpp_reg.tables.settings import Made, relevant, tell_apart
 
 
 class Run(NamedTuple):

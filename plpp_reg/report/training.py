@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from plpp_reg import plots
 from plpp_reg.errors import InputError
-from plpp_reg.learned import PromptReader, Prompts, history
 from plpp_reg.plots import Line, Picture, file_name
 from plpp_reg.protocols import shots_text
 from plpp_reg.report.grids import plain_forms
+from plpp_reg.report.learned import PromptReader, Prompts, history
 from plpp_reg.report.runs import Run
-from plpp_reg.rows import method_order, title_of
+from plpp_reg.tables.rows import method_order, title_of
 
 NOT_A_LOSS = ("lr", "acc", "perplexity")  # what a history holds beside losses
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from plpp_reg import contexts
 from plpp_reg.clip import load
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.errors import InputError
-from plpp_reg.reading import Vocabulary
+from plpp_reg.inspection import contexts
+from plpp_reg.inspection.reading import Vocabulary
 from plpp_reg.words import NearWord
 
 
@@ -70,7 +70,11 @@ class PromptReader:
 
     def _clip(self, backbone: str) -> nn.Module:
         if backbone != self._name:
-            self._model = load.load_clip(without_download(backbone))
+            streams = checkpoint.random_streams()
+            try:  # building a model draws at random
+                self._model = load.load_clip(without_download(backbone))
+            finally:
+                checkpoint.restore_random_streams(streams)
             self._vocabulary = Vocabulary(self._model, self.k)
             self._name = backbone
         return self._model

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from plpp_reg import results
 from plpp_reg.errors import InputError
 from plpp_reg.protocols import TABLES, run_label
-from plpp_reg.settings import Made, Settings, relevant, tell_apart
 from plpp_reg.sweep import FAILED, JOB, SUPERSEDED
+from plpp_reg.tables.settings import Made, Settings, relevant, tell_apart
 
 NOTE = {"name": str, "table": str, "dataset": str, "shots": int, "method": str, "variant": str, "backbone": str, "test": str}
 NOTE |= {"learns": bool, "seed": int}

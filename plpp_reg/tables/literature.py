@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from plpp_reg.engine.registry import SUFFIX
-from plpp_reg.rows import Row, title_of
-from plpp_reg.series import AVERAGE, Figure, H
+from plpp_reg.tables.rows import Row, title_of
+from plpp_reg.tables.series import AVERAGE, Figure, H
 
 PUBLISHED_NAMES = {"CLIP": "ZeroshotCLIP", "Zero-shot CLIP": "ZeroshotCLIP", "Deep Vision Prompting": "VPT"}
 TARGET_COLUMNS = {"ImageNet_source": "source", "Average_targets": AVERAGE}

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from plpp_reg.datasets import full_name, paper_name
 from plpp_reg.engine.registry import SUFFIX
 from plpp_reg.errors import InputError
-from plpp_reg.series import Figure
-from plpp_reg.settings import method_of
+from plpp_reg.tables.series import Figure
+from plpp_reg.tables.settings import method_of
 
 AVERAGE_OF = "Average of "  # what the title of an average over data sets begins with
 PAPERS = ("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft", "SUN397", "DTD")

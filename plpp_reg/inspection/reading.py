@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plpp_reg import functional as PF
 from plpp_reg.clip.prompts import tokenizer
-from plpp_reg.contexts import States
+from plpp_reg.inspection.contexts import States
 from plpp_reg.words import NearWord, candidate_ids, nearest_words
 
 SAMPLE = 512  # words whose nearest other word tells how far words lie from each other

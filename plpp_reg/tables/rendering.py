@@ -7,8 +7,8 @@ import io
 import math
 from collections.abc import Callable, Sequence
 
-from plpp_reg.rows import Row, Table, title_of
-from plpp_reg.series import H
+from plpp_reg.tables.rows import Row, Table, title_of
+from plpp_reg.tables.series import H
 
 LEGEND = (
     "Accuracy in percent, mean ± sample standard deviation over seeds. Differences are paired over seeds, ± half the 95% "

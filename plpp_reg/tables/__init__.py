@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from plpp_reg.engine.files import write_text
-from plpp_reg.literature import published_rows
-from plpp_reg.notes import doubled, uncompared, varying
 from plpp_reg.protocols import shots_text
-from plpp_reg.records import Record, Runs, read_runs
-from plpp_reg.rendering import WRITERS
-from plpp_reg.rows import AVERAGE_OF, PAPERS, Row, Table, dataset_order, method_order, title_of
-from plpp_reg.series import (
+from plpp_reg.tables.literature import published_rows
+from plpp_reg.tables.notes import doubled, uncompared, varying
+from plpp_reg.tables.records import Record, Runs, read_runs
+from plpp_reg.tables.rendering import WRITERS
+from plpp_reg.tables.rows import AVERAGE_OF, PAPERS, Row, Table, dataset_order, method_order, title_of
+from plpp_reg.tables.series import (
     AVERAGE,
     MEAN_H,
     H,
@@ -27,7 +27,7 @@ from plpp_reg.series import (
     series_of,
     with_average,
 )
-from plpp_reg.settings import Settings, method_of, pair
+from plpp_reg.tables.settings import Settings, method_of, pair
 
 
 def write_tables(folder: str | Path, form: str, output: str = "", mean_h: bool = False, published: bool = True) -> str:

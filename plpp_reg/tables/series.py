@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from plpp_reg import results
-from plpp_reg.records import Record
+from plpp_reg.tables.records import Record
 
 H, MEAN_H, AVERAGE = "H", "mean H", "average"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from plpp_reg.protocols import shots_text
-from plpp_reg.records import Record
-from plpp_reg.rows import title_of
-from plpp_reg.settings import Kinds, differing, written
+from plpp_reg.tables.records import Record
+from plpp_reg.tables.rows import title_of
+from plpp_reg.tables.settings import Kinds, differing, written
 
 MOST = 3  # data sets that a note names, of those with one value
 

@@ -1,0 +1,258 @@
+"""Files are whole or refused: damaged and hostile checkpoints, and writes that fail at any moment."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from plpp_reg import cli
+from plpp_reg.engine import checkpoint, files
+from plpp_reg.errors import InputError
+
+import engine_helpers as helpers
+from engine_helpers import quietly
+from resume_helpers import EPOCHS, Killed, arguments, command, make_tiny_and_noisy, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def tiny_and_noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_and_noisy(monkeypatch)
+
+
+# ---- damaged and hostile files -------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (Path(self.path), "executed"))
+
+
+def spoiled(content: dict, how: str):
+    """A whole checkpoint with one thing wrong in it."""
+    extra = content["plpp_reg"]
+    if how == "no streams":
+        extra.pop("streams")
+    elif how == "streams of another kind":
+        extra["streams"] = {"torch": 3}
+    elif how == "extra is a number":
+        content["plpp_reg"] = 3
+    elif how == "no history":
+        extra.pop("history")
+    elif how == "epoch is text":
+        content["epoch"] = "two"
+    elif how == "epoch beyond the end":
+        content["epoch"] = 99
+    elif how == "no optimizer":
+        content["optimizer"] = None
+    elif how == "optimizer of another model":
+        content["optimizer"] = {"state": {}, "param_groups": []}
+    elif how == "no scheduler":
+        content.pop("scheduler")
+    elif how == "weight is a number":
+        content["state_dict"]["ctx"] = 3
+    elif how == "weight is nan":
+        content["state_dict"]["ctx"] *= float("nan")
+    elif how == "weight of another shape":
+        content["state_dict"]["ctx"] = torch.zeros(2, 2)
+    elif how == "other weights":
+        content["state_dict"]["more"] = torch.zeros(2)
+    elif how == "no weights":
+        content.pop("state_dict")
+    elif how == "a tensor":
+        return torch.zeros(3)
+    else:
+        raise KeyError(how)
+    return content
+
+
+DAMAGE = ["empty", "cut", "cut by one byte", "one changed bit", "text", "pickle", "malicious", "malicious zip"]
+WRONG_WEIGHTS = ["weight is a number", "weight of another shape", "other weights", "no weights", "a tensor"]
+WRONG_STATE = [
+    "weight is nan",
+    "no streams",
+    "streams of another kind",
+    "extra is a number",
+    "no history",
+    "epoch is text",
+    "epoch beyond the end",
+    "no optimizer",
+    "optimizer of another model",
+    "no scheduler",
+]
+
+
+def damage(path: Path, how: str, trap: Path) -> None:
+    whole = path.read_bytes()
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "cut by one byte":
+        path.write_bytes(whole[:-1])
+    elif how == "one changed bit":
+        ctx = torch.load(path, weights_only=True)["state_dict"]["ctx"].numpy().tobytes()
+        path.write_bytes(whole.replace(ctx, bytes([ctx[0] ^ 1]) + ctx[1:], 1))
+    elif how == "text":
+        path.write_text("a checkpoint")
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": {"ctx": [1, 2]}, "epoch": 2}))
+    elif how == "malicious":
+        path.write_bytes(pickle.dumps({"state_dict": {}, "epoch": 2, "x": Malicious(str(trap))}))
+    elif how == "malicious zip":
+        torch.save({**torch.load(path, weights_only=True), "x": Malicious(str(trap))}, path)
+    else:
+        torch.save(spoiled(torch.load(path, weights_only=True), how), path)
+
+
+# Evaluation reads the weights alone, so the rest of the state may be anything there.
+EVALUATED = [*DAMAGE, *WRONG_WEIGHTS, "weight is nan"]
+
+
+@pytest.mark.parametrize(
+    ("how", "way"),
+    [(how, way) for how in [*DAMAGE, *WRONG_WEIGHTS, *WRONG_STATE] for way in ("go on", "resume")]
+    + [(how, "evaluate") for how in EVALUATED],
+)
+def test_a_damaged_or_hostile_checkpoint_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, how: str, way: str
+) -> None:
+    bad, trap = tmp_path / "bad", tmp_path / "trap"
+    shutil.copytree(world / "whole", bad)
+    (bad / "prompt_learner" / "model-best.pth.tar").unlink()
+    path = bad / "prompt_learner" / f"model.pth.tar-{EPOCHS}"
+    damage(path, how, trap)
+    spoilt = path.read_bytes()
+    more = {
+        "go on": [],
+        "resume": ["--resume", str(bad)],
+        "evaluate": ["--eval-only", "--model-dir", str(bad)],
+    }[way]
+    out = bad if way == "go on" else tmp_path / "out"
+    assert cli.main(command(world, out, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error, error
+    assert "\x1b" not in error and "weights_only=False" not in error  # torch's advice is to run the file
+    assert not trap.exists()
+    assert path.read_bytes() == spoilt  # neither skipped nor written over
+    if way != "go on":
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_trap_would_have_sprung(world: Path, tmp_path: Path) -> None:
+    # So that the test above cannot pass for want of a working attack.
+    path, trap = tmp_path / "model", tmp_path / "trap"
+    shutil.copy(world / "whole" / "prompt_learner" / f"model.pth.tar-{EPOCHS}", path)
+    damage(path, "malicious zip", trap)
+    torch.load(path, weights_only=False)
+    assert trap.read_text() == "executed"
+
+
+@pytest.mark.parametrize("text", ["", "\n", "../config.yaml", "/etc/passwd", "model.pth.tar-77", "model-best.pth.tar", "x-y"])
+def test_a_pointer_that_names_no_checkpoint_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, text: str
+) -> None:
+    shutil.copytree(world / "whole", tmp_path / "out")
+    (tmp_path / "out" / "prompt_learner" / "checkpoint").write_text(text)
+    assert cli.main(command(world, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "checkpoint" in error
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[1", "OPTIM: 3\n", "\0"])
+def test_a_configuration_that_cannot_be_read_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, text: str
+) -> None:
+    shutil.copytree(world / "whole", tmp_path / "out")
+    (tmp_path / "out" / "config.yaml").write_text(text)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert cli.main(command(world, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path / "out") in error
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), Killed()], ids=repr)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException, there: bool) -> None:
+    path = tmp_path / "folder" / "file"
+    if there:
+        files.write_text(path, "old")
+
+    def write(temporary: Path) -> None:
+        assert temporary.parent == path.parent and temporary != path  # a rename within one file system
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        files.write_atomically(path, write)
+    assert helpers.files_below(tmp_path) == (["folder", "folder/file"] if there else ["folder"])
+    assert not there or path.read_text() == "old"
+
+
+def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("n")
+        assert path.read_text() == "old"
+        temporary.write_text("new")
+
+    files.write_atomically(path, write)
+    assert path.read_text() == "new" and helpers.files_below(tmp_path) == ["file"]
+
+
+def test_everything_a_run_writes_for_keeps_goes_through_a_rename(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed, original = set(), os.replace
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (renamed.add(Path(b).name), original(a, b))[1])
+    quietly(arguments(world, tmp_path / "out", opts=("TEST.COMPUTE_CMAT", "True")))
+    there = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    appended = {name for name in there if name in (".lock", "log.txt") or name.startswith("events.")}
+    assert there - appended <= renamed
+    assert "cmat.pt" in there and not any(name.endswith(".tmp") for name in there)
+
+
+def test_the_pointer_never_names_a_file_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {"state_dict": {}, "epoch": 1}
+    checkpoint.save(tmp_path, content)
+
+    def half(content, path):
+        Path(path).write_bytes(b"PK")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path, {**content, "epoch": 2})
+    assert checkpoint.newest(tmp_path).name == "model.pth.tar-1"
+    assert helpers.files_below(tmp_path) == ["checkpoint", "model.pth.tar-1"]
+
+
+def test_find_takes_the_epoch_then_the_best_then_the_newest(tmp_path: Path) -> None:
+    inside = tmp_path / "prompt_learner"
+    for epoch in (1, 2, 10):
+        checkpoint.save(inside, {"state_dict": {}, "epoch": epoch})
+    assert checkpoint.find(tmp_path, "prompt_learner", 2).name == "model.pth.tar-2"
+    assert checkpoint.find(tmp_path, "prompt_learner", None).name == "model.pth.tar-10"
+    with pytest.raises(InputError, match="the nearest there is 10"):
+        checkpoint.find(tmp_path, "prompt_learner", 8)
+    checkpoint.save(inside, {"state_dict": {}, "epoch": 2}, best=True)
+    assert checkpoint.find(tmp_path, "prompt_learner", None).name == "model-best.pth.tar"
+    assert (inside / "checkpoint").read_text() == "model.pth.tar-10\n"
