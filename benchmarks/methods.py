@@ -4,7 +4,8 @@
     python benchmarks/methods.py --quick --json methods.json    # small towers: shows that it runs, not how fast
 
 ``literal-…``: CoCoOp's text part (image features given), MaPLe's and PromptSRC's whole step, against what their own code
-does: all 77 positions of every class (in CoCoOp of every image), stock modules, all positions of the last layer.
+does: all 77 positions of every class (in CoCoOp of every image), stock modules, all positions of the last layer. The peak
+memory beside CoCoOp's batches is of one image at a time; its code holds all of them until one backward.
 ``plpp-…``: a training step of X_PLPP over one of X, alternating, while SGD moves the context at the recipe's rate. Image
 features are given where the image tower is frozen, so the share is of the text part alone: of a whole step it is smaller.
 ``memory-…``: what PLPP adds to the peak of a step with class-specific context.
@@ -144,10 +145,19 @@ def prepare_literal(case: str, size: Size, which: str) -> Callable[[], tuple[dic
         give_image_features(trainer, size, batch)
     tower = LiteralText(trainer.clip_model, trainer.learner)
 
-    def step() -> tuple[dict[str, float], Tensor]:
-        losses = trainer.compute_losses(batch) if which == "fast" else literal_losses(trainer, tower, batch)
+    def gradient(losses: dict[str, Tensor]) -> tuple[dict[str, float], Tensor]:
         gradients = torch.autograd.grad(sum(losses.values()), trainer.trained())
         return {n: loss.item() for n, loss in losses.items()}, torch.cat([g.flatten() for g in gradients])
+
+    def step() -> tuple[dict[str, float], Tensor]:
+        if which == "fast":
+            return gradient(trainer.compute_losses(batch))
+        if name != "CoCoOp":
+            return gradient(literal_losses(trainer, tower, batch))
+        # An image at a time, as its code's loop does, but with its backward at once: all graphs together are 4 GiB an image.
+        each = [{n: t[i : i + 1] for n, t in batch.items()} for i in range(images)]
+        values, gradients = zip(*(gradient(literal_losses(trainer, tower, one)) for one in each), strict=True)
+        return {n: statistics.fmean(v[n] for v in values) for n in values[0]}, torch.stack(gradients).mean(0)
 
     return step
 
