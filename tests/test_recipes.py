@@ -89,7 +89,7 @@ PUBLISHED = {
     "CoCoOp/cross_dataset.yaml": COCOOP,
     "CoCoOp/few_shot_16.yaml": COCOOP,
     "KgCoOp/few_shot_16.yaml": coop(100, 4, WORDS, **{"TRAINER.COOP.W": 8.0}),
-    "KgCoOp/cross_dataset.yaml": coop(100, 4, WORDS, batch=128, **{"TRAINER.COOP.W": 8.0}),
+    "KgCoOp/cross_dataset.yaml": coop(100, 4, WORDS, **{"TRAINER.COOP.W": 8.0}),
     "KgCoOp/base2new.yaml": coop(100, 4, WORDS, batch=128, **{"TRAINER.COOP.W": 8.0}),
     "ProGrad/base2new.yaml": coop(100, **{"LOSS.T": 1.0, "LOSS.LAMBDA": 1.0}),
     "ProGrad/base2new_imagenet.yaml": coop(50, **{"LOSS.T": 1.0, "LOSS.LAMBDA": 1.0}),

@@ -21,6 +21,9 @@ from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.errors import InputError
 from plpp_reg.report import learned
+from plpp_reg.report.grids import plain_forms
+from plpp_reg.report.runs import pairs_of, runs_of
+from plpp_reg.tables import records
 from plpp_reg.words import candidate_ids, nearest_words
 
 from made_up import complete, made_up_sweep
@@ -411,6 +414,30 @@ def test_a_method_and_its_plain_one_share_a_colour() -> None:
     assert found["A"].colour == found["A_PLPP"].colour != found["B"].colour == found["B_PLPP"].colour
     assert found["A"].plain and not found["A_PLPP"].plain
     assert found["Zeroshot"].colour not in (found["A"].colour, found["B"].colour)
+
+
+def test_figures_colour_rows_alike_as_the_tables_compare_them(tmp_path: Path) -> None:
+    for method, lr, seed in (("CoOp", 1, 1), ("CoOp", 2, 2), ("CoOp", 2, 3), ("CoOp_PLPP", 1, 1), ("KgCoOp_PLPP", 1, 1)):
+        record(tmp_path, method, seed, {"accuracy": 50.0}, protocol="few_shot", config={"OPTIM.LR": lr})
+    found = records.find_runs(tmp_path)
+    runs = runs_of(found, records.as_runs(found).records)
+    pairs = pairs_of(runs)
+    assert pairs == [("CoOp_PLPP", "CoOp (LR=1)")]
+    plain = plain_forms(list(dict.fromkeys(run.method for run in runs)), pairs)
+    assert plain == {"CoOp_PLPP": "CoOp (LR=1)", "KgCoOp_PLPP": ""}
+    style = plots.styles(["CoOp", "CoOp (LR=1)", "CoOp_PLPP"], plain)
+    assert style["CoOp (LR=1)"].colour == style["CoOp_PLPP"].colour != style["CoOp"].colour
+
+
+def test_zero_shot_outside_a_protocol_is_one_row_whatever_training_was_set(tmp_path: Path) -> None:
+    for trainer in ("ZeroshotCLIP", "my.own:Zeroshot"):
+        for lr in (1, 2):
+            folder = tmp_path / trainer / str(lr)
+            folder.mkdir(parents=True)
+            result = {"trainer": trainer, "dataset": "dtd", "seed": 1, "config": {"OPTIM.LR": lr}}
+            (folder / "result.json").write_text(json.dumps({**result, "files_sha256": "", "metrics": {"accuracy": 1.0}}))
+    methods = [run.method for run in runs_of(records.find_runs(tmp_path), [])]
+    assert sorted(methods) == ["ZeroshotCLIP", "ZeroshotCLIP", "my.own:Zeroshot", "my.own:Zeroshot (LR=2)"]
 
 
 def luminance(colour: str) -> float:

@@ -245,6 +245,7 @@ def test_an_average_lacks_a_method_that_lacks_a_data_set(halves: Path) -> None:
     record(halves, "KgCoOp", 1, {"base": 99.0, "new": 99.0})
     text = tables.write_tables(halves, "markdown", published=False)
     assert "| DTD | KgCoOp | 99.00 | 99.00 | 99.00 | 1 |" in text and "| Average of 2 | KgCoOp" not in text
+    assert "- KgCoOp is not in Average of 2: it lacks EuroSAT." in text.splitlines()
     assert "| Average of 2 | CoOp | 85.50 ± 0.50 |" in text
 
 

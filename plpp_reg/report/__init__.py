@@ -25,6 +25,7 @@ from plpp_reg.report.runs import (
     card_of,
     environment_of,
     failure_log,
+    pairs_of,
     place_of,
     runs_of,
     setting,
@@ -132,7 +133,7 @@ def _protocol(table: Table, runs: Sequence[Run], reader: PromptReader) -> Sectio
     form = runs[0].section[1]
     title = f"{table.protocol} ({table.backbone})"
     name = file_name(title)
-    drawn = shot_curves(table, name) if form == "shots" else difference_bars(table, name, form)
+    drawn = shot_curves(table, name, pairs_of(runs)) if form == "shots" else difference_bars(table, name, form)
     return Section(
         anchor=name,
         title=title,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from plpp_reg import plots
@@ -11,7 +11,7 @@ from plpp_reg.plots import Bar, Line, Picture, file_name
 from plpp_reg.protocols import shots_text
 from plpp_reg.tables.rows import AVERAGE_OF, Row, Table, title_of
 from plpp_reg.tables.series import MEAN_H, Figure
-from plpp_reg.tables.settings import method_of, plain_of
+from plpp_reg.tables.settings import plain_of
 
 
 class Cell(NamedTuple):
@@ -83,12 +83,12 @@ def _cell(row: Row, figure: Figure | None) -> Cell:
     return Cell(value, spread, different and known and abs(figure.value) > figure.spread)
 
 
-def shot_curves(table: Table, name: str) -> list[Picture]:
-    """Accuracy over shots, a figure a data set: mean, and a band of one standard deviation."""
+def shot_curves(table: Table, name: str, pairs: Collection[tuple[str, str]]) -> list[Picture]:
+    """Accuracy over shots, a figure a data set: mean, and a band of one standard deviation. ``pairs``: of ``runs.pairs_of``."""
     pictures = []
     ticks = [float(column) for column in table.columns]
     for group, rows in _by_group(table, "measured"):
-        style = plots.styles([row.label for row in rows], plain_forms([row.label for row in rows]))
+        style = plots.styles([row.label for row in rows], plain_forms([row.label for row in rows], pairs))
         lines = []
         for row in rows:
             points = [(float(c), row.cells[c]) for c in table.columns if c in row.cells]
@@ -143,14 +143,9 @@ def _by_group(table: Table, kind: str) -> list[tuple[str, list[Row]]]:
     return list(groups.items())
 
 
-def plain_forms(methods: Sequence[str]) -> dict[str, str]:
-    """Of these methods, each with PLPP -> the one that it is compared with."""
-    found = {}
-    for method in methods:
-        if plain := plain_of(method):
-            alike = plain + method.removeprefix(method_of(method))  # of the same settings, if there is one
-            found[method] = alike if alike in methods else next((m for m in methods if method_of(m) == plain), plain)
-    return found
+def plain_forms(rows: Sequence[str], pairs: Collection[tuple[str, str]]) -> dict[str, str]:
+    """Of these rows, each with PLPP -> the first that it is compared with, ``""`` where there is none."""
+    return {row: next((p for treated, p in pairs if treated == row and p in rows), "") for row in rows if plain_of(row)}
 
 
 def _bar(row: Row, column: str) -> Bar | None:

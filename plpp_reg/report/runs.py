@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plpp_reg.protocols import run_label
+from plpp_reg.engine.registry import SUFFIX, shipped
+from plpp_reg.protocols import learns, run_label
 from plpp_reg.report.grids import Cell, Grid, TableRow
 from plpp_reg.sweep import FAILED, duration
 from plpp_reg.tables.records import Found, Record
 from plpp_reg.tables.rows import dataset_order, title_of
-from plpp_reg.tables.settings import Made, relevant, tell_apart
+from plpp_reg.tables.settings import Made, Settings, pair, relevant, tell_apart
 
 
 class Run(NamedTuple):
@@ -24,6 +25,7 @@ class Run(NamedTuple):
     shots: int
     method: str
     seed: int
+    settings: Settings
 
 
 class RunCard(NamedTuple):
@@ -39,15 +41,16 @@ class RunCard(NamedTuple):
 
 def runs_of(found: Sequence[Found], records: Sequence[Record]) -> list[Run]:
     """The finished ones with what they are grouped by, each named as its row of the tables is; ``records``: those in tables."""
-    rows = {record.place: record.row for record in records}
+    rows = {record.place: record for record in records}
     runs = [run for run in map(_outside_of_a_protocol, found) if run is not None]
-    made = [Made((), run.method, (run.dataset, run.shots), relevant(run.found.result["config"], run.method)) for run in runs]
+    made = [Made((), run.method, (run.dataset, run.shots), run.settings) for run in runs]
     runs = [run._replace(method=row) for run, (row, _) in zip(runs, tell_apart(made), strict=True)]
     for run in found:
         if run.place in rows:
             note = run.note
             section = (note["name"], note["table"], note["backbone"])
-            runs.append(Run(run, section, note["dataset"], note["shots"], rows[run.place], note["seed"]))
+            record = rows[run.place]
+            runs.append(Run(run, section, note["dataset"], note["shots"], record.row, note["seed"], record.settings))
     return sorted(runs, key=lambda run: (*dataset_order(run.dataset, run.shots), run.method, run.seed))
 
 
@@ -59,7 +62,18 @@ def _outside_of_a_protocol(found: Found) -> Run | None:
         value if isinstance(value, int) else -1 for value in (setting(result, "DATASET.NUM_SHOTS"), result.get("seed"))
     )
     section = ("", "", str(result.get("backbone", "")))
-    return Run(found, section, str(result.get("dataset", "")), shots, str(result.get("trainer", "")), seed)
+    method = str(result.get("trainer", ""))
+    learning = shipped(method) is None or learns(method.removesuffix(SUFFIX))  # not known of a trainer of one's own
+    settings = relevant(result["config"], method, learning)
+    return Run(found, section, str(result.get("dataset", "")), shots, method, seed, settings)
+
+
+def pairs_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(A row with PLPP, a plain row) as :func:`plpp_reg.tables.settings.pair` compares them."""
+    kinds: dict[str, dict[tuple[str, int], Settings]] = {}
+    for run in runs:
+        kinds.setdefault(run.method, {})[run.dataset, run.shots] = run.settings
+    return list(pair(kinds)[0])
 
 
 def setting(result: Mapping[str, Any], key: str) -> Any:

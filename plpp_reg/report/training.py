@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from plpp_reg import plots
@@ -12,7 +12,7 @@ from plpp_reg.plots import Line, Picture, file_name
 from plpp_reg.protocols import shots_text
 from plpp_reg.report.grids import plain_forms
 from plpp_reg.report.learned import PromptReader, Prompts, history
-from plpp_reg.report.runs import Run
+from plpp_reg.report.runs import Run, pairs_of
 from plpp_reg.tables.rows import method_order, title_of
 
 NOT_A_LOSS = ("lr", "acc", "perplexity")  # what a history holds beside losses
@@ -37,6 +37,7 @@ class Words(NamedTuple):
 def training(runs: Sequence[Run], name: str) -> list[Training]:
     """Perplexity and every loss over epochs, a part a data set, at the most shots that it was run with."""
     parts = []
+    pairs = pairs_of(runs)
     for dataset, of_dataset in _grouped(runs, lambda run: run.dataset).items():
         most = max(run.shots for run in of_dataset)
         histories: dict[str, list[list[dict[str, float]]]] = {}
@@ -53,15 +54,17 @@ def training(runs: Sequence[Run], name: str) -> list[Training]:
             elif run.found.note or (run.found.place / "few_shot.json").is_file():
                 without.append(f"{run.method}, seed {run.seed}: {why}")
         title = title_of(dataset) + (f", {shots_text(most)}" if most > 0 else "")
-        pictures = _history_curves(histories, title, name) if histories else []
+        pictures = _history_curves(histories, title, name, pairs) if histories else []
         if pictures or without:
             parts.append(Training(title, pictures, without))
     return parts
 
 
-def _history_curves(histories: Mapping[str, list[list[dict[str, float]]]], title: str, name: str) -> list[Picture]:
+def _history_curves(
+    histories: Mapping[str, list[list[dict[str, float]]]], title: str, name: str, pairs: Collection[tuple[str, str]]
+) -> list[Picture]:
     methods = method_order(histories)
-    style = plots.styles(methods, plain_forms(methods))
+    style = plots.styles(methods, plain_forms(methods, pairs))
     names = dict.fromkeys(key for method in methods for epochs in histories[method] for epoch in epochs for key in epoch)
     wanted = [*(key for key in ("perplexity", "loss") if key in names), *(k for k in names if k not in (*NOT_A_LOSS, "loss"))]
     pictures = []

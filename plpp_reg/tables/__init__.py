@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
 from plpp_reg.engine.files import write_text
 from plpp_reg.protocols import shots_text
 from plpp_reg.tables.literature import published_rows
-from plpp_reg.tables.notes import doubled, uncompared, varying
+from plpp_reg.tables.notes import doubled, lacking, uncompared, unnamed, varying
 from plpp_reg.tables.records import Record, Runs, read_runs
 from plpp_reg.tables.rendering import WRITERS
 from plpp_reg.tables.rows import AVERAGE_OF, PAPERS, Row, Table, dataset_order, method_order, title_of
@@ -27,7 +27,9 @@ from plpp_reg.tables.series import (
     series_of,
     with_average,
 )
-from plpp_reg.tables.settings import Settings, method_of, pair
+from plpp_reg.tables.settings import Settings, method_of, pair, plain_of
+
+Pairs = Mapping[tuple[str, str], Collection[Hashable]]
 
 
 def write_tables(folder: str | Path, form: str, output: str = "", mean_h: bool = False, published: bool = True) -> str:
@@ -60,9 +62,10 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
     all_shots = sorted({record.note["shots"] for record in records})
     several_shots = form != "shots" and len(all_shots) > 1
     columns = _columns(form, records, mean_h)
-    kinds: dict[str, dict[tuple[str, int], Settings]] = {}
+    kinds = _kinds(records)
+    pairs, apart = pair(kinds)
     rows: list[Row] = []
-    apart: list[tuple[str, dict[str, str]]] = []
+    without: list[str] = []
     by_shots: dict[int, dict[str, dict[str, Series]]] = {}
     for (dataset, shots), methods in sorted(groups.items(), key=lambda item: dataset_order(*item[0])):
         title = title_of(dataset) + (f", {shots_text(shots)}" if several_shots else "")
@@ -70,27 +73,38 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
         if form == "targets":
             series = {m: with_average(s, columns[1:-1]) for m, s in series.items()}
         if form == "shots":
-            series = {m: s if methods[m][0].note["learns"] else at_every(s, columns) for m, s in series.items()}
-        here = {m: {record.cell: record.settings for record in methods[m]} for m in series}
-        pairs, why = pair(here)
-        apart.append((title, why))
-        rows += _measured(title, series, form, mean_h) + _differences(title, series, form, pairs)
+            series = {m: s if methods[m][0].note["learns"] else at_every(methods[m], columns) for m, s in series.items()}
+        rows += _measured(title, series, form, mean_h) + _differences(title, series, form, pairs, [dataset], shots)
         if published:
             rows += published_rows(title, form, backbone, title_of(dataset), shots, set(map(method_of, series)), columns)
         for method, values in series.items():
             by_shots.setdefault(shots, {}).setdefault(method, {})[dataset] = values
-            kinds.setdefault(method, {}).update(here[method])
     if form != "targets":
         for shots, methods in by_shots.items():
             datasets = sorted({d for parts in methods.values() for d in parts}, key=lambda d: dataset_order(d, 0))
             if len(datasets) > 1:
                 title = f"{AVERAGE_OF}{len(datasets)}" + (f", {shots_text(shots)}" if several_shots else "")
-                pairs, _ = pair({m: {c: s for c, s in kinds[m].items() if shots in (0, c[1])} for m in method_order(methods)})
-                rows += _averages(title, methods, datasets, form, columns, mean_h, pairs)
+                averaged, mean_of_h = _averages(methods, datasets, form, columns, mean_h)
+                lack = {m: [d for d in datasets if d not in methods[m]] for m in method_order(methods) if m not in averaged}
+                without += [lacking(m, title, absent) for m, absent in lack.items()]
+                rows += [
+                    Row(title, m, "measured", cells_of(s, form, mean_of_h.get(m)), seeds_of(s)) for m, s in averaged.items()
+                ]
+                rows += (compared := _differences(title, averaged, form, pairs, datasets, shots))
+                without += _without_difference(title, averaged, pairs, apart, compared)
                 if published and sorted(map(title_of, datasets)) == sorted(PAPERS):
                     rows += published_rows(title, form, backbone, "Average", shots, set(map(method_of, methods)), columns)
-    notes = [*varying(kinds), *uncompared(apart), *doubled(records)]
+    notes = [*varying(kinds), *unnamed(kinds, records), *uncompared(apart, kinds), *without, *doubled(records)]
     return Table(name, backbone, columns, rows, notes)
+
+
+def _kinds(records: list[Record]) -> dict[str, dict[tuple[str, int], Settings]]:
+    """Each row's settings in each cell; rows and cells in the order of the tables, whatever that of the folders is."""
+    found: dict[str, dict[tuple[str, int], Settings]] = {}
+    for record in records:
+        found.setdefault(record.row, {})[record.cell] = record.settings
+    order = {cell: dataset_order(*cell) for cell in {record.cell for record in records}}
+    return {row: dict(sorted(found[row].items(), key=lambda item: order[item[0]])) for row in method_order(found)}
 
 
 def _columns(form: str, records: list[Record], mean_h: bool) -> list[str]:
@@ -111,24 +125,28 @@ def _measured(title: str, series: Mapping[str, Series], form: str, mean_h: bool)
     return rows
 
 
-def _differences(title: str, series: Mapping[str, Series], form: str, pairs: Mapping[str, str]) -> list[Row]:
+def _differences(
+    title: str, series: Mapping[str, Series], form: str, pairs: Pairs, datasets: Sequence[str], shots: int
+) -> list[Row]:
+    """Of the columns in which both have the same settings on each of these data sets."""
     rows = []
-    for treated, plain in pairs.items():
+    for (treated, plain), there in pairs.items():
         if treated in series and plain in series:
-            cells, n = difference(series[treated], series[plain], form)
-            rows.append(Row(title, f"{treated} - {plain}", "difference", cells, n))
+            columns = {
+                column: values
+                for column, values in series[treated].columns.items()
+                if all((dataset, int(column) if form == "shots" else shots) in there for dataset in datasets)
+            }
+            cells, n = difference(Series(columns), series[plain], form)
+            if columns:
+                rows.append(Row(title, f"{treated} - {plain}", "difference", cells, n))
     return rows
 
 
 def _averages(
-    title: str,
-    methods: Mapping[str, Mapping[str, Series]],
-    datasets: Sequence[str],
-    form: str,
-    columns: Sequence[str],
-    mean_h: bool,
-    pairs: Mapping[str, str],
-) -> list[Row]:
+    methods: Mapping[str, Mapping[str, Series]], datasets: Sequence[str], form: str, columns: Sequence[str], mean_h: bool
+) -> tuple[dict[str, Series], dict[str, float]]:
+    """Of each row that has one the average over data sets, and the mean of its H where that is asked for."""
     averaged: dict[str, Series] = {}
     mean_of_h: dict[str, float] = {}
     for method in method_order(methods):
@@ -142,5 +160,15 @@ def _averages(
         hs = [cells_of(parts[d], form, None).get(H) for d in datasets]
         if mean_h and all(hs):
             mean_of_h[method] = statistics.fmean(h.value for h in hs)
-    rows = [Row(title, m, "measured", cells_of(s, form, mean_of_h.get(m)), seeds_of(s)) for m, s in averaged.items()]
-    return rows + _differences(title, averaged, form, pairs)
+    return averaged, mean_of_h
+
+
+def _without_difference(
+    title: str, averaged: Collection[str], pairs: Pairs, apart: Pairs, compared: Sequence[Row]
+) -> list[str]:
+    """Averages that no one plain row can be compared with, though each of their data sets has one."""
+    shown = {row.label for row in compared}
+    have = {label for label, plain in pairs if f"{label} - {plain}" in shown}
+    told = have | {label for label, _ in apart}
+    rows = [m for m in averaged if m not in told and any(label == m for label, _ in pairs)]
+    return [f"{m} has no difference in {title}: no row of {plain_of(m)} has its settings on all of them." for m in rows]

@@ -30,7 +30,12 @@ class Record(NamedTuple):
 
     @property
     def cell(self) -> tuple[str, int]:
-        return self.note["dataset"], self.note["shots"]
+        return cell_of(self.note)
+
+    @property
+    def method(self) -> str:
+        """What the row is called where it names no setting."""
+        return method_of_note(self.note)
 
 
 class Found(NamedTuple):
@@ -124,10 +129,19 @@ def as_runs(found: Iterable[Found]) -> Runs:
     return Runs(records, missing)
 
 
+def cell_of(note: Mapping[str, Any]) -> tuple[str, int]:
+    """Data set and shots; 0 where figures of any number of shots are one: of what learns nothing, in a table over shots."""
+    return note["dataset"], note["shots"] if note["learns"] or note["table"] != "shots" else 0
+
+
+def method_of_note(note: Mapping[str, Any]) -> str:
+    """``CoOp_PLPP TOP_K=3``."""
+    return f"{note['method']} {note['variant']}".rstrip()
+
+
 def _made(note: Mapping[str, Any], result: Mapping[str, Any]) -> Made:
-    method = f"{note['method']} {note['variant']}".rstrip()
     settings = relevant(result["config"], note["method"], note["learns"])
-    return Made((note["name"], note["table"], note["backbone"]), method, (note["dataset"], note["shots"]), settings)
+    return Made((note["name"], note["table"], note["backbone"]), method_of_note(note), cell_of(note), settings)
 
 
 def _why(place: Path, other: bool) -> str:

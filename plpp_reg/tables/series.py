@@ -62,9 +62,9 @@ def average(parts: Sequence[Series], columns: Iterable[str]) -> Series:
     return Series({column: values for column, values in averaged.items() if values})
 
 
-def at_every(series: Series, columns: Iterable[str]) -> Series:
-    """What learns nothing is the same at any number of shots, whichever it was run with."""
-    values = {seed: accuracy for there in series.columns.values() for seed, accuracy in there.items()}
+def at_every(records: Iterable[Record], columns: Iterable[str]) -> Series:
+    """What learns nothing is the same at any number of shots, whichever it was run with; of several figures the last."""
+    values = {record.note["seed"]: record.accuracies[record.note["test"]] for record in records}
     return Series({column: values for column in columns})
 
 

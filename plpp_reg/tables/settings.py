@@ -1,22 +1,27 @@
 """What runs were made with: of one method on one data set, those of different settings are rows of their own.
 
-A row is named for what differs, ``CoOp_PLPP (WEIGHT=1.0)``, and PLPP is compared with the plain run of the same other settings.
+The usual ones have the method's plain name, others are named for what differs: ``CoOp_PLPP (WEIGHT=1.0)``. PLPP is compared
+with the plain run of the same other settings.
 Between data sets and numbers of shots a recipe may differ: there a table says what does.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from plpp_reg.engine.config import NOT_IN_THE_RESULT
-from plpp_reg.engine.registry import SUFFIX
+from plpp_reg.engine.registry import SUFFIX, shipped
 
 Settings = Mapping[str, Any]
 Kinds = Mapping[str, Mapping[Hashable, Settings]]  # of each row, by its name: what its runs of a cell were made with
 
-OF_THE_RUN = {*NOT_IN_THE_RESULT, "SEED", "DATASET.NAME", "DATASET.NUM_SHOTS", "TRAINER.NAME"}  # not of how it was made
+# Bounds on memory: another one goes in other chunks, which changes a result no more than rounding does.
+ROUNDING = {"MODEL.TEXT_MEMORY_MIB", "TRAINER.PLPP.CHUNK_SIZE"}
+OF_THE_RUN = {*NOT_IN_THE_RESULT, *ROUNDING, "SEED", "DATASET.NAME", "DATASET.NUM_SHOTS", "TRAINER.NAME"}  # not how it was made
+OF_METHODS = "TRAINER."
 OF_PLPP = "TRAINER.PLPP."
 OF_TRAINING = ("OPTIM.", "TRAIN.", "LOSS.", "DATALOADER.", "TRAINER.")  # what learns nothing does not depend on them
 ABSENT = object()
@@ -35,28 +40,74 @@ def relevant(config: object, method: str, learns: bool = True) -> Settings:
     """Of a run's whole configuration, what its figures depend on and other runs of its row must have too."""
     if not isinstance(config, dict):
         return {}
-    return {key: config[key] for key in _relevant_keys(tuple(config), method.endswith(SUFFIX), learns)}
+    return {key: config[key] for key in _relevant_keys(tuple(config), method, learns)}
 
 
 @functools.lru_cache(maxsize=64)  # of thousands of runs, most have the same keys
-def _relevant_keys(keys: tuple[str, ...], with_plpp: bool, learns: bool) -> tuple[str, ...]:
-    idle = (*(() if with_plpp else (OF_PLPP,)), *(() if learns else OF_TRAINING))
-    return tuple(key for key in keys if key not in OF_THE_RUN and not key.startswith(idle))
+def _relevant_keys(keys: tuple[str, ...], method: str, learns: bool) -> tuple[str, ...]:
+    idle = (*(() if method.endswith(SUFFIX) else (OF_PLPP,)), *(() if learns else OF_TRAINING))
+    # A configuration has the keys of every method. Which of them a trainer of one's own reads is not known: all count.
+    own = shipped(method)
+    read = (OF_PLPP, f"{OF_METHODS}{own.config_node}.") if own else (OF_METHODS,)
+    return tuple(
+        key
+        for key in keys
+        if key not in OF_THE_RUN and not key.startswith(idle) and (key.startswith(read) or not key.startswith(OF_METHODS))
+    )
 
 
 def tell_apart(runs: Sequence[Made]) -> list[tuple[str, Settings]]:
-    """Of each run the name of its row, and its settings (equal ones are one object)."""
-    cells: dict[tuple[Hashable, str], dict[Hashable, list[Settings]]] = {}
+    """Of each run the name of its row, and its settings (equal ones are one object).
+
+    In a cell the usual settings are the row of the method's plain name: whatever a recipe changes between cells, an average
+    finds them. Others are named for what differs from them.
+    """
+    rows: dict[tuple[Hashable, str], dict[Hashable, list[list[Settings]]]] = {}  # of each cell, equal settings by equal ones
     kinds: list[Settings] = []
     for run in runs:
-        there = cells.setdefault((run.table, run.method), {}).setdefault(run.cell, [])
-        kind = next((settings for settings in there if settings == run.settings), None)
-        if kind is None:
-            there.append(kind := run.settings)
-        kinds.append(kind)
-    # The same keys name a method's rows in every cell, so that an average over data sets finds them.
-    mixed = {row: sorted({key for there in each.values() for key in differing(there)}) for row, each in cells.items()}
-    return [(_label(run.method, kind, mixed[run.table, run.method]), kind) for run, kind in zip(runs, kinds, strict=True)]
+        there = rows.setdefault((run.table, run.method), {}).setdefault(run.cell, [])
+        alike = next((alike for alike in there if alike[0] == run.settings), None)
+        if alike is None:
+            there.append(alike := [])
+        alike.append(run.settings)
+        kinds.append(alike[0])
+    labels = {row: _labels(row[1], cells) for row, cells in rows.items()}
+    return [(labels[run.table, run.method][run.cell][id(kind)], kind) for run, kind in zip(runs, kinds, strict=True)]
+
+
+def _labels(method: str, cells: Mapping[Hashable, list[list[Settings]]]) -> dict[Hashable, dict[int, str]]:
+    """Of one method, cell by cell: the ``id`` of settings -> the row."""
+    mixed = sorted({key for there in cells.values() for key in differing([alike[0] for alike in there])})
+    if not mixed:
+        return {cell: {id(alike[0]): method for alike in there} for cell, there in cells.items()}
+
+    def values(alike: Sequence[Settings]) -> tuple[str, ...]:
+        return tuple(written(alike[0], key) for key in mixed)
+
+    everywhere: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for there in cells.values():
+        for alike in there:
+            everywhere[values(alike)] += len(alike)
+    known = {key for there in cells.values() for alike in there for key in alike[0]}
+    names = {key: _short(key, known) for key in mixed}
+    labels = {}
+    for cell, there in cells.items():
+        # The most runs there; of equally many, what most runs of the method have; what is left is a matter of order.
+        (usual, *_) = min(there, key=lambda alike: (-len(alike), -everywhere[values(alike)], values(alike)))
+        labels[cell] = {id(alike[0]): _label(method, alike[0], usual, names) for alike in there}
+    return labels
+
+
+def _label(method: str, settings: Settings, usual: Settings, names: Mapping[str, str]) -> str:
+    said = [f"{names[key]}={written(settings, key)}" for key in sorted(differing([usual, settings]))]
+    return f"{method} ({', '.join(said)})" if said else method
+
+
+def _short(key: str, known: Collection[str]) -> str:
+    """As much of a key's end as no other key has: ``LR``, ``TRAIN_X.BATCH_SIZE``."""
+    parts = key.split(".")
+    ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
+    return next((end for end in ends if not any(k != key and f".{k}".endswith(f".{end}") for k in known)), key)
 
 
 def differing(each: Collection[Settings]) -> list[str]:
@@ -78,14 +129,6 @@ def written(settings: Settings, key: str) -> str:
     return repr(settings[key]) if key in settings else "not set"
 
 
-def _label(method: str, settings: Settings, keys: Sequence[str]) -> str:
-    if not keys:
-        return method
-    short = [key.rpartition(".")[2] for key in keys]
-    names = short if len(set(short)) == len(short) else keys
-    return f"{method} ({', '.join(f'{n}={written(settings, key)}' for n, key in zip(names, keys, strict=True))})"
-
-
 def method_of(label: str) -> str:
     """``"CoOp_PLPP TOP_K=3 (LR=0.01)"`` -> CoOp_PLPP."""
     return label.partition(" ")[0]
@@ -97,19 +140,26 @@ def plain_of(label: str) -> str:
     return method.removesuffix(SUFFIX) if method.endswith(SUFFIX) else ""
 
 
-def pair(kinds: Kinds) -> tuple[dict[str, str], dict[str, str]]:
-    """Rows with PLPP -> the plain row of the same other settings wherever both are; and those that have none -> why."""
-    pairs, apart = {}, {}
-    for treated in kinds:
+def pair(kinds: Kinds) -> tuple[dict[tuple[str, str], list[Hashable]], dict[tuple[str, str], list[Hashable]]]:
+    """Which rows are compared, cell by cell.
+
+    Returns:
+        (A row with PLPP, a plain row) -> the cells in which their other settings are the same; and (a row with PLPP, why not)
+        -> the cells in which there are plain runs, but none of its settings.
+    """
+    pairs: dict[tuple[str, str], list[Hashable]] = {}
+    apart: dict[tuple[str, str], list[Hashable]] = {}
+    for treated, cells in kinds.items():
         plain = plain_of(treated)
-        for label in (label for label in kinds if plain and method_of(label) == plain):
-            both = [cell for cell in kinds[treated] if cell in kinds[label]]
-            unlike = [(t, p) for t, p in ((without_plpp(kinds[treated][c]), kinds[label][c]) for c in both) if t != p]
-            if both and not unlike:
-                pairs[treated] = label
-                break
-            if unlike:
-                (ours, theirs), *_ = unlike
+        rows = [label for label in kinds if plain and method_of(label) == plain]
+        for cell, settings in cells.items():
+            ours = without_plpp(settings)
+            there = [label for label in rows if cell in kinds[label]]
+            alike = [label for label in there if kinds[label][cell] == ours]
+            for label in alike:
+                pairs.setdefault((treated, label), []).append(cell)
+            if there and not alike:
+                theirs = kinds[there[0]][cell]
                 said = [f"{key}={written(ours, key)}, there {written(theirs, key)}" for key in differing([ours, theirs])]
-                apart.setdefault(treated, f"{label}: {'; '.join(said)}")
-    return pairs, {treated: why for treated, why in apart.items() if treated not in pairs}
+                apart.setdefault((treated, f"{there[0]}: {'; '.join(said)}"), []).append(cell)
+    return pairs, apart
