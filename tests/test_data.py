@@ -247,6 +247,19 @@ def test_order_is_a_permutation_by_seed_and_epoch() -> None:
     assert order(1, 3, train=False) == list(range(40))
 
 
+def test_with_views_an_epoch_sees_one_of_so_many_augmentations_in_an_order_of_its_own(tiny: DataSplit) -> None:
+    loader = build_loader(helpers.make_cfg("INPUT.TRANSFORMS", ALL_RANDOM, "INPUT.VIEWS", 2), tiny.train, train=True)
+
+    def seen(epoch: int) -> dict[int, torch.Tensor]:
+        loader.batch_sampler.epoch = epoch
+        return {int(i): image for batch in loader for i, image in zip(batch["index"], batch["img"], strict=True)}
+
+    first, second, third = map(seen, range(3))
+    both = first.keys() & second.keys() & third.keys()
+    assert both and all(torch.equal(first[i], third[i]) and not torch.equal(first[i], second[i]) for i in both)
+    assert list(first) != list(third)
+
+
 # Dassl: drop_last = is_train and len(data_source) >= batch_size
 @pytest.mark.parametrize(
     ("size", "batch_size", "train", "sizes"),

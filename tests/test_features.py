@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,17 @@ def test_epochs_differ_and_evaluation_does_not(data: DataSplit) -> None:
     frozen = helpers.make_trainer(data).frozen_features
     assert not torch.equal(frozen.of("train", 0), frozen.of("train", 1))
     assert torch.equal(frozen.of("test", 0), frozen.of("test", 1))
+
+
+def test_with_views_the_tower_runs_once_a_view_and_other_runs_find_them(data: DataSplit, encoded: list[int]) -> None:
+    on = ("FEATURES.MAX_GIB", 1.0)
+    first, second, third = map(views_of(helpers.make_trainer(data, *on, "INPUT.VIEWS", 2)), range(3))
+    assert torch.equal(first, third) and not torch.equal(first, second) and len(encoded) == 2
+    assert torch.equal(views_of(helpers.make_trainer(data, *on))(1), second) and len(encoded) == 2  # an epoch's own is the same
+
+
+def views_of(trainer: PromptTrainer) -> Callable[[int], torch.Tensor]:
+    return functools.partial(trainer.frozen_features.of, "train")
 
 
 def test_features_are_those_of_the_tower(data: DataSplit) -> None:

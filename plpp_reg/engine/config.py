@@ -36,6 +36,7 @@ DEFAULTS = {
         "COLORJITTER_S": 0.4,
         "COLORJITTER_H": 0.1,
         "RGS_P": 0.2,
+        "VIEWS": 0,  # ours: so many augmentations of an image, seen in turn; 0: a new one each epoch, as Dassl
     },
     "DATASET": {
         "ROOT": "",

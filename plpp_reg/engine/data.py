@@ -1,4 +1,7 @@
-"""Images to batches. What an image looks like in an epoch is a function of (seed, epoch, its index) alone."""
+"""Images to batches. What an image looks like in an epoch is a function of (seed, epoch, its index) alone.
+
+The epoch counts as its view: the same number, unless ``INPUT.VIEWS`` says that so many augmentations are seen in turn.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,8 @@ def build_transform(cfg: CfgNode, train: bool) -> T.Compose:
     for key, length in (("SIZE", 2), ("PIXEL_MEAN", 3), ("PIXEL_STD", 3), ("RRCROP_SCALE", 2)):
         if len(cfg.INPUT[key]) != length:
             raise InputError(f"INPUT.{key}: expected {length} numbers, got {cfg.INPUT[key]!r}")
+    if cfg.INPUT.VIEWS < 0:
+        raise InputError(f"INPUT.VIEWS: expected an integer >= 0 (0: a new view each epoch), got {cfg.INPUT.VIEWS}")
     if not min(cfg.INPUT.PIXEL_STD) > 0:
         raise InputError(f"INPUT.PIXEL_STD: expected numbers > 0, got {cfg.INPUT.PIXEL_STD!r}")
     if not 0 < cfg.INPUT.RRCROP_SCALE[0] <= cfg.INPUT.RRCROP_SCALE[1]:
@@ -88,8 +93,13 @@ def image_seed(seed: int, epoch: int, index: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
+def view_of(epoch: int, views: int) -> int:
+    """Which augmentation of an image an epoch sees: one of its own, or, with ``views`` = N > 0, one of N in turn."""
+    return epoch % views if views > 0 else epoch
+
+
 class ImageDataset(Dataset):
-    """Items by (epoch, index): ``{"img": (3, H, W), "label", "index"}``. The caller's random streams are left alone."""
+    """Items by (view, index): ``{"img": (3, H, W), "label", "index"}``. The caller's random streams are left alone."""
 
     def __init__(self, items: Sequence[Datum], transform: T.Compose, seed: int) -> None:
         self.items, self.transform, self.seed = items, transform, seed
@@ -98,7 +108,7 @@ class ImageDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor | int]:
-        epoch, index = key
+        view, index = key
         item = self.items[index]
         try:
             image = Image.open(item.impath)
@@ -107,7 +117,7 @@ class ImageDataset(Dataset):
             raise InputError(f"image {item.impath}: expected a readable picture, got {e}") from e
         state = torch.get_rng_state()  # torchvision draws from the global stream
         try:
-            torch.default_generator.manual_seed(image_seed(self.seed, epoch, index))  # not manual_seed: it seeds GPUs too
+            torch.default_generator.manual_seed(image_seed(self.seed, view, index))  # not manual_seed: it seeds GPUs too
             return {"img": self.transform(image), "label": item.label, "index": index}
         finally:
             torch.set_rng_state(state)
@@ -127,12 +137,12 @@ class Labels(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, index). In training the order is a permutation by (seed, epoch) alone, and a smaller last batch is
+    """Batches of (view, index). In training the order is a permutation by (seed, epoch) alone, and a smaller last batch is
     dropped where there is a full one, as Dassl does; in evaluation it is 0, 1, 2, ..."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, train: bool, ranks: Ranks = ONE) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, train: bool, ranks: Ranks = ONE, views: int = 0) -> None:
         self.size, self.batch_size, self.seed, self.train, self.epoch = size, batch_size, seed, train, 0
-        self.ranks = ranks
+        self.ranks, self.views = ranks, views
 
     def __len__(self) -> int:
         if self.train and self.size >= self.batch_size:
@@ -146,7 +156,7 @@ class EpochBatches(Sampler):
             order = torch.randperm(self.size, generator=generator).tolist()
         for b in range(len(self)):
             if share := self.ranks.share(order[b * self.batch_size : (b + 1) * self.batch_size]):
-                yield [(self.epoch, i) for i in share]
+                yield [(view_of(self.epoch, self.views), i) for i in share]
 
 
 def image_seed_of(cfg: CfgNode) -> int:
@@ -195,7 +205,7 @@ def build_loader(
     images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg))
     return DataLoader(
         images if pixels else Labels(items),
-        batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train, ranks),
+        batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train, ranks, cfg.INPUT.VIEWS),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
@@ -203,13 +213,11 @@ def build_loader(
     )
 
 
-def canonical_loader(
-    cfg: CfgNode, items: Sequence[Datum], train: bool, epoch: int, size: int, ranks: Ranks = ONE
-) -> DataLoader:
+def canonical_loader(cfg: CfgNode, items: Sequence[Datum], train: bool, view: int, size: int, ranks: Ranks = ONE) -> DataLoader:
     """All images by index, always ``size`` in a batch: the last is filled up with the first image. Each rank gets every
     ``ranks.size``-th batch."""
-    keys = [(epoch, i) for i in range(len(items))]
-    keys += [(epoch, 0)] * (-len(keys) % size)
+    keys = [(view, i) for i in range(len(items))]
+    keys += [(view, 0)] * (-len(keys) % size)
     return DataLoader(
         ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg)),
         batch_sampler=ranks.share([keys[i : i + size] for i in range(0, len(keys), size)]),

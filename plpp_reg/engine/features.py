@@ -21,7 +21,7 @@ from torch import Tensor
 
 from plpp_reg.datasets import Datum
 from plpp_reg.datasets.emoji import cache_folder
-from plpp_reg.engine.data import canonical_loader, image_seed_of
+from plpp_reg.engine.data import canonical_loader, image_seed_of, view_of
 from plpp_reg.engine.store import TensorStore
 from plpp_reg.errors import InputError
 
@@ -59,7 +59,7 @@ class FrozenFeatures:
 
     def of(self, split: str, epoch: int = 0) -> Tensor:
         """Of every image of "train", as augmented in ``epoch``, of "val" or of "test"."""
-        key = (split, epoch if split == "train" else 0)
+        key = (split, view_of(epoch, self.trainer.cfg.INPUT.VIEWS) if split == "train" else 0)
         if self._last is None or self._last[0] != key:
             what, ranks = self._described(*key), self.trainer.ranks
             found = self.store.find(what)
@@ -70,16 +70,16 @@ class FrozenFeatures:
             self._last = key, found["features"]
         return self._last[1]
 
-    def _compute(self, split: str, epoch: int) -> Tensor:
+    def _compute(self, split: str, view: int) -> Tensor:
         t, items = self.trainer, getattr(self.trainer.data, split)
-        loader = canonical_loader(t.cfg, items, split == "train", epoch, BATCH, t.ranks)
+        loader = canonical_loader(t.cfg, items, split == "train", view, BATCH, t.ranks)
         parts = [torch.empty(0, BATCH, t.clip_model.text_projection.shape[1])]
         with t.computing():
             parts += [t.encode_frozen(batch["img"].to(t.device)).cpu().unsqueeze(0) for batch in loader]
         batches = t.ranks.gather_rows(torch.cat(parts), -(-len(items) // BATCH))
         return batches.flatten(0, 1)[: len(items)].contiguous()
 
-    def _described(self, split: str, epoch: int) -> dict[str, Any]:
+    def _described(self, split: str, view: int) -> dict[str, Any]:
         """Everything that a bit of the features depends on.
 
         Read anew for each epoch, not once a run: a picture or a tensor that changes in between gives other features, and those
@@ -95,10 +95,10 @@ class FrozenFeatures:
             "matmul": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
             "libraries": [torch.__version__, torchvision.__version__, PIL.__version__],
             "threads": torch.get_num_threads(),
-            "input": {name: list(v) if isinstance(v, tuple) else v for name, v in sorted(cfg.INPUT.items())},
+            "input": {n: list(v) if isinstance(v, tuple) else v for n, v in sorted(cfg.INPUT.items()) if n != "VIEWS"},
             "train": train,
             "seed": image_seed_of(cfg) if train else None,
-            "epoch": epoch,
+            "epoch": view,
             "files": _files_sha256(getattr(t.data, split)),
         }
 
