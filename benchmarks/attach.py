@@ -24,25 +24,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plpp_reg import PerplexityRegularizer, attach
-from plpp_reg.clip.load import freeze, openai_clip
+from plpp_reg.clip.architectures import Architecture
+from plpp_reg.clip.load import openai_clip
 
+from common import SMALL, VIT_B_16, random_clip
 from names import short_names
 
 
 class Size(NamedTuple):
-    width: int
-    layers: int
-    image_width: int
-    image_layers: int
-    resolution: int
+    model: Architecture
     classes: int
     context: int
     images: int
     repeats: int
 
 
-FULL = Size(512, 12, 768, 12, 224, classes=100, context=16, images=4, repeats=7)
-QUICK = Size(128, 2, 128, 2, 32, classes=20, context=16, images=2, repeats=2)
+FULL = Size(VIT_B_16, classes=100, context=16, images=4, repeats=7)
+QUICK = Size(SMALL, classes=20, context=16, images=2, repeats=2)
 
 
 class TextEncoder(nn.Module):
@@ -89,15 +87,11 @@ class Host(nn.Module):
 
 def measure(position: str, size: Size) -> dict[str, Any]:
     """Seconds of a plain step, and the paired ratios of the others to it."""
-    torch.manual_seed(0)
-    clip_model = openai_clip().model.CLIP(
-        512, size.resolution, size.image_layers, size.image_width, 16, 77, 49408, size.width, size.width // 64, size.layers
-    )
-    freeze(clip_model.float())
+    clip_model = random_clip(size.model)
     plain, attached = (Host(clip_model, short_names(size.classes), size.context, position).train() for _ in range(2))
     handle = attach(attached, PerplexityRegularizer(clip_model.token_embedding.weight))
     optimizers = {host: torch.optim.SGD([host.ctx], lr=0.002) for host in (plain, attached)}
-    images, labels = torch.randn(size.images, 3, size.resolution, size.resolution), torch.arange(size.images)
+    images, labels = torch.randn(size.images, 3, size.model.resolution, size.model.resolution), torch.arange(size.images)
 
     def step(host: Host, logged: bool = False) -> float:
         start = time.perf_counter()
@@ -138,6 +132,7 @@ def main() -> None:
     if args.json:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
         size = (QUICK if args.quick else FULL)._asdict()
+        size["model"] = size["model"]._asdict()
         Path(args.json).write_text(json.dumps({"machine": machine, "size": size, "rows": rows}, indent=2) + "\n")
 
 

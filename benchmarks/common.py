@@ -8,40 +8,26 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from plpp_reg.clip.load import freeze, openai_clip
+from plpp_reg.clip import architectures
+from plpp_reg.clip.architectures import OPENAI, Architecture
 from plpp_reg.clip.prompts import PromptLearner
 
 CLOCK = time.perf_counter
 CAN_MEASURE_MEMORY = Path("/proc/self/clear_refs").exists()  # Linux
 
 
-class Sizes(NamedTuple):
-    embed_dim: int
-    resolution: int
-    vision_layers: int
-    vision_width: int
-    patch: int
-    width: int
-    layers: int
+VIT_B_16 = OPENAI["ViT-B/16"]
+SMALL = VIT_B_16._replace(embed_dim=128, resolution=32, vision_layers=3, vision_width=64, patch=8, width=128, heads=2, layers=3)
 
 
-VIT_B_16 = Sizes(embed_dim=512, resolution=224, vision_layers=12, vision_width=768, patch=16, width=512, layers=12)
-SMALL = Sizes(embed_dim=128, resolution=32, vision_layers=3, vision_width=64, patch=8, width=128, layers=3)
-
-
-def random_clip(sizes: Sizes) -> nn.Module:
-    """A frozen float32 CLIP with random weights: what is computed does not depend on them."""
+def random_clip(sizes: Architecture) -> nn.Module:
+    """A frozen float32 CLIP with random weights, always the same: what is computed does not depend on them."""
     torch.manual_seed(0)
-    vision = (sizes.vision_layers, sizes.vision_width, sizes.patch)
-    text = (77, 49408, sizes.width, sizes.width // 64, sizes.layers)
-    model = freeze(openai_clip().model.CLIP(sizes.embed_dim, sizes.resolution, *vision, *text).float())
-    model.trained_token_ids = None
-    return model
+    return architectures.random_clip(sizes)
 
 
 class LiteralText:
@@ -106,8 +92,8 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def arguments(doc: str, cases: Iterable[str]) -> argparse.Namespace:
-    """The command line that the benchmarks share; threads and clock are set as it says."""
+def arguments(doc: str, cases: Iterable[str], **flags: str) -> argparse.Namespace:
+    """The command line that the benchmarks share, and a benchmark's own flags with their help; threads and clock are set."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models, few repeats")
     parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
@@ -115,6 +101,8 @@ def arguments(doc: str, cases: Iterable[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine that others use too")
     parser.add_argument("--repeats", type=int, default=0, help="how often each step is timed")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.cpu_time:

@@ -35,7 +35,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
 
-from common import SMALL, VIT_B_16, LiteralText, Sizes, machine, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, machine, random_clip, seconds
 from names import short_names
 
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -96,7 +96,7 @@ def random_images(folder: Path, classes: int, images: int, side: int) -> DataSpl
 
 
 def vit_b_16(quick: bool) -> dict[str, Any]:
-    sizes: Sizes = SMALL if quick else VIT_B_16
+    sizes = SMALL if quick else VIT_B_16
     model = random_clip(sizes)
     with tempfile.TemporaryDirectory() as folder:
         data = random_images(Path(folder), 10 if quick else 100, 1 if quick else 2, sizes.resolution)

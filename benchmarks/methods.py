@@ -23,17 +23,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from plpp_reg.clip.architectures import Architecture
 from plpp_reg.datasets import DataSplit
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
 
-from common import SMALL, VIT_B_16, LiteralText, Sizes, arguments, machine, peak_mib, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, arguments, machine, peak_mib, random_clip, seconds
 from names import short_names
 
 
 class Size(NamedTuple):
-    model: Sizes
+    model: Architecture
     classes: int
     repeats: int
     depth: int  # layers with prompts, where a method has that
@@ -64,13 +65,20 @@ WITH_PLPP: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-def make_trainer(name: str, size: Size, opts: tuple[str, ...] = ()) -> PromptTrainer:
+def run_arguments(name: str, size: Size, opts: tuple[str, ...] = ()) -> RunArguments:
     resolution = size.model.resolution
     depths = [o for key in DEPTHS.get(name.removesuffix("_PLPP"), []) for o in (f"TRAINER.{key}", str(size.depth))]
     fixed = ("INPUT.SIZE", f"({resolution},{resolution})", "DATASET.NAME", "random")
-    cfg, cls = resolve(RunArguments(trainer=name, backbone="ViT-B/16", opts=(*fixed, *depths, *opts)))
-    data = DataSplit([], [], [], short_names(size.classes))
-    return cls(cfg, data=data, clip_model=random_clip(size.model), log=RunLog(quiet=True))
+    return RunArguments(trainer=name, backbone="ViT-B/16", opts=(*fixed, *depths, *opts))
+
+
+def class_names(size: Size) -> DataSplit:
+    return DataSplit([], [], [], short_names(size.classes))
+
+
+def make_trainer(name: str, size: Size, opts: tuple[str, ...] = ()) -> PromptTrainer:
+    cfg, cls = resolve(run_arguments(name, size, opts))
+    return cls(cfg, data=class_names(size), clip_model=random_clip(size.model), log=RunLog(quiet=True))
 
 
 def make_batch(size: Size, images: int, seed: int = 1) -> dict[str, Tensor]:

@@ -62,6 +62,16 @@ def _parser() -> _Parser:
     train.add_argument("--no-train", action="store_true", help="build everything, train nothing")
     train.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys, after the flags")
 
+    cost = commands.add_parser("estimate", help="what a run will cost, before it is started", allow_abbrev=False)
+    cost.add_argument("--trainer", default="", help="CoOp, CoOp_PLPP, ZeroshotCLIP, … or package.module:Class")
+    cost.add_argument("--root", default="", help="folder of the data sets")
+    cost.add_argument("--config-file", default="", help="method configuration (YAML)")
+    cost.add_argument("--dataset-config-file", default="", help="data set configuration (YAML; default: the embedded one)")
+    cost.add_argument("--backbone", default="", help="as of train; of OpenAI's and open_clip's names nothing is downloaded")
+    cost.add_argument("--classes", type=int, default=None, metavar="N", help="so many classes, in place of a data set's")
+    cost.add_argument("--json", action="store_true", help="print everything as JSON")
+    cost.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys, after the flags")
+
     demo = commands.add_parser("demo", help="methods with and without PLPP on the embedded default: one table, one picture")
     demo.add_argument("--methods", nargs="+", default=["CoOp"], help="prompt learners, or all (default: CoOp)")
     demo.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
@@ -158,6 +168,16 @@ def _train(args: argparse.Namespace) -> None:
 
     fields = {name: getattr(args, name) for name in RunArguments._fields}
     run(RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    from plpp_reg import estimate, estimate_text
+    from plpp_reg.engine.run import RunArguments
+
+    names = ("trainer", "root", "config_file", "dataset_config_file", "backbone")
+    run = RunArguments(opts=tuple(args.opts), **{name: getattr(args, name) for name in names})
+    cost = estimate.estimate(run, args.classes)
+    print(estimate_text.as_json(cost) if args.json else estimate_text.as_text(cost))
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -274,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_opts(args.opts)
         commands = {"train": _train, "demo": _demo, "run": _run, "table": _table, "report": _report, "data": _data}
         commands |= {"predict": _predict, "export": _export, "cache": _cache}
-        commands |= {"doctor": _doctor, "inspect": _inspect}
+        commands |= {"doctor": _doctor, "inspect": _inspect, "estimate": _estimate}
         return commands[args.command](args) or 0
     except InputError as e:
         print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)

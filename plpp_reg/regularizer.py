@@ -55,15 +55,15 @@ class PerplexityRegularizer(nn.Module):
     >>> parts = regularizer.components(context, hidden)
     >>> parts.perplexity.round()
     tensor(1000.)
-    >>> torch.equal(parts.total, 0.3 * parts.perplexity_loss + 0.5 * parts.inverse_loss)
+    >>> torch.equal(parts.total, 0.1 * parts.perplexity_loss + 0.5 * parts.inverse_loss)
     True
     """
 
     def __init__(
         self,
         embedding: Tensor,
-        weight: float = 0.3,
-        inverse_weight: float = 0.3,
+        weight: float = 0.1,
+        inverse_weight: float = 0.1,
         top_k: int = 10,
         temperature: float = 0.1,
         label: str = "soft",

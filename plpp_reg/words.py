@@ -52,10 +52,10 @@ def nearest_words(context: Tensor, embedding: Tensor, k: int = 5, candidates: Te
     >>> words = candidate_ids(model)
     >>> for near in nearest_words(prompts.ctx, model.token_embedding.weight, 2, words):
     ...     print(*(f"{word} {cosine:.2f}" for word, cosine in near))
-    a 1.00 an 0.62
-    photo 1.00 cartoon 0.68
-    of 1.00 is 0.48
-    a 1.00 an 0.62
+    a 1.00 an 0.57
+    photo 1.00 sketch 0.71
+    of 1.00 drawing 0.43
+    a 1.00 an 0.57
     """
     vectors = context.detach().float().flatten(0, -2)
     rows = embedding.detach().float()

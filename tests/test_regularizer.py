@@ -149,7 +149,7 @@ def test_result_is_float32_in_any_precision(dtype, autocast):
 
 
 def test_defaults_are_those_of_the_signature():
-    expected = dict(weight=0.3, inverse_weight=0.3, top_k=10, temperature=0.1, label="soft")
+    expected = dict(weight=0.1, inverse_weight=0.1, top_k=10, temperature=0.1, label="soft")
     expected |= dict(normalize_over="topk", detach_label=True, chunk_size=128)
     assert settings_defaults() == expected
     given = inspect.signature(PerplexityRegularizer).parameters

@@ -15,6 +15,7 @@ import torch
 from clip.simple_tokenizer import SimpleTokenizer
 from embedded_data import HELD_OUT, PACKAGES, RESOLUTION, SIDE, on_white
 from embedded_stage import BATCH, PROMPT, ROOT, Stage
+from torch import nn
 from torch.nn import functional as F
 
 
@@ -108,6 +109,16 @@ def export(stage: Stage, path: Path) -> None:
         "filled": word_statistics(table, sample),
     }
     print(json.dumps(metadata | report), flush=True)
+
+
+def exported_image_tower() -> nn.Module:
+    """The image tower of the embedded file as it is, its float16 weights as float32."""
+    sys.path.insert(0, str(ROOT))
+    import clip
+
+    from plpp_reg.clip.embedded import embedded_state_dict
+
+    return clip.model.build_model(embedded_state_dict()).float().visual
 
 
 def evaluate_openmoji() -> None:

@@ -20,9 +20,11 @@ TEMPLATES = (
     "there is a {} on a white background.", "one {}", "my {}",
     "a good photo of a {}.", "a simple drawing of a {}.", "an outline of a {}.", "{} on a plain background",
 )  # fmt: skip
+DRAWN = tuple(template for template in TEMPLATES if "photo" not in template)  # what people say of drawings
 KIND_OF = (", a kind of ", ", a type of ", ", which is a ", ", one of many kinds of ", " is a ")
 TAG_TEMPLATES = ("{}", "{}", "{} thing", "something about {}", "a {} emoji")
 KIND_SHARE = 0.035  # of the text stage's captions
+PHOTO, PHOTO_SHARE = "a photo of a {}.", 0.0025  # of its templates
 
 # Single emoji, by first short name, whose Unicode sub-group is wider than the words used for it below.
 REGROUP = {
@@ -189,14 +191,16 @@ def mixed_caption(emoji: Emoji, rng: np.random.Generator) -> tuple[str, str]:
 def plain_caption(emoji: Emoji, rng: np.random.Generator) -> tuple[str, str]:
     """One caption of an emoji for the text stage, as people write them: what the one thing is called, seldom its kind.
 
-    A kind is never a caption by itself; it stands behind a name, and seldom (KIND_SHARE): see docs/embedded.md.
+    A kind is never a caption by itself; it stands behind a name, and seldom (KIND_SHARE). Few call a drawing a
+    photo (PHOTO_SHARE): the hand-written prompt "a photo of a {}." is a rare one here. See docs/embedded.md.
     """
 
     def pick(options):
         return options[int(rng.integers(len(options)))]
 
     name = emoji.names[0] if rng.random() < 0.5 else pick(emoji.names)
-    template, word, draw = pick(TEMPLATES), pick(WORDS[emoji.subgroup]), rng.random()
+    template = PHOTO if rng.random() < PHOTO_SHARE else pick(DRAWN)
+    word, draw = pick(WORDS[emoji.subgroup]), rng.random()
     if draw < KIND_SHARE:
         return template.format(name).rstrip(".") + pick(KIND_OF) + word, f"={emoji.code}"
     if draw < 0.59:

@@ -100,13 +100,24 @@ class Features:
         return {"train": views, "plain": encode(data.val + data.test, False, 0)}
 
 
-def run(clip_model, data: DataSplit, features: Features, seeds: list[int], n_ctx: int, name: str, split: str) -> list[dict]:
+def run(
+    clip_model,
+    data: DataSplit,
+    features: Features,
+    seeds: list[int],
+    n_ctx: int,
+    name: str,
+    split: str,
+    opts: tuple[str, ...] = (),
+) -> list[dict]:
     """One training a seed: accuracies on both halves of ``split`` in percent, and the prompts' perplexity.
+
+    ``opts`` are KEY VALUE pairs over CoOp's embedded recipe.
 
     All seeds go through the tower at once, as contexts of their own (G of them): losses are summed over seeds and SGD works
     element by element, so that each is trained as if it were alone.
     """
-    cfg, _ = resolve(RunArguments(trainer="CoOp"))
+    cfg, _ = resolve(RunArguments(trainer="CoOp", opts=opts))
     picked = [subsample_classes(sample_few_shot(data, cfg.DATASET.NUM_SHOTS, seed), "base") for seed in seeds]
     rows = torch.tensor([[features.row[d.name] for d in p.train] for p in picked])  # (G, n)
     labels = torch.tensor([[d.label for d in p.train] for p in picked])

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from plpp_reg.clip.load import without_autocast
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.engine.trainer import PromptTrainer
 
@@ -23,7 +24,7 @@ class ConditionalPromptLearner(PromptLearner):
 
     def context(self, image_features: Tensor) -> Tensor:
         """(B, embed_dim) -> (B, M, D), float32."""
-        with torch.autocast(self.ctx.device.type, enabled=False):
+        with without_autocast(self.ctx.device):
             return self.ctx + self.meta_net(image_features).unsqueeze(1)
 
 

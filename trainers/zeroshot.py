@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from plpp_reg.clip.load import without_autocast
 from plpp_reg.clip.prompts import encode_texts
 from plpp_reg.clip.text import TextTower
 from plpp_reg.datasets import template
@@ -18,7 +19,7 @@ from plpp_reg.engine.trainer import PromptTrainer
 def template_features(tower: TextTower, templates: Sequence[str], classnames: Sequence[str]) -> Tensor:
     """(n_templates, C, embed_dim): the text features of each class in each template, not normalised."""
     names = [name.replace("_", " ") for name in classnames]
-    with torch.autocast(tower.positional_embedding.device.type, enabled=False):
+    with without_autocast(tower.positional_embedding.device):
         features = encode_texts(tower, [pattern.replace("{}", name) for pattern in templates for name in names])
     return features.unflatten(0, (len(templates), len(names)))
 

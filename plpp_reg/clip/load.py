@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -114,6 +115,11 @@ def _build(state_dict: dict[str, torch.Tensor], name: str) -> nn.Module:
 def freeze(model: nn.Module) -> nn.Module:
     """No gradients, eval mode (batch statistics of a ResNet stay as they are)."""
     return model.requires_grad_(False).eval()
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Computing in the tensors' own dtypes, whatever stands around it; on "meta", where nothing is computed, nothing."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def set_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,0 +1,44 @@
+"""An estimate as lines for a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+from plpp_reg.estimate import Estimate, Part
+
+
+def as_json(cost: Estimate) -> str:
+    return json.dumps({k: v._asdict() if isinstance(v, Part) else v for k, v in cost._asdict().items()}, indent=2)
+
+
+def as_text(cost: Estimate) -> str:
+    """A few lines for a terminal."""
+    lines = [
+        f"{cost.trainer} on {cost.backbone}, {cost.classes} classes, batch {cost.batch}, {cost.precision}, on {cost.device}",
+        f"{'':14}{'seconds':>10}{'share':>8}{'GFLOP':>10}{'MiB':>8}",
+    ]
+    parts = {"a step": cost.step, "  text tower": cost.text, "  image tower": cost.image, "  PLPP": cost.plpp}
+    for name, part in parts.items():
+        share = f"{100 * part.seconds / cost.step.seconds:.0f}%" if cost.step.seconds else ""
+        lines.append(f"{name:14}{part.seconds:10.3f}{share:>8}{part.operations / 1e9:10.1f}{part.mib:8.0f}")
+    measured = ", ".join(f"{name} tower {rate['inference']:.0f}" for name, rate in cost.gflop_a_second.items())
+    lines += [
+        f"a run         {_duration(cost.run_seconds)}: {cost.epochs} epochs of {cost.steps} steps",
+        f"a test        {_duration(cost.test.seconds)}: {cost.test_images:,} images",
+        f"peak memory   {cost.peak_mib:,.0f} MiB: {cost.model_mib:,.0f} the model, {cost.step.mib:,.0f} a step",
+    ]
+    if ahead := cost.ahead.seconds:
+        lines.append(
+            f"in the run    {_duration(ahead)} an epoch, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
+            "an (epoch, image), not at all where they are kept (plpp cache)"
+        )
+    lines.append(f"measured here {measured} GFLOP/s forward")
+    lines.append(f"assumed       {'; '.join([*cost.assumed, 'reading and augmenting images not counted'])}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
