@@ -391,7 +391,7 @@ def test_what_lives_while_a_layer_runs_is_counted(make_clip):
         ImageTower(model)(images)
     assert living.most == pytest.approx(image_cost(ImageTower(model), 4).working, rel=0.05)
     tower = TextTower(model)
-    tree = PromptLearner(model, NAMES * 6, 4).tree()
+    tree = PromptLearner(model, [f"{a} {b}" for a in NAMES for b in NAMES], 4).tree()
     with torch.no_grad(), _Living() as living:
         tower(tree, torch.zeros(1, 4, 128), need_hidden=False)
     assert living.most == pytest.approx(text_cost(tower, tree, learns=False).working, rel=0.1)
