@@ -7,13 +7,17 @@ it is, on random vectors against a vocabulary of the run's size (plpp_cost.py). 
 With the letters of DESIGN section 1, and ``t`` the seconds of a part of a step, ``N`` training images, ``e`` epochs::
 
     step  = t(text) + t(image) + t(PLPP)                      forward and backward; the optimizer's update is nothing beside it
-    run   = e * (steps * step + N * t(image, frozen)) + once  steps = floor(N / B), at least 1
+    run   = e * steps * step + views * N' * t(image, frozen) + once
+                                                              steps = floor(N / B), at least 1
     test  = t(text, forward) + images * t(image, forward)     the classes once (CoCoOp: once an image)
-    peak  = model + held * (kept(text) + kept(image) + kept(PLPP) + gradients + max(working))
+    peak  = model + held * max(a step, frozen features, a test)
+                                                              a step: kept(text) + kept(image) + kept(PLPP) + gradients
+                                                              + max(working); the other two: max(working)
 
-``N * t(image, frozen)`` is there where a method reads the frozen tower's features: once an (epoch, image), and not at all
-where another run left them (``plpp cache``). ``held`` is :data:`HELD`: on a CPU a process holds more memory than its tensors
-take. Reading images from a disk and augmenting them is not counted.
+``N' * t(image, frozen)`` is there where a method reads the frozen tower's features: once a (view, image), and not at all where
+another run left them (``plpp cache``); ``views`` is e, or ``INPUT.VIEWS`` where that is set and less. ``N'`` is N in whole canonical batches (engine/features.py), as it is for a
+test's frozen features. ``held`` is :data:`HELD`: on a CPU a process holds more memory than its tensors take. Reading images
+from a disk and augmenting them is not counted.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ WORDS_A_NAME = (1, 1, 1, 1, 2, 2, 2, 2, 3, 3)  # a typical data set's names: 1 t
 
 
 class Part(NamedTuple):
-    """Seconds, floating-point operations, and MiB that are kept until they have been used."""
+    """Seconds, floating-point operations, and MiB: of a step's parts what is kept for backward, else the most that lives."""
 
     seconds: float = 0.0
     operations: float = 0.0
@@ -56,7 +60,10 @@ class Part(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a run will cost. ``text``, ``image``, ``plpp`` are parts of ``step``; its ``mib`` is the peak over the model."""
+    """What a run will cost. ``text``, ``image``, ``plpp`` are parts of ``step``.
+
+    The ``mib`` of ``step``, ``ahead`` and ``test`` are what a process holds over the model then (:data:`HELD` included).
+    """
 
     trainer: str
     backbone: str
@@ -76,7 +83,7 @@ class Estimate(NamedTuple):
     test: Part
     test_images: int
     model_mib: float
-    peak_mib: float  # of a step, the model included
+    peak_mib: float  # the model, and the most of step, ahead and test over it
     gflop_a_second: dict[str, dict[str, float]]
     assumed: list[str]
 
@@ -157,24 +164,24 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
         plpp = Part(seconds, cost.forward + cost.backward, cost.kept / MIB)
     trained = sum(p.numel() for p in trainer.trained())
     gradients = 2 * 4 * trained / MIB  # the gradient and the momentum, float32
-    working = max([plpp_working, *(p.cost.working / MIB for p in made.step)], default=0.0)
+    working, held = max(plpp_working, _working(made.step)), HELD[machine.device.type]
     step = Part(
         text.seconds + image.seconds + plpp.seconds,
         text.operations + image.operations + plpp.operations,
-        HELD[machine.device.type] * (text.mib + image.mib + plpp.mib + gradients + working) if learns else 0.0,
+        held * (text.mib + image.mib + plpp.mib + gradients + working) if learns else 0.0,
     )
     a_frozen = image_cost(trainer.image_tower, 1).forward if trainer.sees_frozen_features else 0.0
     a_frozen_s = a_frozen / rates["image"].inference if a_frozen else 0.0
-    ahead_mib = image_cost(trainer.image_tower, BATCH).working / MIB if a_frozen else 0.0
-    ahead = Part(images * a_frozen_s, images * a_frozen, ahead_mib) if learns else Part()
+    frozen_mib = image_cost(trainer.image_tower, BATCH).working / MIB if a_frozen else 0.0
+    ahead = Part(_encoded(images) * a_frozen_s, _encoded(images) * a_frozen, held * frozen_mib) if learns else Part()
     steps, epochs = (max(1, images // batch), cfg.OPTIM.MAX_EPOCH) if learns else (0, 0)
     once = _part(rates, made.once)
     classes, a_batch = _part(rates, made.classes), _part(rates, made.batch)
     batches = test_images / test_batch
     test = Part(
-        classes.seconds + batches * a_batch.seconds + test_images * a_frozen_s,
-        classes.operations + batches * a_batch.operations + test_images * a_frozen,
-        max((p.cost.working / MIB for p in made.classes + made.batch), default=ahead_mib),
+        classes.seconds + batches * a_batch.seconds + _encoded(test_images) * a_frozen_s,
+        classes.operations + batches * a_batch.operations + _encoded(test_images) * a_frozen,
+        held * max(frozen_mib, _working(made.classes + made.batch)),
     )
     model_mib = sum(t.nbytes for t in (*trainer.clip_model.parameters(), *trainer.clip_model.buffers())) / MIB
     return Estimate(
@@ -192,16 +199,25 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
         ahead=ahead,
         steps=steps,
         epochs=epochs,
-        run_seconds=epochs * (steps * step.seconds + ahead.seconds) + once.seconds,
+        run_seconds=epochs * steps * step.seconds + min(epochs, cfg.INPUT.VIEWS or epochs) * ahead.seconds + once.seconds,
         test=test,
         test_images=test_images,
         model_mib=model_mib,
-        peak_mib=model_mib + step.mib,
+        peak_mib=model_mib + max(step.mib, ahead.mib, test.mib),
         gflop_a_second={
             name: {what: v / 1e9 for what, v in rate._asdict().items() if v != float("inf")} for name, rate in rates.items()
         },
         assumed=assumed,
     )
+
+
+def _encoded(images: int) -> int:
+    """How many images the frozen tower encodes for ``images``: its canonical batches are always full."""
+    return -(-images // BATCH) * BATCH
+
+
+def _working(passes: Sequence[Pass]) -> float:
+    return max((p.cost.working / MIB for p in passes), default=0.0)
 
 
 def _part(rates: dict[str, Throughput], passes: Sequence[Pass]) -> Part:
@@ -217,16 +233,22 @@ def _rates(trainer: PromptTrainer, made: Passes, machine: Machine) -> dict[str, 
     every = [*made.step, *made.once, *made.classes, *made.batch]
     rates = {}
     if text := [p for p in every if p.tower == "text"]:
+        shape = _timed_shape(text)
         if trainer.learns_text_context:
             prompts, n_ctx = trainer.learner.prompts, trainer.learner.n_ctx
         else:
             prompts, n_ctx = [[sos_token(), *encode(f"{n}."), eot_token()] for n in trainer.data.classnames], 0
-        rates["text"] = text_throughput(trainer.tower, prompts, n_ctx, machine, text[0].together, text[0].learns)
+        rates["text"] = text_throughput(trainer.tower, prompts, n_ctx, machine, shape.together, shape.learns)
     image = [p for p in every if p.tower == "image"]
     if image or trainer.sees_frozen_features:
-        first = image[0] if image else Pass("image", Cost(), BATCH, 0)
-        rates["image"] = image_throughput(trainer.image_tower, machine, first.together, first.prompts, first.learns)
+        shape = _timed_shape(image) if image else Pass("image", Cost(), BATCH, 0)
+        rates["image"] = image_throughput(trainer.image_tower, machine, shape.together, shape.prompts, shape.learns)
     return rates
+
+
+def _timed_shape(passes: Sequence[Pass]) -> Pass:
+    """The first that learns, if any does: only then are a training step's forward and backward timed as well."""
+    return next((p for p in passes if p.learns), passes[0])
 
 
 def _device(device: torch.device) -> str:

@@ -25,16 +25,21 @@ def as_text(cost: Estimate) -> str:
     lines += [
         f"a run         {_duration(cost.run_seconds)}: {cost.epochs} epochs of {cost.steps} steps",
         f"a test        {_duration(cost.test.seconds)}: {cost.test_images:,} images",
-        f"peak memory   {cost.peak_mib:,.0f} MiB: {cost.model_mib:,.0f} the model, {cost.step.mib:,.0f} a step",
+        f"peak memory   {cost.peak_mib:,.0f} MiB: {cost.model_mib:,.0f} the model, over it the most of {_over_model(cost)}",
     ]
     if ahead := cost.ahead.seconds:
         lines.append(
-            f"in the run    {_duration(ahead)} an epoch, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
+            f"in the run    {_duration(ahead)} a view, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
             "an (epoch, image), not at all where they are kept (plpp cache)"
         )
     lines.append(f"measured here {measured} GFLOP/s forward")
     lines.append(f"assumed       {'; '.join([*cost.assumed, 'reading and augmenting images not counted'])}")
     return "\n".join(lines)
+
+
+def _over_model(cost: Estimate) -> str:
+    parts = {"a step": cost.step, "frozen image features": cost.ahead, "a test": cost.test}
+    return ", ".join(f"{part.mib:,.0f} {name}" for name, part in parts.items() if part.mib)
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,8 @@
 Letters of DESIGN section 1, with ``R`` context vectors (``P M``), ``r = min(R, chunk_size)`` of them at a time::
 
     operations   4 R K D forward and backward (prediction and label over the K words); where the prediction is over the whole
-                 vocabulary, 2 R V D more in each; 2 V D a row that is looked up in it
+                 vocabulary, 2 R V D more in each; 8 K D a labelled row, the search among the 4 K words that it remembers,
+                 and 2 V D one that is looked up in the vocabulary
     kept         r (2 K D + 2 D), and r V where the prediction is over the vocabulary; beyond one chunk v and h of all rows,
                  2 R D, and a chunk runs forward once more in backward
     working      r V of the cosines, and 2 r (4 K) D of the words that are remembered
@@ -49,7 +50,8 @@ def plpp_cost(regularizer: PerplexityRegularizer, rows: Rows) -> Cost:
     term = rows.predicted * width * (4 * k + (2 * words if over_all else 0))
     kept = at_once * (2 * k * width + 2 * width + (words if over_all else 0)) + (2 * rows.predicted * width if several else 0)
     working = min(rows.labelled, regularizer.chunk_size) * (words + 2 * KEPT * k * width)
-    return Cost(term + 2 * rows.looked_up * words * width, term * (2 if several else 1), 4 * kept, 4 * working)
+    search = 2 * width * (rows.labelled * KEPT * k + rows.looked_up * words)
+    return Cost(term + search, term * (2 if several else 1), 4 * kept, 4 * working)
 
 
 def plpp_seconds(regularizer: PerplexityRegularizer, rows: Rows, machine: Machine) -> float:

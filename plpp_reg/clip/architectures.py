@@ -64,7 +64,8 @@ def clip_without_weights(name: str) -> nn.Module:
             that open_clip lists; the embedded model and files are read.
 
     Raises:
-        InputError: no such backbone, or one whose sizes are not of OpenAI's architecture.
+        InputError: no such backbone or weights, open_clip is not installed, or its list tells that the model is not of OpenAI's
+            architecture.
     """
     if name in OPENAI:
         sizes = OPENAI[name]
@@ -90,22 +91,33 @@ def _stays(model: nn.Module) -> nn.Module:
     return model
 
 
+# All that open_clip says of a model of OpenAI's architecture; it says more of others (pooling, layer scale, a decoder).
+OPEN_CLIP_SAYS = {
+    "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
+    "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
+}
+CONTEXT_LENGTH = 77  # what openai-clip's tokenizer gives
+
+
 def _open_clip_sizes(name: str) -> Architecture:
     """What open_clip's own list of models says of one."""
-    try:
-        import open_clip
-    except ImportError as e:
-        raise InputError(f"backbone {name!r}: expected the package open_clip: pip install 'plpp-reg[open_clip]' ({e})") from e
-    architecture = name.removeprefix(OPEN_CLIP).partition("/")[0]
+    from plpp_reg.clip.from_open_clip import named
+
+    open_clip, architecture, _ = named(name)
     listed = open_clip.get_model_config(architecture)
-    if listed is None:
-        raise unknown("open_clip model", architecture, open_clip.list_models())
     vision, text = listed["vision_cfg"], listed["text_cfg"]
+    expected = f"backbone {name!r}: expected a model of OpenAI's architecture, got one with"
+    for part, known in OPEN_CLIP_SAYS.items():
+        if others := sorted((listed[part] if part else listed).keys() - known):
+            raise InputError(f"{expected} {', '.join(map(repr, others))}")
     try:
         layers = vision["layers"]
         layers, patch = (layers, vision["patch_size"]) if isinstance(layers, int) else (tuple(layers), None)
         of_vision = (vision["image_size"], layers, vision["width"], patch)
         of_text = (text["context_length"], text["vocab_size"], text["width"], text["heads"], text["layers"])
     except KeyError as e:
-        raise InputError(f"backbone {name!r}: expected a model of OpenAI's architecture, got one without {e.args[0]!r}") from e
+        raise InputError(f"{expected}out {e.args[0]!r}") from e
+    if text["context_length"] != CONTEXT_LENGTH:
+        raise InputError(f"{expected} {text['context_length']} positions of text, not {CONTEXT_LENGTH}")
     return Architecture(listed["embed_dim"], *of_vision, *of_text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -23,17 +24,8 @@ def load_open_clip(name: str) -> nn.Module:
     Raises:
         InputError: open_clip is not installed, no such model or weights, or a model of another architecture.
     """
-    try:
-        import open_clip
-    except ImportError as e:
-        raise InputError(f"backbone {name!r}: expected the package open_clip: {install('open_clip')} ({e})") from e
-    architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
-    if architecture not in open_clip.list_models():
-        raise unknown("open_clip model", architecture, open_clip.list_models())
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    open_clip, architecture, weights = named(name)
     local = Path(weights).is_file()
-    if not local and weights not in tags:
-        raise unknown(f"weights of open_clip:{architecture} (a tag or a file)", weights, tags)
     try:
         # OpenAI's own weights want QuickGELU whatever the architecture's configuration says; open_clip only warns
         quick = False if local else bool((open_clip.get_pretrained_cfg(architecture, weights) or {}).get("quick_gelu"))
@@ -44,6 +36,25 @@ def load_open_clip(name: str) -> nn.Module:
     except (OSError, RuntimeError) as e:
         raise InputError(f"backbone {name!r}: expected weights of {architecture} ({' '.join(str(e).split())[:200]})") from e
     return as_openai(source.float().eval(), name)
+
+
+def named(name: str) -> tuple[ModuleType, str, str]:
+    """The package open_clip, and which of its architectures and weights (a tag or a file) ``name`` names. Nothing is read.
+
+    Raises:
+        InputError: open_clip is not installed, no such model or weights.
+    """
+    try:
+        import open_clip
+    except ImportError as e:
+        raise InputError(f"backbone {name!r}: expected the package open_clip: {install('open_clip')} ({e})") from e
+    architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
+    if architecture not in open_clip.list_models():
+        raise unknown("open_clip model", architecture, open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if weights not in tags and not Path(weights).is_file():
+        raise unknown(f"weights of open_clip:{architecture} (a tag or a file)", weights, tags)
+    return open_clip, architecture, weights
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ Bytes. A full layer keeps ``14 D`` numbers a row for backward: ``10 D`` a node (
 ``4 D`` a position of a path (queries twice, keys, values; of a chain and of images attention's output is the fourth), and in a
 chunk the attention's weights, ``H (p + L)`` a row. What leaves the text tower, ``G (C E + R D)``, lives three times: a chunk's
 part, in order, normalised. While a layer runs, in either direction, up to ``15 D`` numbers a row live beside all that: three of
-the MLP's ``4 D`` and what the residual stream is at.
+the MLP's ``4 D`` and what the residual stream is at. Where nothing is kept for backward it is ``20 D``: the layer's queries,
+keys, values, input and its norm, which else are among what is kept, live until the layer is through.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from plpp_reg.clip.tree import Chunk, PromptTree
 from plpp_reg.clip.vision import ImageTower
 
 KEPT_NODE, KEPT_PATH = 10, 4  # widths a row and layer; tests/test_estimate.py compares them with what autograd keeps
-WORKING = 15  # widths a row while a layer runs
+WORKING = 15  # widths a row while a layer runs, over what is kept
+WORKING_ALONE = 20  # the same where nothing is kept
 
 
 class Cost(NamedTuple):
@@ -83,7 +85,7 @@ def text_cost(tower: TextTower, tree: PromptTree, groups: int = 1, need_hidden: 
         prefix.kept + kept + leaves,
         max(prefix.working, *(c.working for c in chunks)),
     )
-    return cost if learns else cost._replace(backward=0.0, kept=0.0)
+    return cost if learns else _alone(cost)
 
 
 def image_cost(tower: ImageTower, images: int, prompts: int = 0, learns: bool = False) -> Cost:
@@ -103,7 +105,12 @@ def image_cost(tower: ImageTower, images: int, prompts: int = 0, learns: bool = 
     ends = 2 * images * width * ((positions - 1) * patch + out)
     size = _bytes(tower.dtype)
     cost = Cost(chain.forward + ends, chain.backward + 2 * images * width * out, size * chain.kept, size * chain.working)
-    return cost if learns else cost._replace(backward=0.0, kept=0.0)
+    return cost if learns else _alone(cost)
+
+
+def _alone(cost: Cost) -> Cost:
+    """Of a pass without a backward pass."""
+    return cost._replace(backward=0.0, kept=0.0, working=cost.working * WORKING_ALONE / WORKING)
 
 
 def _bytes(dtype: torch.dtype) -> int:

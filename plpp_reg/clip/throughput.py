@@ -8,6 +8,7 @@ its seconds are a throughput, with everything in it that is not a matrix product
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -57,9 +58,15 @@ class Throughput(NamedTuple):
     backward: float = float("inf")
 
     def seconds(self, cost: Cost, backwards: int) -> float:
-        """Of a pass whose gradient is asked for ``backwards`` times."""
+        """Of a pass whose gradient is asked for ``backwards`` times.
+
+        Raises:
+            ValueError: there is a backward pass, and none was timed: over inf it would cost nothing.
+        """
         if not backwards:
             return cost.forward / self.inference
+        if math.isinf(self.forward) or math.isinf(self.backward):
+            raise ValueError("expected a throughput of passes that learn, got one of inference alone")
         return cost.forward / self.forward + backwards * cost.backward / self.backward
 
 
