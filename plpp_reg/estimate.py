@@ -15,9 +15,9 @@ With the letters of DESIGN section 1, and ``t`` the seconds of a part of a step,
                                                               + max(working); the other two: max(working)
 
 ``N' * t(image, frozen)`` is there where a method reads the frozen tower's features: once a (view, image), and not at all where
-another run left them (``plpp cache``); ``views`` is e, or ``INPUT.VIEWS`` where that is set and less. ``N'`` is N in whole canonical batches (engine/features.py), as it is for a
-test's frozen features. ``held`` is :data:`HELD`: on a CPU a process holds more memory than its tensors take. Reading images
-from a disk and augmenting them is not counted.
+another run left them (``plpp cache``); ``views`` is e, or ``INPUT.VIEWS`` where that is set and less. ``N'`` is N in whole
+canonical batches (engine/features.py), as it is for a test's frozen features. ``held`` is :data:`HELD`: on a CPU a process
+holds more memory than its tensors take. Reading images from a disk and augmenting them is not counted.
 """
 
 from __future__ import annotations

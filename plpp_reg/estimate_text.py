@@ -30,7 +30,7 @@ def as_text(cost: Estimate) -> str:
     if ahead := cost.ahead.seconds:
         lines.append(
             f"in the run    {_duration(ahead)} a view, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
-            "an (epoch, image), not at all where they are kept (plpp cache)"
+            "a (view, image), not at all where they are kept (plpp cache)"
         )
     lines.append(f"measured here {measured} GFLOP/s forward")
     lines.append(f"assumed       {'; '.join([*cost.assumed, 'reading and augmenting images not counted'])}")
