@@ -276,7 +276,7 @@ def test_the_text_says_what_is_assumed(capsys):
     assert cli.main(["estimate", "--backbone", "ViT-B/16", "--classes", "4"]) == 0
     out = capsys.readouterr().out
     assert "MiB: 571 the model, over it the most of" in out and "frozen image features, " in out and " a test\n" in out
-    assert "4 class names of typical length" in out and "1,000 test images" in out and "once an (epoch, image)" in out
+    assert "4 class names of typical length" in out and "1,000 test images" in out and "once a (view, image)" in out
 
 
 @pytest.mark.parametrize(
