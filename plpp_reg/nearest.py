@@ -21,6 +21,7 @@ class NearestWords:
         K-th best cosine of the kept words at u  >  b + |u - u0| + slack
 
     no word left out can be among the K nearest: they are found among the kept ones. A row that fails this is looked up again.
+    u0 is remembered in float16; what that takes from it, |u0 - float16(u0)|, is added to b, so that the bound still holds.
     Training moves a context vector by little a step, so most steps look at 4 K words a row instead of at V. Whatever is
     remembered, the answer is the same: it is always taken from the same sum over the kept words.
 
@@ -33,9 +34,9 @@ class NearestWords:
 
     def forget(self) -> None:
         """The vocabulary has changed."""
-        self.direction: Tensor | None = None  # (R, D) u0
-        self.kept: Tensor | None = None  # (R, KEPT * K) ids
-        self.left_out: Tensor | None = None  # (R,) b
+        self.direction: Tensor | None = None  # (R, D) u0, float16
+        self.kept: Tensor | None = None  # (R, KEPT * K) ids, int32
+        self.left_out: Tensor | None = None  # (R,) b, and what float16 took from u0
         self.looked_up = 0  # rows that met all V words, since the last forget()
 
     @torch.no_grad()
@@ -45,9 +46,9 @@ class NearestWords:
         if count >= len(E):
             return PF.search_all(v, E, E_inverse_norm, k, chunk_size)
         known = self.kept is not None and self.kept.shape == (len(v), count)
-        if not (known and self.direction.device == v.device and self.direction.dtype == v.dtype):
-            self.direction = torch.full_like(v, torch.nan)  # no row is sure of anything
-            self.kept = torch.zeros(len(v), count, dtype=torch.long, device=v.device)
+        if not (known and self.left_out.device == v.device and self.left_out.dtype == v.dtype):
+            self.direction = torch.full_like(v, torch.nan, dtype=torch.float16)  # no row is sure of anything
+            self.kept = torch.zeros(len(v), count, dtype=torch.int32, device=v.device)
             self.left_out = v.new_zeros(len(v))
         places = [slice(i, i + chunk_size) for i in range(0, len(v), chunk_size)]
         ids, sure = zip(*(self._remembered(place, v[place], E, E_inverse_norm, k) for place in places), strict=True)
@@ -73,8 +74,9 @@ class NearestWords:
         rows = unsure.nonzero()[:, 0].to(v.device)
         self.looked_up += len(rows)
         found, nearest = PF.nearest_words(u[rows], E, kept.shape[1] + 1, E_inverse_norm)
-        direction[rows], left_out[rows] = u[rows], found[:, -1]
-        kept[rows] = nearest[:, :-1].sort(dim=1).values  # of equal cosines the smaller id comes first, always
+        rounded = u[rows].half()
+        direction[rows], left_out[rows] = rounded, found[:, -1] + (u[rows] - rounded).norm(dim=-1)
+        kept[rows] = nearest[:, :-1].sort(dim=1).values.int()  # of equal cosines the smaller id comes first, always
         return _among(kept, u, E, E_inverse_norm, k)[1]
 
 
@@ -83,4 +85,4 @@ def _among(kept: Tensor, u: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -
     # a sum a word, not a matrix product: its bits do not depend on where among the kept ones the word stands
     cosines = F.embedding(kept, E).mul_(u.unsqueeze(1)).sum(-1) * E_inverse_norm[kept]
     best, place = cosines.sort(dim=1, descending=True, stable=True)
-    return best[:, :k], kept.gather(1, place[:, :k])
+    return best[:, :k], kept.gather(1, place[:, :k]).long()

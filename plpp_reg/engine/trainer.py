@@ -336,7 +336,8 @@ class PromptTrainer:
         """
         if not self.plpp_acts:
             return {}
-        parts = self.regularizer.components(*self.plpp_reads, with_perplexity)
+        reads, self.plpp_reads = self.plpp_reads, None  # or the states would be kept until the next step's
+        parts = self.regularizer.components(*reads, with_perplexity)
         terms, share = self.regularizer.terms(parts), self._share_of_prompts()
         if with_perplexity or self.regularizer.normalize_over == "vocabulary":  # the same on every rank
             log = self.ranks.average_values({"log": share * parts.perplexity.log().item()})["log"]
