@@ -177,12 +177,14 @@ class PromptLearner(nn.Module):
             classes: which of the classes, C of them.
 
         Returns:
-            ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), fit for the regularizer beside
-            :meth:`context_of` these classes: P is 1 where the context is shared and nothing class-specific precedes it, else C.
+            ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), fit for the regularizer beside ``context``:
+            P is 1 where the context is shared and nothing class-specific precedes it, else C. ``context`` is
+            :meth:`context_of` these classes, through which a gradient is added to the text tower's own without a copy.
         """
         rows, *deep = (r.flatten(0, -2).unsqueeze(0) for r in (self.ctx, *deep))
         out = tower(self.tree(tower.max_nodes(), classes), rows, deep, need_hidden)
-        return TextOutput(out.features[0], out.hidden)
+        context = rows.view_as(self.ctx)
+        return TextOutput(out.features[0], out.hidden, context[classes] if self.class_specific else context)
 
     def context_of(self, classes: slice = ALL) -> Tensor:
         """The vectors that the prompts of some classes hold: (M, D), or (C, M, D) where each has its own."""

@@ -26,10 +26,14 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class TextOutput(NamedTuple):
-    """``features`` (G, C, embed_dim), not normalised; ``hidden`` (G * P, M, D), or None where it was not asked for."""
+    """``features`` (G, C, embed_dim), not normalised; ``hidden`` (G * P, M, D), or None where it was not asked for.
+
+    ``context``: of a prompt learner, the vectors that ``hidden`` precedes.
+    """
 
     features: Tensor
     hidden: Tensor | None
+    context: Tensor | None = None
 
 
 class TextTower(nn.Module):

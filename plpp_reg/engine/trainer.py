@@ -146,7 +146,7 @@ class PromptTrainer:
         """
         ours = slice(self.ranks.rank, None, self.ranks.size)
         out = self.learner(self.tower, self.plpp_acts, self.deep_context(), ours)
-        self.plpp_reads = self.learner.context_of(ours), out.hidden
+        self.plpp_reads = out.context, out.hidden
         return self.ranks.gather_rows(self.normalize(out.features), len(self.data.classnames))
 
     def context(self) -> Tensor:
