@@ -74,7 +74,7 @@ class NearestWords:
         rows = unsure.nonzero()[:, 0].to(v.device)
         self.looked_up += len(rows)
         found, nearest = PF.nearest_words(u[rows], E, kept.shape[1] + 1, E_inverse_norm)
-        rounded = u[rows].half()
+        rounded = u[rows].to(direction.dtype)
         direction[rows], left_out[rows] = rounded, found[:, -1] + (u[rows] - rounded).norm(dim=-1)
         kept[rows] = nearest[:, :-1].sort(dim=1).values.int()  # of equal cosines the smaller id comes first, always
         return _among(kept, u, E, E_inverse_norm, k)[1]

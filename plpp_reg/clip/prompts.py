@@ -178,14 +178,11 @@ class PromptLearner(nn.Module):
 
         Returns:
             ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), fit for the regularizer beside ``context``:
-            P is 1 where the context is shared and nothing class-specific precedes it, else C. ``context`` is
-            :meth:`context_of` these classes, through which a gradient is added to the text tower's own without a copy.
+            P is 1 where the context is shared and nothing class-specific precedes it, else C. ``context``, the
+            vectors that these classes' prompts hold, is (M, D), or (C, M, D) where each has its own; through it a gradient is
+            added to the text tower's own without a copy.
         """
         rows, *deep = (r.flatten(0, -2).unsqueeze(0) for r in (self.ctx, *deep))
         out = tower(self.tree(tower.max_nodes(), classes), rows, deep, need_hidden)
         context = rows.view_as(self.ctx)
         return TextOutput(out.features[0], out.hidden, context[classes] if self.class_specific else context)
-
-    def context_of(self, classes: slice = ALL) -> Tensor:
-        """The vectors that the prompts of some classes hold: (M, D), or (C, M, D) where each has its own."""
-        return self.ctx[classes] if self.class_specific else self.ctx
