@@ -95,5 +95,5 @@ class IVLP(PromptTrainer):
         return self.normalize(self.image_tower(batch["img"], first, deep))
 
     def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = self.logits(self.image_features(batch), self.class_features())
-        return {"ce": self.cross_entropy(logits, batch["label"])}
+        w = self.class_features()  # before the images: a text tower in chunks makes them again when images' states are freed
+        return {"ce": self.cross_entropy(self.logits(self.image_features(batch), w), batch["label"])}
