@@ -75,6 +75,15 @@ def harmonic_mean(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
+def duration(seconds: float) -> str:
+    """As a person reads it: 3.2 s, 35 s, 2.4 min, 12 h."""
+    value, unit = seconds, "s"
+    for name, size in (("min", 60), ("h", 3600)):
+        if seconds >= 1.5 * size:
+            value, unit = seconds / size, name
+    return f"{value:.1f} {unit}" if round(value, 1) < 10 else f"{value:.0f} {unit}"
+
+
 def versions() -> dict[str, str]:
     """What the figures depend on."""
     found = {"python": platform.python_version(), "plpp-reg": __version__}

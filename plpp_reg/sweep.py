@@ -195,9 +195,9 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
             if outcome.aside is not None:
                 say(f"{outcome.job.label}: the run that was there had other settings or files; it is now {outcome.aside}")
             spent = time.perf_counter() - start
-            remaining = f", about {duration(spent * (total - done) / done)} left" if number < len(left) else ""
+            remaining = f", about {results.duration(spent * (total - done) / done)} left" if number < len(left) else ""
             what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
-            say(f"[{number}/{len(left)}] {outcome.job.label}: {what} ({duration(outcome.seconds)}{remaining})")
+            say(f"[{number}/{len(left)}] {outcome.job.label}: {what} ({results.duration(outcome.seconds)}{remaining})")
             if outcome.result is None:
                 failed.append(outcome)
     finally:
@@ -211,12 +211,6 @@ def figures(result: dict[str, Any]) -> str:
     metrics = {result["protocol"]["test"]: result["metrics"]}
     metrics.update({name: test["metrics"] for name, test in result.get("tests", {}).items()})
     return ", ".join(f"{name} {values['accuracy']:.1f}" for name, values in metrics.items())
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def report(failed: Iterable[Outcome]) -> list[str]:

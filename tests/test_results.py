@@ -91,3 +91,11 @@ def test_versions_name_what_the_figures_depend_on() -> None:
     found = results.versions()
     assert {"python", "plpp-reg", "torch", "torchvision", "numpy", "openai-clip"} <= found.keys()
     assert torch.__version__.startswith(found["torch"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (3.21, "3.2 s"), (9.97, "10 s"), (89.6, "90 s"), (90, "1.5 min"), (4500, "75 min"), (43_200, "12 h")],
+)
+def test_seconds_as_a_person_reads_them(seconds: float, text: str) -> None:
+    assert results.duration(seconds) == text

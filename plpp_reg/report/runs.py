@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from plpp_reg.engine.registry import SUFFIX, shipped
 from plpp_reg.protocols import learns, run_label
 from plpp_reg.report.grids import Cell, Grid, TableRow
-from plpp_reg.sweep import FAILED, duration
+from plpp_reg.results import duration
+from plpp_reg.sweep import FAILED
 from plpp_reg.tables.records import Found, Record
 from plpp_reg.tables.rows import dataset_order, title_of
 from plpp_reg.tables.settings import Made, Settings, pair, relevant, tell_apart
