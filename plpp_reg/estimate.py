@@ -10,14 +10,14 @@ With the letters of DESIGN section 1, and ``t`` the seconds of a part of a step,
     run   = e * steps * step + views * N' * t(image, frozen) + once
                                                               steps = floor(N / B), at least 1
     test  = t(text, forward) + images * t(image, forward)     the classes once (CoCoOp: once an image)
-    peak  = model + held * max(a step, frozen features, a test)
-                                                              a step: kept(text) + kept(image) + kept(PLPP) + gradients
-                                                              + max(working); the other two: max(working)
+    peak  = model + libraries + max(a step, frozen features, a test)
+                                                              a step: kept(text, image, PLPP) + gradients + max(working);
+                                                              the other two: max(working)
 
 ``N' * t(image, frozen)`` is there where a method reads the frozen tower's features: once a (view, image), and not at all where
 another run left them (``plpp cache``); ``views`` is e, or ``INPUT.VIEWS`` where that is set and less. ``N'`` is N in whole
-canonical batches (engine/features.py), as it is for a test's frozen features. ``held`` is :data:`HELD`: on a CPU a process
-holds more memory than its tensors take. Reading images from a disk and augmenting them is not counted.
+canonical batches (engine/features.py), as it is for a test's frozen features. ``libraries`` is :data:`LIBRARIES_MIB`. Memory
+is what lives: an allocator may keep more (docs/cost.md). Reading images from a disk and augmenting them is not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from plpp_reg.clip.architectures import clip_without_weights
-from plpp_reg.clip.operations import Cost, image_cost
+from plpp_reg.clip.operations import Cost, image_cost, most_kept
 from plpp_reg.clip.prompts import encode, eot_token, sos_token, tokenizer
 from plpp_reg.clip.throughput import Machine, Throughput, image_throughput, text_throughput
 from plpp_reg.datasets import DataSplit
@@ -46,7 +46,7 @@ from plpp_reg.plpp_cost import plpp_cost, plpp_seconds
 
 MIB = 2**20
 MOST_CLASSES = 100_000
-HELD = {"cpu": 1.25, "cuda": 1.0}  # a process's memory over its tensors'; of a CPU by benchmarks/cost.py, of a GPU not measured
+LIBRARIES_MIB = {"cpu": 20.0, "cuda": 0.0}  # torch's own beside tensors; of a CPU by benchmarks/cost.py, of a GPU not measured
 SHOTS, TEST_IMAGES = 16, 1000  # assumed where neither the configuration nor the data says
 WORDS_A_NAME = (1, 1, 1, 1, 2, 2, 2, 2, 3, 3)  # a typical data set's names: 1 to 3 words, 1.9 on average
 
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 class Estimate(NamedTuple):
     """What a run will cost. ``text``, ``image``, ``plpp`` are parts of ``step``.
 
-    The ``mib`` of ``step``, ``ahead`` and ``test`` are what a process holds over the model then (:data:`HELD` included).
+    The ``mib`` of ``step``, ``ahead`` and ``test`` are what a process holds over the model, :data:`LIBRARIES_MIB` included.
     """
 
     trainer: str
@@ -157,23 +157,24 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
     made = passes_of(trainer, batch, test_batch)
     rates = _rates(trainer, made, machine)
     text, image = (_part(rates, [p for p in made.step if p.tower == tower]) for tower in ("text", "image"))
-    plpp, plpp_working = Part(), 0.0
+    plpp, costs = Part(), [p.cost for p in made.step]
     if made.plpp:
-        cost = plpp_cost(trainer.regularizer, made.plpp)
-        seconds, plpp_working = plpp_seconds(trainer.regularizer, made.plpp, machine), cost.working / MIB
+        costs.append(cost := plpp_cost(trainer.regularizer, made.plpp))
+        seconds = plpp_seconds(trainer.regularizer, made.plpp, machine)
         plpp = Part(seconds, cost.forward + cost.backward, cost.kept / MIB)
-    trained = sum(p.numel() for p in trainer.trained())
-    gradients = 2 * 4 * trained / MIB  # the gradient and the momentum, float32
-    working, held = max(plpp_working, _working(made.step)), HELD[machine.device.type]
+    gradients = 2 * 4 * sum(p.numel() for p in trainer.trained())  # the gradient and the momentum, float32
+    libraries = LIBRARIES_MIB[machine.device.type]
     step = Part(
         text.seconds + image.seconds + plpp.seconds,
         text.operations + image.operations + plpp.operations,
-        held * (text.mib + image.mib + plpp.mib + gradients + working) if learns else 0.0,
+        libraries + (most_kept(costs) + gradients + max(c.working for c in costs)) / MIB if learns else 0.0,
     )
-    a_frozen = image_cost(trainer.image_tower, 1).forward if trainer.sees_frozen_features else 0.0
+    frozen = image_cost(trainer.image_tower, BATCH) if trainer.sees_frozen_features else Cost()
+    a_frozen = frozen.forward / BATCH
     a_frozen_s = a_frozen / rates["image"].inference if a_frozen else 0.0
-    frozen_mib = image_cost(trainer.image_tower, BATCH).working / MIB if a_frozen else 0.0
-    ahead = Part(_encoded(images) * a_frozen_s, _encoded(images) * a_frozen, held * frozen_mib) if learns else Part()
+    ahead = Part()
+    if learns and a_frozen:
+        ahead = Part(_encoded(images) * a_frozen_s, _encoded(images) * a_frozen, libraries + frozen.working / MIB)
     steps, epochs = (max(1, images // batch), cfg.OPTIM.MAX_EPOCH) if learns else (0, 0)
     once = _part(rates, made.once)
     classes, a_batch = _part(rates, made.classes), _part(rates, made.batch)
@@ -181,7 +182,7 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
     test = Part(
         classes.seconds + batches * a_batch.seconds + _encoded(test_images) * a_frozen_s,
         classes.operations + batches * a_batch.operations + _encoded(test_images) * a_frozen,
-        held * max(frozen_mib, _working(made.classes + made.batch)),
+        libraries + max([frozen.working, *(p.cost.working for p in made.classes + made.batch)]) / MIB,
     )
     model_mib = sum(t.nbytes for t in (*trainer.clip_model.parameters(), *trainer.clip_model.buffers())) / MIB
     return Estimate(
@@ -216,16 +217,12 @@ def _encoded(images: int) -> int:
     return -(-images // BATCH) * BATCH
 
 
-def _working(passes: Sequence[Pass]) -> float:
-    return max((p.cost.working / MIB for p in passes), default=0.0)
-
-
 def _part(rates: dict[str, Throughput], passes: Sequence[Pass]) -> Part:
     """A step's passes through one tower, or through both."""
     total = sum((p.cost for p in passes), Cost())
     operations = sum(p.cost.forward + p.backwards * p.cost.backward for p in passes)
     seconds = sum(rates[p.tower].seconds(p.cost, p.backwards) for p in passes)
-    return Part(seconds, operations, total.kept / MIB)
+    return Part(seconds, operations, (total.kept + total.again) / MIB)
 
 
 def _rates(trainer: PromptTrainer, made: Passes, machine: Machine) -> dict[str, Throughput]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from plpp_reg.estimate import Estimate, Part
+from plpp_reg.results import duration
 
 
 def as_json(cost: Estimate) -> str:
@@ -23,27 +24,22 @@ def as_text(cost: Estimate) -> str:
         lines.append(f"{name:14}{part.seconds:10.3f}{share:>8}{part.operations / 1e9:10.1f}{part.mib:8.0f}")
     measured = ", ".join(f"{name} tower {rate['inference']:.0f}" for name, rate in cost.gflop_a_second.items())
     lines += [
-        f"a run         {_duration(cost.run_seconds)}: {cost.epochs} epochs of {cost.steps} steps",
-        f"a test        {_duration(cost.test.seconds)}: {cost.test_images:,} images",
+        f"a run         {duration(cost.run_seconds)}: {cost.epochs} epochs of {cost.steps} steps",
+        f"a test        {duration(cost.test.seconds)}: {cost.test_images:,} images",
         f"peak memory   {cost.peak_mib:,.0f} MiB: {cost.model_mib:,.0f} the model, over it the most of {_over_model(cost)}",
     ]
     if ahead := cost.ahead.seconds:
         lines.append(
-            f"in the run    {_duration(ahead)} a view, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
+            f"in the run    {duration(ahead)} a view, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
             "a (view, image), not at all where they are kept (plpp cache)"
         )
     lines.append(f"measured here {measured} GFLOP/s forward")
-    lines.append(f"assumed       {'; '.join([*cost.assumed, 'reading and augmenting images not counted'])}")
+    if cost.assumed:
+        lines.append(f"assumed       {'; '.join(cost.assumed)}")
+    lines.append("not counted   reading and augmenting images; freed memory that an allocator keeps")
     return "\n".join(lines)
 
 
 def _over_model(cost: Estimate) -> str:
     parts = {"a step": cost.step, "frozen image features": cost.ahead, "a test": cost.test}
     return ", ".join(f"{part.mib:,.0f} {name}" for name, part in parts.items() if part.mib)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

@@ -31,6 +31,8 @@ keys, values, input and its norm, which else are among what is kept, live until 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,23 +43,32 @@ from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.tree import Chunk, PromptTree
 from plpp_reg.clip.vision import ImageTower
 
-KEPT_NODE, KEPT_PATH = 10, 4  # widths a row and layer; tests/test_estimate.py compares them with what autograd keeps
+KEPT_NODE, KEPT_PATH = 10, 4  # widths a row and layer; tests/test_operations.py compares them with what autograd keeps
 WORKING = 15  # widths a row while a layer runs, over what is kept
 WORKING_ALONE = 20  # the same where nothing is kept
 
 
 class Cost(NamedTuple):
-    """Operations of the forward pass and of one backward pass; bytes kept in between; bytes more while a layer runs."""
+    """Operations of the forward pass and of one backward pass; bytes kept in between, more while a layer runs, and more in
+    backward, where a chunk is made again."""
 
     forward: float = 0.0
     backward: float = 0.0
     kept: float = 0.0
     working: float = 0.0
+    again: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         """One after the other: what is kept adds up, what lives for a moment does not."""
         operations = self.forward + other.forward, self.backward + other.backward
-        return Cost(*operations, self.kept + other.kept, max(self.working, other.working))
+        return Cost(*operations, self.kept + other.kept, max(self.working, other.working), max(self.again, other.again))
+
+
+def most_kept(passes: Sequence[Cost]) -> float:
+    """Bytes that passes one after the other hold at most: all of them when the last is through, or, on the way back, the first
+    few and a chunk of the last of those again."""
+    held = [0.0, *itertools.accumulate(cost.kept for cost in passes)]
+    return max([held[-1], *(so_far + cost.again for so_far, cost in zip(held[1:], passes, strict=True))])
 
 
 def text_cost(tower: TextTower, tree: PromptTree, groups: int = 1, need_hidden: bool = True, learns: bool = True) -> Cost:
@@ -76,7 +87,7 @@ def text_cost(tower: TextTower, tree: PromptTree, groups: int = 1, need_hidden: 
     chunks = [_chunk(tower, chunk, tree, groups, need_hidden) for chunk in tree.chunks]
     suffixes = Cost(*(sum(values) for values in zip(*chunks, strict=True)))
     several = len(chunks) > 1
-    kept = max(c.kept for c in chunks) if several else suffixes.kept  # one chunk at a time is computed again
+    kept, again = (0.0, max(c.kept for c in chunks)) if several else (suffixes.kept, 0.0)
     states = tree.before.numel() * tower.ln_final.weight.shape[0] if need_hidden else 0
     leaves = 3 * _bytes(tower.dtype) * groups * (len(tree.order) * tower.text_projection.shape[1] + states)
     cost = Cost(
@@ -84,6 +95,7 @@ def text_cost(tower: TextTower, tree: PromptTree, groups: int = 1, need_hidden: 
         prefix.backward + suffixes.backward + (suffixes.forward if several else 0),
         prefix.kept + kept + leaves,
         max(prefix.working, *(c.working for c in chunks)),
+        again,
     )
     return cost if learns else _alone(cost)
 
@@ -110,7 +122,7 @@ def image_cost(tower: ImageTower, images: int, prompts: int = 0, learns: bool = 
 
 def _alone(cost: Cost) -> Cost:
     """Of a pass without a backward pass."""
-    return cost._replace(backward=0.0, kept=0.0, working=cost.working * WORKING_ALONE / WORKING)
+    return Cost(cost.forward, working=cost.working * WORKING_ALONE / WORKING)
 
 
 def _bytes(dtype: torch.dtype) -> int:
