@@ -8,7 +8,8 @@ does: all 77 positions of every class (in CoCoOp of every image), stock modules,
 memory beside CoCoOp's batches is of one image at a time; its code holds all of them until one backward.
 ``plpp-…``: a training step of X_PLPP over one of X, alternating, while SGD moves the context at the recipe's rate. Image
 features are given where the image tower is frozen, so the share is of the text part alone: of a whole step it is smaller.
-``memory-…``: what PLPP adds to the peak of a step with class-specific context.
+``memory-…``: what PLPP adds to the peak of a step with class-specific context, freed memory given back; and, beside it, as
+glibc's allocator has it, which keeps several times as much.
 Seconds are medians; the two take turns, so that both see the same machine.
 """
 
@@ -230,15 +231,12 @@ def measure_plpp(case: str, size: Size) -> dict[str, Any]:
 def measure_memory(case: str, size: Size) -> dict[str, Any]:
     size = size._replace(classes=10 * size.classes)
     opts = WITH_PLPP["coop-class-specific"][2]
-    plain, treated = (peak_mib(prepare_step, n, size, 32, opts) for n in ("CoOp", "CoOp_PLPP"))
-    added = None if plain is None else treated - plain
-    return {
-        "case": f"memory-{case}",
-        "classes": size.classes,
-        "peak_mib": treated,
-        "reference_peak_mib": plain,
-        "added_mib": added,
+    peaks = {
+        f"{prefix}{what}_mib": peak_mib(prepare_step, name, size, 32, opts, freed_returned=what == "peak")
+        for what in ("peak", "held")
+        for prefix, name in (("", "CoOp_PLPP"), ("reference_", "CoOp"))
     }
+    return {"case": f"memory-{case}", "classes": size.classes, **peaks}
 
 
 CASES: dict[str, Callable[[Size], dict[str, Any]]] = {
@@ -258,6 +256,8 @@ def describe(row: dict[str, Any]) -> str:
         parts.append(f"{100 * row['plpp_overhead']:+5.1f}%, {100 * row['plpp_looked_up']:.0f}% of rows looked up")
     if row.get("peak_mib") is not None:
         parts.append(f"{row['peak_mib']:.0f} / {row['reference_peak_mib']:.0f} MiB")
+    if row.get("held_mib") is not None:
+        parts.append(f"held by the allocator {row['held_mib']:.0f} / {row['reference_held_mib']:.0f} MiB")
     return "  ".join(parts)
 
 
