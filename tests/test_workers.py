@@ -178,7 +178,7 @@ def test_a_worker_that_dies_with_nothing_to_do_is_replaced(monkeypatch: pytest.M
 # ---- stopping ----------------------------------------------------------------------------------------------------------
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
+def until(true: Callable[[], bool], seconds: float = 300) -> None:  # a bound for what never happens: a busy machine takes long
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen"
