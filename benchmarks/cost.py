@@ -59,7 +59,7 @@ def prepare(name: str, size: Size, images: int) -> Callable[[], dict[str, float]
 
 def give(trainer: PromptTrainer, size: Size, images: int, seed: int) -> dict[str, torch.Tensor]:
     batch = make_batch(size, images, seed)
-    if trainer.sees_frozen_features:
+    if trainer.features_ahead("train"):
         give_image_features(trainer, size, batch, seed)
     return batch
 

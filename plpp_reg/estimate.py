@@ -169,20 +169,16 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
         text.operations + image.operations + plpp.operations,
         libraries + (most_kept(costs) + gradients + max(c.working for c in costs)) / MIB if learns else 0.0,
     )
-    frozen = image_cost(trainer.image_tower, BATCH) if trainer.sees_frozen_features else Cost()
-    a_frozen = frozen.forward / BATCH
-    a_frozen_s = a_frozen / rates["image"].inference if a_frozen else 0.0
-    ahead = Part()
-    if learns and a_frozen:
-        ahead = Part(_encoded(images) * a_frozen_s, _encoded(images) * a_frozen, libraries + frozen.working / MIB)
+    ahead, for_test = (_features(trainer, split, n, rates) for split, n in (("train", images), ("test", test_images)))
+    ahead = ahead._replace(mib=ahead.mib + libraries) if learns and ahead.mib else Part()
     steps, epochs = (max(1, images // batch), cfg.OPTIM.MAX_EPOCH) if learns else (0, 0)
     once = _part(rates, made.once)
     classes, a_batch = _part(rates, made.classes), _part(rates, made.batch)
     batches = test_images / test_batch
     test = Part(
-        classes.seconds + batches * a_batch.seconds + _encoded(test_images) * a_frozen_s,
-        classes.operations + batches * a_batch.operations + _encoded(test_images) * a_frozen,
-        libraries + max([frozen.working, *(p.cost.working for p in made.classes + made.batch)]) / MIB,
+        classes.seconds + batches * a_batch.seconds + for_test.seconds,
+        classes.operations + batches * a_batch.operations + for_test.operations,
+        libraries + max([for_test.mib, *(p.cost.working / MIB for p in made.classes + made.batch)]),
     )
     model_mib = sum(t.nbytes for t in (*trainer.clip_model.parameters(), *trainer.clip_model.buffers())) / MIB
     return Estimate(
@@ -212,9 +208,13 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
     )
 
 
-def _encoded(images: int) -> int:
-    """How many images the frozen tower encodes for ``images``: its canonical batches are always full."""
-    return -(-images // BATCH) * BATCH
+def _features(trainer: PromptTrainer, split: str, images: int, rates: dict[str, Throughput]) -> Part:
+    """Of the frozen tower, whose canonical batches are always full; nothing where the split's batches have none of it."""
+    if not trainer.features_ahead(split):
+        return Part()
+    cost = image_cost(trainer.image_tower, BATCH)
+    operations = -(-images // BATCH) * cost.forward
+    return Part(operations / rates["image"].inference, operations, cost.working / MIB)
 
 
 def _part(rates: dict[str, Throughput], passes: Sequence[Pass]) -> Part:

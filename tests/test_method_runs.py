@@ -367,8 +367,9 @@ def in_float32(method: str, plpp: bool, resnet: bool) -> tuple[dict[str, float],
 
 
 def zero_shot_logits(cls: type[ZeroshotCLIP], precision: str, resnet: bool) -> Tensor:
-    cfg = helpers.make_cfg("USE_CUDA", False)
+    cfg = helpers.make_cfg("USE_CUDA", False, "TRAINER.ZEROSHOT.PREC", precision)
     trainer = cls(cfg, data=mh.no_images(NAMES), clip_model=mh.clip_of(precision, resnet), log=RunLog(quiet=True))
+    assert trainer.precision == precision
     with torch.no_grad(), trainer.computing():
         trainer.prepare_inference()
         return trainer.inference(helpers.fixed_batches(1)[0])
@@ -390,6 +391,7 @@ def test_two_steps_of_each_method_in_each_precision_on_each_backbone(
     if method in ZEROSHOT:
         logits, exact = (zero_shot_logits(ZEROSHOT[method], p, resnet) for p in (precision, "fp32"))
         assert logits.isfinite().all() and (logits - exact).abs().max() < 0.3
+        assert torch.equal(logits, exact) == (precision == "fp32")
         return
     if resnet and method in NEEDS_VIT:
         with pytest.raises(InputError, match="visual prompts: expected a backbone with a vision transformer"):

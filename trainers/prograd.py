@@ -22,12 +22,12 @@ def align(domain: Tensor, general: Tensor, strength: float = 1.0) -> Tensor:
 
 
 class ProGrad(CoOp):
-    """CoOp that never moves against zero-shot CLIP's predictions.
+    """CoOp whose gradient never goes against zero-shot CLIP's predictions.
 
     Two losses: ``ce``, and ``kl``, the cross-entropy of the logits under the zero-shot distribution at temperature LOSS.T,
     times T^2. Only ce's gradient moves the context, after :func:`align` with kl's, LOSS.LAMBDA strong. PLPP's terms join ce
-    before that: with LAMBDA 1 no step goes against the zero-shot predictions, whatever it is made of, and two backward passes
-    do for any number of losses.
+    before that: with LAMBDA 1 no gradient goes against the zero-shot predictions, whatever it is made of, and two backward
+    passes do for any number of losses.
     """
 
     def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:

@@ -27,6 +27,8 @@ def template_features(tower: TextTower, templates: Sequence[str], classnames: Se
 class ZeroshotCLIP(PromptTrainer):
     """One template a data set: the baseline that every prompt learner is measured against."""
 
+    config_node = "ZEROSHOT"
+    config_defaults = {"PREC": "fp32"}
     sees_pixels = False
     splits_classes = False
 

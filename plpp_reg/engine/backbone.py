@@ -10,13 +10,20 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from plpp_reg.errors import InputError
+from plpp_reg.clip.load import PRECISIONS
+from plpp_reg.errors import InputError, unknown
 from plpp_reg.regularizer import PerplexityRegularizer, settings_defaults
 from plpp_reg.words import candidate_ids
 
 
-def precision_on(device: torch.device, asked: str, say: Callable[[str], None]) -> str:
-    """The PREC that is computed in where ``asked`` was named: what a CPU has no use for becomes something else, and is said."""
+def precision_on(device: torch.device, key: str, asked: str, say: Callable[[str], None]) -> str:
+    """The PREC that is computed in where ``key`` asks for one: what a CPU has no use for becomes something else, and is said.
+
+    Raises:
+        InputError: there is no such precision.
+    """
+    if asked not in PRECISIONS:
+        raise unknown(key, asked, PRECISIONS)
     if asked in ("fp32", "bf16") or device.type == "cuda":
         return asked
     if asked == "fp16":
@@ -36,6 +43,17 @@ def computing(device: torch.device, precision: str) -> Iterator[None]:
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     with torch.autocast(device.type, dtype=dtype):
         yield
+
+
+def check_precision(clip_model: nn.Module, key: str, precision: str) -> None:
+    """Whether a model that was given computes in what the run asks for; one without weights is told later.
+
+    Raises:
+        InputError: its weights are of another type.
+    """
+    weight, wanted = clip_model.text_projection, PRECISIONS[precision]
+    if weight.dtype != wanted and not weight.is_meta:
+        raise InputError(f"{key} {precision}: expected a CLIP with weights in {wanted}, got {weight.dtype}")
 
 
 def check_input(cfg: CfgNode, clip_model: nn.Module) -> None:

@@ -131,7 +131,7 @@ def passes_of(trainer: PromptTrainer, images: int, test_images: int) -> Passes:
         return list(notes)
 
     def step() -> None:
-        trainer.backward(trainer.compute_losses(_batch(trainer, images)))
+        trainer.backward(trainer.compute_losses(_batch(trainer, "train", images)))
 
     plpp, first, later = None, [], []
     if trainer.trained():
@@ -142,17 +142,17 @@ def passes_of(trainer: PromptTrainer, images: int, test_images: int) -> Passes:
             plpp = Rows(len(context) * count, places * count, new_each_step=not trainer.splits_classes)
     with torch.no_grad():
         classes = noted(trainer.prepare_inference)
-        batch = noted(lambda: trainer.inference(_batch(trainer, test_images)))
+        batch = noted(lambda: trainer.inference(_batch(trainer, "test", test_images)))
     return Passes(later, _without(first, later), classes, batch, plpp)
 
 
-def _batch(trainer: PromptTrainer, images: int) -> dict[str, Tensor]:
+def _batch(trainer: PromptTrainer, split: str, images: int) -> dict[str, Tensor]:
     """What the trainer's own loader would give, without numbers."""
     side, width = trainer.clip_model.visual.input_resolution, trainer.clip_model.text_projection.shape[1]
     batch = {"label": torch.zeros(images, dtype=torch.long, device="meta")}
     if trainer.sees_pixels:
         batch["img"] = torch.empty(images, 3, side, side, device="meta")
-    if trainer.sees_frozen_features:
+    if trainer.features_ahead(split):
         batch["features"] = torch.empty(images, width, device="meta")
     return batch
 

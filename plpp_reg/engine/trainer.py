@@ -21,7 +21,7 @@ from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.datasets import DataSplit
-from plpp_reg.engine.backbone import check_input, computing, precision_on, regularizer_for
+from plpp_reg.engine.backbone import check_input, check_precision, computing, precision_on, regularizer_for
 from plpp_reg.engine.data import build_loader, load_data, part_of
 from plpp_reg.engine.evaluation import evaluate
 from plpp_reg.engine.features import FrozenFeatures
@@ -74,7 +74,7 @@ class PromptTrainer:
     splits_classes: ClassVar[bool] = True
     #: batches have "img"; where all that a method reads of it is frozen, it need not
     sees_pixels: ClassVar[bool] = True
-    #: batches have "features", computed ahead and kept for other runs
+    #: batches have "features", computed ahead and kept for other runs; with pixels, those to train on alone
     sees_frozen_features: ClassVar[bool] = True
     #: beginnings of names that upstream's checkpoints hold beside what was learned
     not_loaded: ClassVar[tuple[str, ...]] = ()
@@ -183,7 +183,8 @@ class PromptTrainer:
         self.ranks = current()
         cuda = cfg.USE_CUDA and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        self.precision = precision_on(self.device, self.method_cfg.get("PREC", "fp32"), self.log)
+        precision_key = f"TRAINER.{self.config_node}.PREC"
+        self.precision = precision_on(self.device, precision_key, self.method_cfg.get("PREC", "fp32"), self.log)
         self.data = data or load_data(cfg)
         self.log(
             f"Data set {cfg.DATASET.NAME}: {len(self.data.classnames)} classes, {len(self.data.train):,} images for training, "
@@ -192,6 +193,7 @@ class PromptTrainer:
         if clip_model is None:
             self.log(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME}, {self.precision} on {self.device})")
             clip_model = load_clip(cfg.MODEL.BACKBONE.NAME, self.precision, self.device)
+        check_precision(clip_model, precision_key, self.precision)
         self.clip_model = clip_model.to(self.device)
         if self.splits_classes and self.ranks.size > (classes := len(self.data.classnames)):
             raise InputError(f"expected at most a process a class ({classes}), got {self.ranks.size} processes")
@@ -238,11 +240,15 @@ class PromptTrainer:
             )
         return self._loaders[split]
 
+    def features_ahead(self, split: str) -> bool:
+        """Whether a split's batches have "features": a method that sees pixels too learns by them, and tests without them."""
+        return self.sees_frozen_features and (split == "train" or not self.sees_pixels)
+
     def batches(self, split: str) -> Iterator[dict[str, Tensor]]:
         """A split's batches of this epoch, on the device, with what the method sees of each image."""
         loader = self.loader(split)
         loader.batch_sampler.epoch = self.epoch
-        features = self.frozen_features.of(split, self.epoch) if self.sees_frozen_features else None
+        features = self.frozen_features.of(split, self.epoch) if self.features_ahead(split) else None
         for batch in loader:
             if features is not None:
                 batch["features"] = features[batch["index"]]
