@@ -19,7 +19,9 @@ OUR CHOICE in docs/method.md. All logarithms are natural (units: nats). Whatever
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,15 +74,55 @@ def search_all(v: Tensor, E: Tensor, E_inverse_norm: Tensor | None, k: int, chun
     return torch.cat([nearest_words(part, E, k, E_inverse_norm)[1] for part in v.split(chunk_size)])
 
 
-def label_log_probabilities(v: Tensor, E_I: Tensor, temperature: float) -> Tensor:
-    """``log q = log_softmax(cos(E_I, v) / temperature)``: v (R, D), E_I (R, K, D) -> (R, K). Differentiable in v.
+def word_products(x: Tensor, E: Tensor, ids: Tensor) -> Tensor:
+    """``E_I x``, each row with its own words: x (R, D), E (V, D), ids (R, K) -> (R, K). Differentiable in x.
 
-    >>> v, E_I = torch.tensor([[0.0, 4.0, 3.0]]), torch.eye(3)[1:].unsqueeze(0)
-    >>> label_log_probabilities(v, E_I, temperature=0.1).exp()
+    >>> word_products(torch.tensor([[0.0, 4.0, 3.0]]), torch.eye(3), torch.tensor([[2, 1]]))
+    tensor([[3., 4.]])
+    """
+    return _WordProducts.apply(x, E, ids)
+
+
+class _WordProducts(torch.autograd.Function):
+    """On a CPU neither direction makes the words' vectors (R, K, D), which would take four times as long and be kept.
+
+    A product's bits do not depend on the word's place in ``ids``: it is a sum of its own, on any device.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, E: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(E, ids)
+        if not x.is_cpu:
+            return F.embedding(ids, E).mul_(x.unsqueeze(1)).sum(-1)
+        rows, k = ids.shape
+        columns, order = ids.sort(dim=1)
+        starts = torch.arange(0, rows * k + 1, k, dtype=ids.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            places = torch.sparse_csr_tensor(
+                starts, columns.flatten(), x.new_zeros(rows * k), (rows, len(E)), check_invariants=False
+            )
+        products = torch.sparse.sampled_addmm(places, x, E.T, beta=0.0).values().view(rows, k)
+        return torch.empty_like(products).scatter_(1, order, products)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        E, ids = ctx.saved_tensors
+        return F.embedding_bag(ids, E, per_sample_weights=gradient.contiguous(), mode="sum"), None, None
+
+
+def label_log_probabilities(
+    v: Tensor, E: Tensor, ids: Tensor, temperature: float, E_inverse_norm: Tensor | None = None
+) -> Tensor:
+    """``log q = log_softmax(cos(E_I, v) / temperature)``: v (R, D), E (V, D), ids (R, K) -> (R, K). Differentiable in v.
+
+    >>> v, ids = torch.tensor([[0.0, 4.0, 3.0]]), torch.tensor([[1, 2]])
+    >>> label_log_probabilities(v, torch.eye(3), ids, temperature=0.1).exp()
     tensor([[0.8808, 0.1192]])
     """
-    cosines = torch.einsum("rd,rkd->rk", F.normalize(v, dim=-1), E_I) * inverse_norm(E_I)
-    return (cosines / temperature).log_softmax(-1)
+    norms = inverse_norm(F.embedding(ids, E)) if E_inverse_norm is None else E_inverse_norm[ids]
+    return (word_products(F.normalize(v, dim=-1), E, ids) * norms / temperature).log_softmax(-1)
 
 
 def perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -144,6 +186,7 @@ def plpp_rows(
     normalize_over: str = "vocabulary",
     detach_label: bool = True,
     with_nll: bool = True,
+    E_inverse_norm: Tensor | None = None,
 ) -> PLPPRows:
     """Both losses and the hard-label negative log-likelihood of each row: v, h (R, D), E (V, D), ids (R, K) -> 3 x (R,).
 
@@ -151,8 +194,7 @@ def plpp_rows(
     inverted loss exactly 0. ``detach_label``: no gradient through the label's side of either loss: q in the perplexity
     loss, p in the inverted one. ``with_nll=False`` gives nan where the likelihood over V would cost extra.
     """
-    E_I = F.embedding(ids, E)
-    logits_I = torch.einsum("rd,rkd->rk", h, E_I)
+    logits_I = word_products(h, E, ids)
     if normalize_over == "vocabulary":
         log_p = logits_I - _VocabularyLogNormalizer.apply(h, E).unsqueeze(1)
         hard_nll = -log_p[:, 0].detach()
@@ -162,7 +204,7 @@ def plpp_rows(
         if with_nll:  # reported over V whatever the loss is normalised over
             with torch.no_grad():
                 hard_nll = _VocabularyLogNormalizer.apply(h, E) - logits_I[:, 0]
-    log_q = label_log_probabilities(v, E_I, temperature)
+    log_q = label_log_probabilities(v, E, ids, temperature, E_inverse_norm)
     direct = perplexity_loss(log_q.detach() if detach_label else log_q, log_p)
     inverse = inverted_perplexity_loss(log_q, log_p.detach() if detach_label else log_p)
     return PLPPRows(direct, inverse, hard_nll)
@@ -177,13 +219,14 @@ def plpp(
     chunk_size: int,
     E_inverse_norm: Tensor | None = None,
     search: Callable[..., Tensor] = search_all,
+    normalize_over: str = "vocabulary",
     **settings,
 ) -> PLPPRows:
     """:func:`plpp_rows` of every context vector: context (1 or P, M, D), hidden (1 or P, M, D) -> 3 x (P * M,).
 
-    At most ``chunk_size`` rows meet E at a time, so no (rows, V) matrix is larger than that; what a chunk made is dropped
-    after its forward pass and computed again in backward. A context that is shared by P prompts is looked up once, by
-    ``search`` (same arguments and answer as :func:`search_all`).
+    At most ``chunk_size`` rows meet E at a time, so no (rows, V) matrix is larger than that. Where the loss needs such
+    matrices, what a chunk made is dropped after its forward pass and computed again in backward. A context that is shared by P
+    prompts is looked up once, by ``search`` (same arguments and answer as :func:`search_all`).
     """
     dtype = compute_dtype(context, hidden, E)
     with torch.autocast(device_type=context.device.type, enabled=False):
@@ -191,10 +234,11 @@ def plpp(
         ids = search(v.detach().flatten(0, 1), E, E_inverse_norm, top_k, chunk_size).view(*v.shape[:2], top_k)
         prompts = max(len(v), len(h))
         v, h, ids = (t.expand(prompts, -1, -1).flatten(0, 1) for t in (v, h, ids))
+        of_rows = partial(plpp_rows, normalize_over=normalize_over, E_inverse_norm=E_inverse_norm, **settings)
         if len(v) <= chunk_size:
-            return plpp_rows(v, h, E, ids, **settings)
-        parts = [
-            checkpoint(plpp_rows, vi, hi, E, i, use_reentrant=False, preserve_rng_state=False, **settings)
-            for vi, hi, i in zip(v.split(chunk_size), h.split(chunk_size), ids.split(chunk_size), strict=True)
-        ]
+            return of_rows(v, h, E, ids)
+        if normalize_over == "vocabulary":
+            of_rows = partial(checkpoint, of_rows, use_reentrant=False, preserve_rng_state=False)
+        chunks = zip(v.split(chunk_size), h.split(chunk_size), ids.split(chunk_size), strict=True)
+        parts = [of_rows(vi, hi, E, i) for vi, hi, i in chunks]
         return PLPPRows(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -23,7 +23,7 @@ class NearestWords:
     no word left out can be among the K nearest: they are found among the kept ones. A row that fails this is looked up again.
     u0 is remembered in float16; what that takes from it, |u0 - float16(u0)|, is added to b, so that the bound still holds.
     Training moves a context vector by little a step, so most steps look at 4 K words a row instead of at V. Whatever is
-    remembered, the answer is the same: it is always taken from the same sum over the kept words.
+    remembered, the answer is the same: it is always taken from the same products with the kept words.
 
     On a GPU, whether any row fails must be known on the host before it may be spared the V words: one small copy, hence one
     synchronisation a step. It is not avoided: without it every step would meet all V words.
@@ -82,7 +82,6 @@ class NearestWords:
 
 def _among(kept: Tensor, u: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest of each row's kept words: cosines (R, k), ids (R, k)."""
-    # a sum a word, not a matrix product: its bits do not depend on where among the kept ones the word stands
-    cosines = F.embedding(kept, E).mul_(u.unsqueeze(1)).sum(-1) * E_inverse_norm[kept]
+    cosines = PF.word_products(u, E, kept) * E_inverse_norm[kept]
     best, place = cosines.sort(dim=1, descending=True, stable=True)
     return best[:, :k], kept.gather(1, place[:, :k]).long()

@@ -5,9 +5,9 @@ Letters of DESIGN section 1, with ``R`` context vectors (``P M``), ``r = min(R, 
     operations   4 R K D forward and backward (prediction and label over the K words); where the prediction is over the whole
                  vocabulary, 2 R V D more in each; 8 K D a labelled row, the search among the 4 K words that it remembers,
                  and 2 V D one that is looked up in the vocabulary
-    kept         r (2 K D + 2 D), and r V where the prediction is over the vocabulary; beyond one chunk v and h of all rows,
-                 2 R D, and a chunk runs forward once more in backward
-    working      r V of the cosines, and 2 r (4 K) D of the words that are remembered
+    kept         R D + 8 R K; where the prediction is over the vocabulary r V more, and beyond one chunk R D more, while the
+                 chunk alone has its 8 r K, and runs forward once more in backward
+    working      r V of the cosines, and r (4 K) D of the words that are remembered (on a CPU they are not gathered)
 
 A step looks up the rows that have moved too far from where they were looked up last (plpp_reg/nearest.py): all of them where
 each image has its own context, few where SGD moves one. :data:`LOOKED_UP` is the share that is assumed of those.
@@ -45,11 +45,11 @@ def plpp_cost(regularizer: PerplexityRegularizer, rows: Rows) -> Cost:
     words, width = regularizer.vocabulary.shape
     k = regularizer.top_k if regularizer.label == "soft" else 1
     over_all = regularizer.normalize_over == "vocabulary"
-    at_once = min(rows.predicted, regularizer.chunk_size)
-    several = rows.predicted > regularizer.chunk_size
+    at_once = min(rows.predicted, regularizer.chunk_size) if over_all else rows.predicted
+    several = at_once < rows.predicted
     term = rows.predicted * width * (4 * k + (2 * words if over_all else 0))
-    kept = at_once * (2 * k * width + 2 * width + (words if over_all else 0)) + (2 * rows.predicted * width if several else 0)
-    working = min(rows.labelled, regularizer.chunk_size) * (words + 2 * KEPT * k * width)
+    kept = at_once * (8 * k + (words if over_all else 0)) + rows.predicted * width * (2 if several else 1)
+    working = min(rows.labelled, regularizer.chunk_size) * (words + KEPT * k * width)
     search = 2 * width * (rows.labelled * KEPT * k + rows.looked_up * words)
     return Cost(term + search, term * (2 if several else 1), 4 * kept, 4 * working)
 

@@ -126,12 +126,26 @@ def test_operations_and_bytes_of_plpp_are_those_counted_by_hand():
     new, known = Rows(R, P * R, new_each_step=True), Rows(R, P * R, new_each_step=False)
     assert plpp_cost(few, new).forward == term + search + 2 * V * D * R
     assert plpp_cost(few, known).forward == pytest.approx(term + search + 2 * V * D * R * 0.1)
-    assert (plpp_cost(few, new).backward, plpp_cost(many, new).backward) == (term, 2 * term)
-    assert plpp_cost(few, new).kept == 4 * 8 * (2 * K * D + 2 * D)
-    assert plpp_cost(many, new).kept == 4 * (5 * (2 * K * D + 2 * D) + 2 * 8 * D)
-    assert plpp_cost(few, new).working == plpp_cost(many, new).working == 4 * R * (V + 2 * 4 * K * D)
-    over_all = PerplexityRegularizer(torch.randn(V, D), top_k=K, normalize_over="vocabulary")
-    assert plpp_cost(over_all, new).kept == 4 * 8 * (2 * K * D + 2 * D + V)
+    assert plpp_cost(few, new).backward == plpp_cost(many, new).backward == term
+    assert plpp_cost(few, new).working == plpp_cost(many, new).working == 4 * R * (V + 4 * K * D)
+    over_all, in_parts = (
+        PerplexityRegularizer(torch.randn(V, D), top_k=K, normalize_over="vocabulary", chunk_size=size) for size in (100, 5)
+    )
+    assert (plpp_cost(over_all, new).backward, plpp_cost(in_parts, new).backward) == (term + 128 * V, 2 * (term + 128 * V))
+
+
+@pytest.mark.parametrize("normalize_over", ["topk", "vocabulary"])
+@pytest.mark.parametrize("chunk_size", [128, 16])
+def test_bytes_of_plpp_are_those_that_autograd_keeps(normalize_over, chunk_size):
+    regularizer = PerplexityRegularizer(torch.randn(5000, 128), normalize_over=normalize_over, chunk_size=chunk_size)
+    context, hidden = (torch.randn(64, 128, requires_grad=True) for _ in range(2))
+    frozen = torch.nn.Module()
+    for name in ("vocabulary", "inverse_norm"):
+        frozen.register_buffer(name, getattr(regularizer, name))
+    regularizer(context, hidden)  # what is remembered from step to step is not kept for backward
+    kept = kept_bytes(lambda: regularizer.components(context, hidden, with_perplexity=False).total, frozen)
+    in_backward = 4 * 16 * (8 * 10 + 5000) if normalize_over == "vocabulary" and chunk_size == 16 else 0  # a chunk again
+    assert 0.9 < plpp_cost(regularizer, Rows(64, 64, False)).kept / (kept + in_backward) < 1.1
 
 
 def test_what_was_not_timed_has_no_seconds():
