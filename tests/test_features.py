@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from plpp_reg import cli
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.datasets import DataSplit
 from plpp_reg.engine import features
@@ -187,3 +188,18 @@ def test_pictures_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
         os.utime(path, (1, 1))
         found.append(features._files_sha256([Datum(str(path), 0, "cat", "0.png")]))
     assert found[0] != found[1]
+
+
+def test_the_command_shows_what_is_kept_and_clears_it(data: DataSplit, own_cache: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["cache"]) == 0
+    assert capsys.readouterr().out == f"{own_cache}: 0 files, 0.0 MiB\n"
+    trained(data, "FEATURES.MAX_GIB", 1.0)
+    kept = sorted(own_cache.iterdir())
+    capsys.readouterr()
+    (own_cache / ".a.safetensors.1-2.tmp").write_bytes(bytes(2**20))
+    assert cli.main(["cache"]) == 0
+    first, half, last = capsys.readouterr().out.splitlines()
+    assert first == f"{own_cache}: {len(kept)} files, {sum(p.stat().st_size for p in kept) / 2**20:.1f} MiB"
+    assert half.endswith("1, 1.0 MiB") and "last used 0.0 (the oldest) to 0.0 days ago" in last
+    assert cli.main(["cache", "--clear"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"removed {len(kept)}" and list(own_cache.iterdir()) == []

@@ -22,7 +22,7 @@ from torch import Tensor
 from plpp_reg.datasets import Datum
 from plpp_reg.datasets.emoji import cache_folder
 from plpp_reg.engine.data import canonical_loader, image_seed_of, view_of
-from plpp_reg.engine.store import TensorStore
+from plpp_reg.engine.store import Entry, TensorStore
 from plpp_reg.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,14 +39,19 @@ def feature_store(max_gib: float) -> TensorStore:
 def show_store(clear: bool = False) -> None:
     """``plpp cache``: what is kept, and remove it if asked to."""
     store = feature_store(1)
-    entries = store.entries()
-    total = sum(entry.size for entry in entries)
-    print(f"{store.folder}: {len(entries)} file{'s' * (len(entries) != 1)}, {total / 2**20:.1f} MiB")
+    entries, halves = store.entries(), store.halves()
+    print(f"{store.folder}: {len(entries)} file{'s' * (len(entries) != 1)}, {_mib(entries)}")
+    if halves:
+        print(f"half-written, by runs at work or killed ones: {len(halves)}, {_mib(halves)}")
     if entries:
         days = [f"{(time.time() - entry.used) / 86400:.1f}" for entry in (entries[0], entries[-1])]
         print(f"last used {days[0]} (the oldest) to {days[1]} days ago; FEATURES.MAX_GIB bounds them, --clear removes them")
     if clear:
         print(f"removed {store.clear()}")
+
+
+def _mib(entries: Sequence[Entry]) -> str:
+    return f"{sum(entry.size for entry in entries) / 2**20:.1f} MiB"
 
 
 class FrozenFeatures:
