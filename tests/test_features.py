@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,22 @@ def test_other_weights_are_another_model(data: DataSplit) -> None:
         helpers.make_trainer(data, *on, clip_model=helpers.tiny_clip(seed)).frozen_features.of("test") for seed in (0, 1)
     )
     assert not torch.equal(one, two)
+
+
+def test_another_make_of_cpu_is_another_device(data: DataSplit, encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines may share a home folder; with one instruction set, but other caches, their last bits may differ."""
+    on = ("FEATURES.MAX_GIB", 1.0)
+    helpers.make_trainer(data, *on).frozen_features.of("test")
+    helpers.make_trainer(data, *on).frozen_features.of("test")
+    assert len(encoded) == 1
+    monkeypatch.setattr(features, "_processor", lambda: "another")
+    helpers.make_trainer(data, *on).frozen_features.of("test")
+    assert len(encoded) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo")
+def test_the_cpu_has_a_name() -> None:
+    assert len(features._processor()) > 3
 
 
 def test_a_picture_that_was_changed_is_encoded_again(data: DataSplit, encoded: list[int]) -> None:

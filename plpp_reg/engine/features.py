@@ -8,10 +8,13 @@ always :data:`BATCH` of them, the last one filled up. Kept or not, cold or warm,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from plpp_reg.engine.trainer import PromptTrainer
 
 BATCH = 64  # images of a canonical batch
+CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
 VERSION = 1  # of what is computed: raise it when the image tower or the transforms change by a bit
 
 
@@ -109,8 +113,21 @@ class FrozenFeatures:
 
 
 def _device_name(device: torch.device) -> str:
-    """The GPU's, or the CPU's instruction set, by which torch chooses its kernels."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    """The GPU's, or the CPU's instruction set and model, by which torch and its libraries choose kernels."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()}, {_processor()}"
+
+
+@functools.cache
+def _processor() -> str:
+    """The CPU's make and model, as far as the system says."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:  # not Linux, where platform's answer is often empty
+        return platform.processor()
+    fields = dict(line.partition(":")[::2] for line in first.splitlines())
+    return " ".join(value.strip() for name, value in fields.items() if name.strip() in CPU_FIELDS)
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
