@@ -230,11 +230,9 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from plpp_reg.predict import export, load_run
+    from plpp_reg.predict import show_export
 
-    trainer = load_run(args.run, args.classes, args.load_epoch)
-    export(trainer, args.file)
-    print(f"Exported: {args.file} ({len(trainer.data.classnames)} classes, {trainer.cfg.MODEL.BACKBONE.NAME})")
+    show_export(args.run, args.file, args.classes, args.load_epoch)
 
 
 def _cache(args: argparse.Namespace) -> None:

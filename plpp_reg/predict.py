@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +15,20 @@ from torch import Tensor, nn
 from plpp_reg.datasets import DataSplit
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.engine.data import build_transform
-from plpp_reg.engine.files import write_atomically
+from plpp_reg.engine.files import write_tensors
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
 
+SUFFIX = ".safetensors"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Prediction(NamedTuple):
-    """One image: its class names with their probabilities (they sum to 1), the likeliest first."""
+    """One image: its class names with their probabilities (they sum to 1), the likeliest first.
+
+    Names that several classes share have the class's number behind them: "missile (class 657)".
+    """
 
     image: str
     probabilities: dict[str, float]
@@ -41,13 +46,12 @@ def load_run(
         clip_model: the run's backbone, if it is loaded already.
 
     Raises:
-        InputError: not a run's folder, class names given twice, or prompts that belong to their classes.
+        InputError: not a run's folder, empty class names or one given twice, or prompts that belong to their classes.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise InputError(f"run {str(folder)!r}: expected a run's folder with its config.yaml")
-    if twice := sorted({name for name in classes if list(classes).count(name) > 1}):
-        raise InputError(f"--classes: expected different names, got {twice[0]!r} twice")
+    _check_names(classes)
     cfg, cls = config.of_run(folder)
     cfg.MODEL.INIT_WEIGHTS = ""
     cfg.TRAINER.PLPP.ENABLED = False  # of no effect on a prediction
@@ -65,6 +69,24 @@ def load_run(
     trainer = cls(cfg, data=data, clip_model=clip_model, log=RunLog(quiet=True))
     trainer.saving.load_weights(path)
     return trainer
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    """The text tower sees neither capitals nor which kind of space it was: such names would share one class's probability."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        read = " ".join(name.replace("_", " ").lower().split())
+        if not read:
+            raise InputError(f"--classes: expected names, got {name!r}")
+        if read in seen:
+            raise InputError(f"--classes: expected different names, got {seen[read]!r} and {name!r}")
+        seen[read] = name
+
+
+def _told_apart(classnames: Sequence[str]) -> list[str]:
+    """Data sets may have a name twice (open_clip's names of ImageNet do)."""
+    count = Counter(classnames)
+    return [f"{name} (class {i})" if count[name] > 1 else name for i, name in enumerate(classnames)]
 
 
 def find_images(places: Sequence[str | Path]) -> list[Path]:
@@ -86,6 +108,7 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
 @torch.no_grad()
 def predict(trainer: PromptTrainer, images: Sequence[str | Path]) -> Iterator[Prediction]:
     """Class probabilities of each image, in batches of DATALOADER.TEST.BATCH_SIZE."""
+    names = _told_apart(trainer.data.classnames)
     transform, size = build_transform(trainer.cfg, train=False), trainer.cfg.DATALOADER.TEST.BATCH_SIZE
     with trainer.computing():
         trainer.prepare_inference()
@@ -95,7 +118,7 @@ def predict(trainer: PromptTrainer, images: Sequence[str | Path]) -> Iterator[Pr
         with trainer.computing():
             rows = trainer.inference(batch).softmax(-1).tolist()
         for path, row in zip(paths, rows, strict=True):
-            ranked = sorted(zip(trainer.data.classnames, row, strict=True), key=lambda pair: -pair[1])
+            ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
             yield Prediction(str(path), dict(ranked))
 
 
@@ -109,21 +132,30 @@ def _open(path: str | Path) -> Image.Image:
 
 
 @torch.no_grad()
-def export(trainer: PromptTrainer, path: str | Path) -> None:
+def export(trainer: PromptTrainer, path: str | Path) -> str:
     """Write everything that is needed of a trained prompt into one safetensors file.
 
-    Tensors: ``class_features`` (C, embed_dim), normalised (not for CoCoOp, where every image has its own), ``logit_scale``
-    (the factor of cosines), and what was learned under its checkpoint's names. Metadata (JSON): ``classnames``, ``backbone``,
-    ``trainer``, ``input`` (size, mean and standard deviation of its images).
-    """
-    from safetensors.torch import save_file
+    Tensors: ``class_features`` (C, embed_dim), normalised, ``logit_scale`` (the factor of cosines), and what was learned
+    under its checkpoint's names. Metadata (JSON): ``classnames``, ``backbone``, ``trainer``, ``input`` (size, mean and
+    standard deviation of its images), and ``left_out``: why there are no ``class_features``, where their cosines with the
+    frozen tower's features would not be what the method computes.
 
-    tensors: dict[str, Tensor] = {name: t.cpu().contiguous() for name, t in trainer.prompts.state_dict().items()}
-    tensors["logit_scale"] = trainer.clip_model.logit_scale.exp().float().cpu()
-    with trainer.computing():
-        trainer.prepare_inference()
-    if trainer.test_features is not None:
-        tensors["class_features"] = trainer.test_features.float().cpu().contiguous()
+    Returns:
+        ``left_out``, empty if nothing is.
+
+    Raises:
+        InputError: ``path`` has not the suffix .safetensors, or cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX or path.is_dir():  # of a run's own files none has it
+        raise InputError(f"file {str(path)!r}: expected the name of a file that ends in {SUFFIX}")
+    tensors: dict[str, Tensor] = dict(trainer.prompts.state_dict())
+    tensors["logit_scale"] = trainer.clip_model.logit_scale.exp().float()
+    left_out = _not_exported(type(trainer))
+    if not left_out:
+        with trainer.computing():
+            trainer.prepare_inference()
+        tensors["class_features"] = trainer.test_features.float()
     cfg = trainer.cfg
     described: dict[str, Any] = {
         "classnames": [name.replace("_", " ") for name in trainer.data.classnames],
@@ -135,15 +167,39 @@ def export(trainer: PromptTrainer, path: str | Path) -> None:
             "mean": list(cfg.INPUT.PIXEL_MEAN),
             "std": list(cfg.INPUT.PIXEL_STD),
         },
+        "left_out": left_out,
     }
-    metadata = {name: json.dumps(value) for name, value in described.items()}
-    write_atomically(path, lambda p: save_file(tensors, p, metadata))
+    try:
+        write_tensors(path, tensors, {name: json.dumps(value) for name, value in described.items()})
+    except OSError as e:
+        raise InputError(f"file {str(path)!r}: expected a place to write to, got {e}") from e
+    return left_out
+
+
+def _not_exported(method: type[PromptTrainer]) -> str:
+    """Why a method's class features do not classify by themselves; empty where they do."""
+    if method.image_features is not PromptTrainer.image_features:
+        return "class_features: they belong with image features that are not the frozen tower's"
+    if method.inference is not PromptTrainer.inference or method.logits is not PromptTrainer.logits:
+        return "class_features: the logits are not one set of them against every image"
+    return ""
+
+
+def show_export(run: str | Path, file: str | Path, classes: Sequence[str], epoch: int | None) -> None:
+    """``plpp export``: write the file, and say what is in it."""
+    trainer = load_run(run, classes, epoch)
+    left_out = export(trainer, file)
+    print(f"Exported: {file} ({len(trainer.data.classnames)} classes, {trainer.cfg.MODEL.BACKBONE.NAME})")
+    if left_out:
+        print(f"Left out with {trainer.cfg.TRAINER.NAME}: {left_out}; plpp predict classifies with it")
 
 
 def show(
     run: str | Path, places: Sequence[str | Path], classes: Sequence[str], epoch: int | None, top: int, as_json: bool
 ) -> None:
     """``plpp predict``: print the predictions, a line an image or as one JSON list."""
+    if top < 1:
+        raise InputError(f"--top: expected a number >= 1, got {top}")
     images = find_images(places)
     predictions = predict(load_run(run, classes, epoch), images)
     if as_json:

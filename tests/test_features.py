@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from plpp_reg import cli
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.datasets import DataSplit
 from plpp_reg.engine import features
@@ -102,6 +104,22 @@ def test_other_weights_are_another_model(data: DataSplit) -> None:
     assert not torch.equal(one, two)
 
 
+def test_another_make_of_cpu_is_another_device(data: DataSplit, encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines may share a home folder; with one instruction set, but other caches, their last bits may differ."""
+    on = ("FEATURES.MAX_GIB", 1.0)
+    helpers.make_trainer(data, *on).frozen_features.of("test")
+    helpers.make_trainer(data, *on).frozen_features.of("test")
+    assert len(encoded) == 1
+    monkeypatch.setattr(features, "_processor", lambda: "another")
+    helpers.make_trainer(data, *on).frozen_features.of("test")
+    assert len(encoded) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo")
+def test_the_cpu_has_a_name() -> None:
+    assert len(features._processor()) > 3
+
+
 def test_a_picture_that_was_changed_is_encoded_again(data: DataSplit, encoded: list[int]) -> None:
     on = ("FEATURES.MAX_GIB", 1.0)
     before = helpers.make_trainer(data, *on).frozen_features.of("test")
@@ -187,3 +205,18 @@ def test_pictures_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
         os.utime(path, (1, 1))
         found.append(features._files_sha256([Datum(str(path), 0, "cat", "0.png")]))
     assert found[0] != found[1]
+
+
+def test_the_command_shows_what_is_kept_and_clears_it(data: DataSplit, own_cache: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["cache"]) == 0
+    assert capsys.readouterr().out == f"{own_cache}: 0 files, 0.0 MiB\n"
+    trained(data, "FEATURES.MAX_GIB", 1.0)
+    kept = sorted(own_cache.iterdir())
+    capsys.readouterr()
+    (own_cache / ".a.safetensors.1-2.tmp").write_bytes(bytes(2**20))
+    assert cli.main(["cache"]) == 0
+    first, half, last = capsys.readouterr().out.splitlines()
+    assert first == f"{own_cache}: {len(kept)} files, {sum(p.stat().st_size for p in kept) / 2**20:.1f} MiB"
+    assert half.endswith("1, 1.0 MiB") and "last used 0.0 (the oldest) to 0.0 days ago" in last
+    assert cli.main(["cache", "--clear"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"removed {len(kept)}" and list(own_cache.iterdir()) == []

@@ -168,6 +168,53 @@ def test_a_jit_archive_that_runs_code_when_it_is_loaded_is_refused(tmp_path):
     assert target.exists()
 
 
+def rewritten(source, path, names):
+    """An archive's records again, each under the names that ``names`` gives for its own."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+        for record in old.infolist():
+            for name in names(record.filename):
+                new.writestr(name, old.read(record))
+
+
+def test_torch_finds_code_whatever_the_case_of_its_name_and_so_does_the_refusal(tmp_path):
+    target, path = tmp_path / "executed", tmp_path / "m.pt"
+    torch.jit.script(RunsWhenLoaded(str(target))).save(str(tmp_path / "plain.pt"))
+    rewritten(tmp_path / "plain.pt", path, lambda name: [name.replace(".py", ".PY") if name.endswith(".py") else name])
+    with pytest.raises(InputError, match="runs code when it is loaded"):
+        load_clip(str(path))
+    assert not target.exists()
+    torch.jit.load(str(path))  # the trap works
+    assert target.exists()
+
+
+def test_code_that_python_does_not_see_in_an_archive_is_refused(tmp_path):
+    """Of two archives in one file Python reads the last, torch the place that the last one's end names: here the first."""
+    target, path = tmp_path / "executed", tmp_path / "m.pt"
+    torch.jit.script(RunsWhenLoaded(str(target))).save(str(tmp_path / "saved.pt"))
+    rewritten(tmp_path / "saved.pt", tmp_path / "trap.pt", lambda name: [name])
+    trap = (tmp_path / "trap.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "trap.pt") as old, zipfile.ZipFile(tmp_path / "harmless.pt", "w") as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record).replace(b"__setstate__", b"__set_state_"))
+    path.write_bytes(trap + (tmp_path / "harmless.pt").read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        assert not any(b"__setstate__" in archive.read(name) for name in archive.namelist())
+    with pytest.raises(InputError, match="runs code when it is loaded"):
+        load_clip(str(path))
+    assert not target.exists()
+    torch.jit.load(str(path))  # the trap works
+    assert target.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:Duplicate name")
+@pytest.mark.parametrize("suffix", [".py", ".PY"])
+def test_an_archive_with_two_records_of_one_name_is_refused(suffix, small, tmp_path):
+    write_jit(small, tmp_path / "plain.pt")
+    rewritten(tmp_path / "plain.pt", tmp_path / "m.pt", lambda n: [n, n[:-3] + suffix] if n.endswith(".py") else [n])
+    with pytest.raises(InputError, match="two records of one name"):
+        load_clip(str(tmp_path / "m.pt"))
+
+
 @pytest.mark.parametrize("write", [lambda m, p: torch.save(m.state_dict(), p), lambda m, p: write_jit(m, p)], ids=["pt", "jit"])
 def test_one_changed_bit_is_refused(write, small, tmp_path):
     path = tmp_path / "m.pt"

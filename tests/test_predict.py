@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 
 from plpp_reg import cli
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pictures, a backbone and one trained run of CoOp_PLPP, MaPLe, CoCoOp and class-specific CoOp each."""
+    """A folder with pictures, a backbone and a trained run of several methods each."""
     folder = tmp_path_factory.mktemp("predict")
     helpers.register()
     helpers.make_images(folder / "images")
@@ -35,6 +35,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         INPUT__PIXEL_STD=[0.26862954, 0.26130258, 0.27577711],
         TRAINER__MAPLE={"PROMPT_DEPTH": 1, "PREC": "fp32"},
         TRAINER__COCOOP={"N_CTX": 2, "PREC": "fp32"},
+        TRAINER__VPT={"PREC": "fp32"},
+        TRAINER__IVLP={"PROMPT_DEPTH_TEXT": 1, "PROMPT_DEPTH_VISION": 1, "PREC": "fp32"},
+        TRAINER__PROMPTSRC={"PROMPT_DEPTH_TEXT": 1, "PROMPT_DEPTH_VISION": 1, "PREC": "fp32"},
     )
     dataset = folder / "dataset.yaml"
     dataset.write_text("DATASET:\n  NAME: tiny\n")
@@ -44,6 +47,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("MaPLe", "MaPLe", []),
         ("CoCoOp", "CoCoOp", []),
         ("CSC", "CoOp", ["TRAINER.COOP.CSC", "True"]),
+        ("IVLP", "IVLP_PLPP", []),
+        ("VPT", "VPT", []),
+        ("PromptSRC", "PromptSRC", []),
     ):
         out = ["--backbone", str(backbone), "--trainer", trainer, "--output-dir", str(folder / name)]
         assert cli.main(["train", *fixed, *out, *opts]) == 0
@@ -101,7 +107,11 @@ def test_the_command_prints_and_writes_json(world: Path, capsys: pytest.CaptureF
         (["{world}/CoOp", "nowhere.png"], "no such file or folder"),
         (["{world}/CoOp", "{world}/recipe.yaml"], "expected a readable picture"),
         (["{world}/CoOp", "{world}/empty"], "expected pictures"),
-        (["{world}/CoOp", "{world}/images", "--classes", "a", "a"], "expected different names"),
+        (["{world}/CoOp", "{world}/images", "--classes", "a", "a"], "expected different names, got 'a' and 'a'"),
+        (["{world}/CoOp", "{world}/images", "--classes", "red_panda", "red panda"], "got 'red_panda' and 'red panda'"),
+        (["{world}/CoOp", "{world}/images", "--classes", "Tea", "tea "], "got 'Tea' and 'tea '"),
+        (["{world}/CoOp", "{world}/images", "--classes", "a", "_"], "--classes: expected names, got '_'"),
+        (["{world}/CoOp", "{world}/images", "--top", "0"], "--top: expected a number >= 1, got 0"),
     ],
 )
 def test_bad_input_is_one_line(world: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
@@ -131,16 +141,24 @@ def test_folders_and_files_in_order(tmp_path: Path) -> None:
     assert [p.name for p in find_images([tmp_path, tmp_path / "notes.txt"])] == ["a.jpg", "b.PNG", "notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["CoOp", "MaPLe", "CoCoOp"])
-def test_an_exported_file_holds_what_was_learned(world: Path, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["CoOp", "CSC", "MaPLe", "IVLP", "VPT", "PromptSRC", "CoCoOp"])
+def test_an_exported_file_holds_what_was_learned(world: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Class features only where the README's ten lines classify with them."""
     trainer = load_run(world / name)
+    capsys.readouterr()
     assert cli.main(["export", str(world / name), str(tmp_path / "prompt.safetensors")]) == 0
+    said = capsys.readouterr().out.splitlines()
     with safe_open(tmp_path / "prompt.safetensors", "pt") as file:
         names = set(file.keys())
         for key, value in trainer.prompts.state_dict().items():
             assert torch.equal(file.get_tensor(key), value)
-        assert json.loads(file.metadata()["trainer"]).startswith(name)
-    assert ("class_features" in names) == (name != "CoCoOp")
+        assert json.loads(file.metadata()["trainer"]) == trainer.cfg.TRAINER.NAME
+        left_out = json.loads(file.metadata()["left_out"])
+    whole = name in ("CoOp", "CSC")
+    assert ("class_features" in names) == whole == (left_out == "")
+    assert len(said) == (1 if whole else 2)
+    if not whole:
+        assert left_out in said[1] and "plpp predict" in said[1]
 
 
 def test_the_readmes_ten_lines_give_the_same_probabilities(world: Path, tmp_path: Path) -> None:
@@ -158,14 +176,48 @@ def test_the_readmes_ten_lines_give_the_same_probabilities(world: Path, tmp_path
 
 
 def test_export_writes_nothing_half(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
-
-    def broken(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
+    def full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("plpp_reg.engine.files.os.fsync", full)
+    with pytest.raises(InputError, match=r"prompt.safetensors.*expected a place to write to, got disk full"):
         export(load_run(world / "CoOp"), tmp_path / "prompt.safetensors")
     assert list(tmp_path.iterdir()) == []
-    assert Image.open(pictures(world)[0]).size == (43, 37)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("{world}/CoOp/config.yaml", "expected the name of a file that ends in .safetensors"),
+        ("{tmp}", "expected the name of a file"),
+        ("{tmp}/folder.safetensors", "expected the name of a file"),
+        ("{world}/recipe.yaml/prompt.safetensors", "expected a place to write to"),
+    ],
+)
+def test_a_place_that_is_not_for_an_export_is_one_line(
+    world: Path, tmp_path: Path, file: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    before = {p: p.read_bytes() for p in world.rglob("*.yaml")}
+    assert cli.main(["export", str(world / "CoOp"), file.format(world=world, tmp=tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and len(error.splitlines()) == 1
+    assert before == {p: p.read_bytes() for p in world.rglob("*.yaml")}
+
+
+def test_classes_of_one_name_are_told_apart(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    trainer = load_run(world / "CoOp")
+    picture = pictures(world)[0]
+    (plain,) = predict(trainer, [picture])
+    names = ["cat", "tea", "tea", "cat", "map"]  # the prompts stay those they are
+    monkeypatch.setattr(trainer, "data", dataclasses.replace(trainer.data, classnames=names))
+    (found,) = predict(trainer, [picture])
+    assert set(found.probabilities) == {"cat (class 0)", "tea (class 1)", "tea (class 2)", "cat (class 3)", "map"}
+    assert list(found.probabilities.values()) == pytest.approx(list(plain.probabilities.values()))
+    monkeypatch.setattr("plpp_reg.predict.load_run", lambda *_: trainer)
+    capsys.readouterr()
+    assert cli.main(["predict", str(world / "CoOp"), picture, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert sum(row["probabilities"].values()) == pytest.approx(1) and len(row["probabilities"]) == 5

@@ -384,6 +384,29 @@ def test_nothing_of_a_folder_is_run_and_nothing_downloaded(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["{}", "open_clip:ViT-B-16/{}"])
+def test_a_report_loads_no_torchscript(trained: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code could be run, and a report needs weights alone."""
+    import shutil
+
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "m.pt")
+    folder = tmp_path / "runs"
+    shutil.copytree(run_of(trained, "CoOp_PLPP"), folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("NAME: embedded", f"NAME: '{name.format(tmp_path / 'm.pt')}'"))
+    monkeypatch.setattr(load, "load_clip", lambda name: pytest.fail("loads it"))
+    page = report_of(folder)
+    assert "not read. backbone" in page.text and "got a TorchScript archive" in page.text
+
+
+def test_a_file_named_as_one_of_openais_models_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "RN50").write_bytes(b"")  # the loader would go by the name, and download
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "cache_folder", lambda: tmp_path / "no cache")
+    with pytest.raises(InputError, match="not on this machine"):
+        learned.without_download("RN50")
+
+
 # ---- figures -----------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,15 +64,59 @@ def test_a_damaged_number_is_not_taken(tmp_path: Path) -> None:
     assert torch.equal(store.get({"a": 1}, compute)["index"], torch.arange(256)) and compute.calls == 2
 
 
-def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
-    half = tmp_path / ".abc.safetensors.123-ff.tmp"
-    half.write_bytes(b"half")
+def write_at_most(limit: int, folder: Path, body: str) -> subprocess.CompletedProcess:
+    """A process whose files cannot grow over ``limit`` bytes asks a store for a file that is larger, 1 MiB."""
+    pytest.importorskip("resource")  # not on Windows
+    code = f"""
+import resource, signal, sys, torch
+from plpp_reg.engine.store import TensorStore
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+{body}
+got = TensorStore(sys.argv[1], 1).get({{"large": 1}}, lambda: {{"features": torch.ones(2**18)}})
+print("went on with", got["features"].sum().item())
+"""
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+
+
+def test_what_a_killed_writer_left_is_counted_and_cleared(tmp_path: Path) -> None:
+    # the kernel's own signal, at a byte that we choose; Python ignores it unless told otherwise
+    killed = write_at_most(300_000, tmp_path, "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)")
+    assert killed.returncode == -signal.SIGXFSZ, killed.stderr
+    (half,) = tmp_path.iterdir()
     store = TensorStore(tmp_path, 1)
+    assert [(entry.path, entry.size) for entry in store.halves()] == [(half, 300_000)] and store.entries() == []
     store.get({"a": 1}, Counting())
     assert half.exists()  # it may be of a writer at work
+    TensorStore(tmp_path, 300_000 / 2**30).trim()
+    assert half.exists() and store.entries() == []  # the bound is on both
+    store.get({"a": 1}, Counting())
     os.utime(half, (1, 1))
     store.trim()
     assert not half.exists() and len(store.entries()) == 1
+
+
+def test_clearing_takes_what_a_killed_writer_left_too(tmp_path: Path) -> None:
+    write_at_most(300_000, tmp_path, "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert TensorStore(tmp_path, 1).clear() == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_costs_the_keeping_alone(tmp_path: Path) -> None:
+    full = write_at_most(300_000, tmp_path, "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)")
+    assert full.stdout == f"went on with {2.0**18}\n", full.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="rights of another kind")
+def test_ones_group_may_read_a_file(tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        TensorStore(tmp_path, 1).get({"a": 1}, Counting())
+    finally:
+        os.umask(mask)
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_file_of_something_else_under_the_name_is_not_taken(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ always :data:`BATCH` of them, the last one filled up. Kept or not, cold or warm,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL
@@ -22,13 +25,14 @@ from torch import Tensor
 from plpp_reg.datasets import Datum
 from plpp_reg.datasets.emoji import cache_folder
 from plpp_reg.engine.data import canonical_loader, image_seed_of, view_of
-from plpp_reg.engine.store import TensorStore
+from plpp_reg.engine.store import Entry, TensorStore
 from plpp_reg.errors import InputError
 
 if TYPE_CHECKING:
     from plpp_reg.engine.trainer import PromptTrainer
 
 BATCH = 64  # images of a canonical batch
+CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
 VERSION = 1  # of what is computed: raise it when the image tower or the transforms change by a bit
 
 
@@ -39,14 +43,19 @@ def feature_store(max_gib: float) -> TensorStore:
 def show_store(clear: bool = False) -> None:
     """``plpp cache``: what is kept, and remove it if asked to."""
     store = feature_store(1)
-    entries = store.entries()
-    total = sum(entry.size for entry in entries)
-    print(f"{store.folder}: {len(entries)} file{'s' * (len(entries) != 1)}, {total / 2**20:.1f} MiB")
+    entries, halves = store.entries(), store.halves()
+    print(f"{store.folder}: {len(entries)} file{'s' * (len(entries) != 1)}, {_mib(entries)}")
+    if halves:
+        print(f"half-written, by runs at work or killed ones: {len(halves)}, {_mib(halves)}")
     if entries:
         days = [f"{(time.time() - entry.used) / 86400:.1f}" for entry in (entries[0], entries[-1])]
         print(f"last used {days[0]} (the oldest) to {days[1]} days ago; FEATURES.MAX_GIB bounds them, --clear removes them")
     if clear:
         print(f"removed {store.clear()}")
+
+
+def _mib(entries: Sequence[Entry]) -> str:
+    return f"{sum(entry.size for entry in entries) / 2**20:.1f} MiB"
 
 
 class FrozenFeatures:
@@ -104,8 +113,21 @@ class FrozenFeatures:
 
 
 def _device_name(device: torch.device) -> str:
-    """The GPU's, or the CPU's instruction set, by which torch chooses its kernels."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    """The GPU's, or the CPU's instruction set and model, by which torch and its libraries choose kernels."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()}, {_processor()}"
+
+
+@functools.cache
+def _processor() -> str:
+    """The CPU's make and model, as far as the system says."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:  # not Linux, where platform's answer is often empty
+        return platform.processor()
+    fields = dict(line.partition(":")[::2] for line in first.splitlines())
+    return " ".join(value.strip() for name, value in fields.items() if name.strip() in CPU_FIELDS)
 
 
 def weights_sha256(module: torch.nn.Module) -> str:

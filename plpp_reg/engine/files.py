@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from plpp_reg.errors import InputError
 
@@ -21,7 +22,6 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that their owner alone may read
         with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -29,11 +29,16 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    """What the user takes away from a new file's rights; it can be read by setting it alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file.
+
+    Not safetensors' own writer: its temporary file has a name of its own and stays when it is killed, and a full disk is
+    no OSError there. The price is two copies of the tensors in memory meanwhile.
+    """
+    from safetensors.torch import save
+
+    on_cpu = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, lambda p: p.write_bytes(save(on_cpu, dict(metadata))))
 
 
 def write_text(path: str | Path, text: str) -> None:

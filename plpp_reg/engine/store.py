@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plpp_reg.engine.files import write_atomically
+from plpp_reg.engine.files import write_tensors
 from plpp_reg.errors import InputError
 
 SUFFIX = ".safetensors"
@@ -71,7 +71,7 @@ class TensorStore:
         path, key = self._place(what)
         if sum(t.nbytes for t in tensors.values()) <= self.max_bytes:
             with contextlib.suppress(OSError):  # a full disk or a folder that cannot be written: the run goes on without
-                write_atomically(path, lambda p: _write(p, tensors, key))
+                write_tensors(path, tensors, {"what": key, "sha256": _digest(tensors)})
                 self.trim(keep=path)
 
     def _place(self, what: Mapping[str, Any]) -> tuple[Path, str]:
@@ -80,19 +80,25 @@ class TensorStore:
 
     def entries(self) -> list[Entry]:
         """What is there, longest unused first."""
-        return sorted(self._entries(), key=lambda entry: entry.used)
+        return sorted(self._files("*" + SUFFIX), key=lambda entry: entry.used)
 
-    def _entries(self) -> Iterator[Entry]:
-        for path in self.folder.glob("*" + SUFFIX):
+    def halves(self) -> list[Entry]:
+        """What is being written, and what killed processes left half-written."""
+        return list(self._files(f".*{SUFFIX}.*.tmp"))
+
+    def _files(self, pattern: str) -> Iterator[Entry]:
+        for path in self.folder.glob(pattern):
             with contextlib.suppress(OSError):  # another process has removed it
                 stat = path.stat()
                 yield Entry(path, stat.st_size, stat.st_mtime)
 
     def trim(self, keep: Path | None = None) -> None:
-        """Remove the longest unused files until the bound holds; ``keep`` stays."""
-        self._remove_halves(older_than=A_DAY)
+        """Remove the longest unused files until the bound holds; ``keep`` stays, and so does what may still be written."""
+        for half in self.halves():
+            if time.time() - half.used >= A_DAY:
+                _remove(half.path)
         entries = self.entries()
-        excess = sum(entry.size for entry in entries) - self.max_bytes
+        excess = sum(entry.size for entry in (*entries, *self.halves())) - self.max_bytes
         for entry in entries:
             if excess <= 0:
                 return
@@ -101,14 +107,9 @@ class TensorStore:
 
     def clear(self) -> int:
         """Remove every file, also what a killed process left half-written; how many whole ones there were."""
-        self._remove_halves(older_than=0)
+        for half in self.halves():
+            _remove(half.path)
         return sum(_remove(entry.path) for entry in self.entries())
-
-    def _remove_halves(self, older_than: float) -> None:
-        for path in self.folder.glob(f".*{SUFFIX}.*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime >= older_than:
-                    path.unlink()
 
 
 def _remove(path: Path) -> bool:
@@ -121,19 +122,12 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _write(path: Path, tensors: dict[str, Tensor], key: str) -> None:
-    from safetensors.torch import save_file
-
-    on_cpu = {name: t.cpu() for name, t in tensors.items()}
-    save_file(on_cpu, path, {"what": key, "sha256": _digest(on_cpu)})
-
-
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """safetensors has no checksum of its own."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

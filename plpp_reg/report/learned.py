@@ -44,18 +44,22 @@ def history(place: str | Path) -> list[dict[str, float]]:
 
 
 def without_download(backbone: str) -> str:
-    """What to hand to :func:`plpp_reg.clip.load.load_clip`, so that nothing is fetched.
+    """What to hand to :func:`plpp_reg.clip.load.load_clip`, so that nothing is fetched, and no code of a file's is run.
 
     Raises:
-        InputError: the weights are not on this machine.
+        InputError: the weights are not on this machine, or are a TorchScript archive, whose code a report has no need of.
     """
-    if backbone == load.EMBEDDED or Path(backbone).is_file():
+    if backbone == load.EMBEDDED:
         return backbone
-    if backbone.startswith(load.OPEN_CLIP) and Path(backbone.partition("/")[2]).is_file():
-        return backbone
-    url = load.openai_clip().clip._MODELS.get(backbone)
-    if url and (kept := load.cache_folder() / url.rsplit("/", 1)[1]).is_file():
-        return str(kept)
+    if url := load.openai_clip().clip._MODELS.get(backbone):  # OpenAI's own archives, where openai-clip keeps them
+        if (kept := load.cache_folder() / url.rsplit("/", 1)[1]).is_file():
+            return str(kept)
+    else:
+        file = Path(backbone.partition("/")[2] if backbone.startswith(load.OPEN_CLIP) else backbone)
+        if file.is_file() and load.is_torchscript(file):
+            raise InputError(f"backbone {backbone!r}: expected weights alone, got a TorchScript archive: a report runs no code")
+        if file.is_file():
+            return backbone
     raise InputError(f"backbone {backbone!r}: its weights are not on this machine, and a report downloads nothing")
 
 
