@@ -242,6 +242,8 @@ def test_hostile_names_are_text(tmp_path: Path, name: str) -> None:
 
 def test_missing_and_failed_runs_are_named_and_not_counted(tmp_path: Path) -> None:
     made_up_sweep(tmp_path, ["dtd"], ["CoOp"], (1, 2), epochs=0)
+    for done in tmp_path.rglob("result.json"):
+        done.with_name("failed.json").write_text(json.dumps({"error": "it is busy", "log": ["no word of this"]}))
     record(tmp_path, "CoOp", 3, {"base": 0.0, "new": 0.0}, finished=False)
     failed = record(tmp_path, "CoOp", 4, {"base": 0.0, "new": 0.0}, finished=False)
     (failed / "failed.json").write_text(json.dumps({"error": "loss 'ce' is nan", "log": ["last words"]}))
@@ -253,6 +255,7 @@ def test_missing_and_failed_runs_are_named_and_not_counted(tmp_path: Path) -> No
     assert "Missing, 3 of 5 runs." in said
     assert "base_to_new: dtd, 16 shots, CoOp, seed 3: not finished" in said
     assert "base_to_new: dtd, 16 shots, CoOp, seed 4: failed: loss 'ce' is nan" in said and "last words" in said
+    assert "it is busy" not in page.text and "no word of this" not in page.text  # of runs that have a result
     assert "seed5: its job.json cannot be read" in said
     row = next(text for _, text in page.of("tr", class_="measured") if text.startswith("CoOp"))
     assert row.endswith("2")  # of two seeds
