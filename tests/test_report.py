@@ -24,9 +24,10 @@ from plpp_reg.report import learned
 from plpp_reg.report.grids import plain_forms
 from plpp_reg.report.runs import pairs_of, runs_of
 from plpp_reg.tables import records
+from plpp_reg.tables.rows import title_of
 from plpp_reg.words import candidate_ids, nearest_words
 
-from made_up import complete, made_up_sweep
+from made_up import METHODS, SHORT, complete, made_up_sweep
 from test_tables import record
 
 VOID = {"meta", "link", "br", "img", "input", "wbr", "hr"}
@@ -152,6 +153,17 @@ def test_an_overview_has_a_column_a_data_set_and_the_average_first(sweep: tuple[
     assert captions[0] == "base_to_new (ViT-B/16): H, a column a data set"
     opened = [attributes for attributes, _ in page.of("details") if "open" in attributes]
     assert opened  # the first overview is seen without a click
+
+
+def test_a_report_of_all_data_sets_and_methods_is_whole(tmp_path: Path) -> None:
+    made_up_sweep(tmp_path, seeds=(1, 2), epochs=0)
+    page = report_of(tmp_path)
+    head, *_ = (text for _, text in page.of("thead"))  # of the overview
+    assert re.sub(r"\s", "", head) == re.sub(r"\s", "", "method Average of 11 " + " ".join(map(title_of, SHORT)))
+    overview = [text for _, text in page.of("tr", class_="measured")][: len(METHODS)]
+    assert {re.match(r"\w+?(?=\d)", text).group() for text in overview} == set(METHODS) and len(METHODS) == 12
+    assert all(len(re.findall(r"\d\d\.\d\d ± ", text)) == 12 for text in overview)  # the average, and a figure a data set
+    assert "Missing" not in page.text and len(page.of("details", class_="run")) == 11 * 12 * 2
 
 
 def test_a_difference_is_bold_where_its_interval_leaves_out_0(tmp_path: Path) -> None:
