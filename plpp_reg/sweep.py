@@ -131,9 +131,10 @@ def failure(job: Job, error: Exception, seconds: float) -> Outcome:
         lines += "".join(traceback.format_exception(error)).splitlines()[-TAIL:]
     outcome = Outcome(job, None, seconds, message, tuple(lines))
     try:
-        write_text(job.folder / FAILED, json.dumps({"error": message, "log": lines}, indent=1) + "\n")
-    except OSError:
-        pass  # a full or read-only disk is what failed: the outcome says so
+        with locked(job.folder):
+            write_text(job.folder / FAILED, json.dumps({"error": message, "log": lines}, indent=1) + "\n")
+    except (InputError, OSError):
+        pass  # a full or read-only disk, or another process has taken the run up meanwhile: the outcome says what failed here
     return outcome
 
 
