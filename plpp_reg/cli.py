@@ -7,10 +7,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from plpp_reg import __version__
 from plpp_reg.errors import InputError, install, unknown
+
+if TYPE_CHECKING:
+    from plpp_reg.engine.run import RunArguments
 
 # torch's threads (GNU OpenMP) wait for each other in a long busy loop: with small tensors, and another process on one of two
 # cores, a step takes 60 times as long. A short loop costs nothing where the machine is quiet, and 2.5 times where it is not.
@@ -32,13 +35,15 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def flags(self) -> list[str]:
-        """The long flags of this command and of those below it."""
-        found = []
+        """The long flags of this command, not of those below it."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+    def chosen(self, args: argparse.Namespace) -> _Parser:
+        """The command that ``args`` name, and of ``plpp data`` its action."""
         for action in self._actions:
-            found += [flag for flag in action.option_strings if flag.startswith("--")]
-            if isinstance(action, argparse._SubParsersAction):
-                found += [flag for command in action.choices.values() for flag in command.flags()]
-        return sorted(set(found))
+            if isinstance(action, argparse._SubParsersAction) and getattr(args, action.dest) is not None:
+                return action.choices[getattr(args, action.dest)].chosen(args)
+        return self
 
 
 def _parser() -> _Parser:
@@ -47,27 +52,25 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     train = commands.add_parser("train", help="train and test one prompt learner", allow_abbrev=False)
-    train.add_argument("--trainer", default="", help="CoOp, CoOp_PLPP, ZeroshotCLIP, … or package.module:Class")
-    train.add_argument("--root", default="", help="folder of the data sets")
-    train.add_argument("--output-dir", default="", help="output folder (default: output/<data set>/<trainer>/seed<seed>)")
+    cost = commands.add_parser(
+        "estimate", help="what a run will cost, before it is started; no weights are downloaded", allow_abbrev=False
+    )
+    for command in (train, cost):
+        command.add_argument("--trainer", default="", help="CoOp, CoOp_PLPP, ZeroshotCLIP, … or package.module:Class")
+        command.add_argument("--root", default="", help="folder of the data sets")
+        command.add_argument("--output-dir", default="", help="output folder (default: output/<data set>/<trainer>/seed<seed>)")
+        command.add_argument("--seed", type=int, default=None, help="seed, 0 included (default 1; -1 draws one)")
+        command.add_argument("--transforms", nargs="+", default=(), help="data augmentation by Dassl's names")
+        command.add_argument("--config-file", default="", help="method configuration (YAML)")
+        command.add_argument("--dataset-config-file", default="", help="data set's configuration (YAML; default: embedded)")
+        command.add_argument("--backbone", default="", help="'embedded' (default), a name of OpenAI's (ViT-B/16) or a file")
     train.add_argument("--resume", default="", metavar="DIR", help="run folder to go on from")
-    train.add_argument("--seed", type=int, default=None, help="seed, 0 included (default 1; -1 draws one)")
-    train.add_argument("--transforms", nargs="+", default=(), help="data augmentation by Dassl's names")
-    train.add_argument("--config-file", default="", help="method configuration (YAML)")
-    train.add_argument("--dataset-config-file", default="", help="data set configuration (YAML; default: the embedded one)")
-    train.add_argument("--backbone", default="", help="'embedded' (default), a name of OpenAI's (ViT-B/16) or a file")
     train.add_argument("--eval-only", action="store_true", help="evaluate, never train")
     train.add_argument("--model-dir", default="", metavar="DIR", help="run folder whose prompts --eval-only loads")
     train.add_argument("--load-epoch", type=int, default=None, help="epoch to load (default: best on validation, else last)")
     train.add_argument("--no-train", action="store_true", help="build everything, train nothing")
     train.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys, after the flags")
 
-    cost = commands.add_parser("estimate", help="what a run will cost, before it is started", allow_abbrev=False)
-    cost.add_argument("--trainer", default="", help="CoOp, CoOp_PLPP, ZeroshotCLIP, … or package.module:Class")
-    cost.add_argument("--root", default="", help="folder of the data sets")
-    cost.add_argument("--config-file", default="", help="method configuration (YAML)")
-    cost.add_argument("--dataset-config-file", default="", help="data set configuration (YAML; default: the embedded one)")
-    cost.add_argument("--backbone", default="", help="as of train; of OpenAI's and open_clip's names nothing is downloaded")
     cost.add_argument("--classes", type=int, default=None, metavar="N", help="so many classes, in place of a data set's")
     cost.add_argument("--json", action="store_true", help="print everything as JSON")
     cost.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys, after the flags")
@@ -163,20 +166,23 @@ def _parser() -> _Parser:
     return parser
 
 
-def _train(args: argparse.Namespace) -> None:
-    from plpp_reg.engine.run import RunArguments, run
+def _run_arguments(args: argparse.Namespace) -> RunArguments:
+    from plpp_reg.engine.run import RunArguments
 
-    fields = {name: getattr(args, name) for name in RunArguments._fields}
-    run(RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
+    fields = {name: value for name, value in vars(args).items() if name in RunArguments._fields}
+    return RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+
+
+def _train(args: argparse.Namespace) -> None:
+    from plpp_reg.engine.run import run
+
+    run(_run_arguments(args))
 
 
 def _estimate(args: argparse.Namespace) -> None:
     from plpp_reg import estimate, estimate_text
-    from plpp_reg.engine.run import RunArguments
 
-    names = ("trainer", "root", "config_file", "dataset_config_file", "backbone")
-    run = RunArguments(opts=tuple(args.opts), **{name: getattr(args, name) for name in names})
-    cost = estimate.estimate(run, args.classes)
+    cost = estimate.estimate(_run_arguments(args), args.classes)
     print(estimate_text.as_json(cost) if args.json else estimate_text.as_text(cost))
 
 
@@ -264,32 +270,36 @@ def _inspect(args: argparse.Namespace) -> None:
 def _keys_apart(argv: Sequence[str]) -> list[str]:
     """``--seeds 1 2 OPTIM.LR 0.1``: the first configuration key ends the values of a flag that takes several."""
     words = list(argv)
-    if words[:1] in (["train"], ["demo"]) and "--" not in words:
+    if words[:1] in (["train"], ["estimate"], ["demo"]) and "--" not in words:
         for i, word in enumerate(words):
             if KEY.fullmatch(word):
                 return [*words[:i], "--", *words[i:]]
     return words
 
 
-def _check_opts(opts: Sequence[str]) -> None:
-    for word in opts[::2]:
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; a flag that the chosen command has not is refused with the nearest of those that it has."""
+    parser = _parser()
+    args, left = parser.parse_known_args(_keys_apart(argv))
+    command = parser.chosen(args)
+    if left:
+        command.error(f"unrecognized arguments: {' '.join(left)}")
+    args.opts = [word for i, word in enumerate(getattr(args, "opts", [])) if i or word != "--"]
+    for word in args.opts[::2]:
+        if word in command.flags():
+            raise InputError(f"flag {word!r}: expected before the KEY VALUE pairs, got it among them")
         if word.startswith("-"):
-            flags = _parser().flags()
-            if word in flags:
-                raise InputError(f"flag {word!r}: expected before the KEY VALUE pairs, got it among them")
-            raise unknown("flag", word, flags)
+            raise unknown("flag", word, command.flags())
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run itself failed, 2 what was asked for cannot be."""
-    parser = _parser()
     try:
-        args = parser.parse_args(_keys_apart(sys.argv[1:] if argv is None else argv))
-        args.opts = [word for i, word in enumerate(getattr(args, "opts", [])) if i or word != "--"]
+        args = _parsed(sys.argv[1:] if argv is None else argv)
         if args.command is None:
-            parser.print_help()
+            _parser().print_help()
             return 0
-        _check_opts(args.opts)
         commands = {"train": _train, "demo": _demo, "run": _run, "table": _table, "report": _report, "data": _data}
         commands |= {"predict": _predict, "export": _export, "cache": _cache}
         commands |= {"doctor": _doctor, "inspect": _inspect, "estimate": _estimate}

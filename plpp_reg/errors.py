@@ -14,6 +14,10 @@ class InputError(ValueError):
         super().__init__(message.rsplit(f"{InputError.__module__}.InputError: ", 1)[-1].strip())
 
 
+class InUse(InputError):
+    """Another process works in this folder: what is in it is that one's to write."""
+
+
 def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
     """The error for a name that is none of ``choices``, with the nearest of them.
 

@@ -15,9 +15,10 @@ With the letters of DESIGN section 1, and ``t`` the seconds of a part of a step,
                                                               the other two: max(working)
 
 ``N' * t(image, frozen)`` is there where a method reads the frozen tower's features: once a (view, image), and not at all where
-another run left them (``plpp cache``); ``views`` is e, or ``INPUT.VIEWS`` where that is set and less. ``N'`` is N in whole
-canonical batches (engine/features.py), as it is for a test's frozen features. ``libraries`` is :data:`LIBRARIES_MIB`. Memory
-is what lives: an allocator may keep more (docs/cost.md). Reading images from a disk and augmenting them is not counted.
+another run left them (``plpp cache``); ``views`` is e, or ``INPUT.VIEWS`` where that is set and less and all of them fit into
+``FEATURES.MAX_GIB``. ``N'`` is N in whole canonical batches (engine/features.py), as it is for a test's frozen features.
+``libraries`` is :data:`LIBRARIES_MIB`. Memory is what lives: an allocator may keep more (docs/cost.md), and the process itself
+has some 700 MiB. Reading images from a disk and augmenting them is not counted.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def estimate(
     clip_model: nn.Module | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Estimate:
-    """Estimate the run that ``plpp train`` with the same arguments would make.
+    """Estimate the whole run that ``plpp train`` with the same arguments would make, from its first epoch to its test.
 
     Args:
         args: what to train.
@@ -196,7 +197,7 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
         ahead=ahead,
         steps=steps,
         epochs=epochs,
-        run_seconds=epochs * steps * step.seconds + min(epochs, cfg.INPUT.VIEWS or epochs) * ahead.seconds + once.seconds,
+        run_seconds=epochs * steps * step.seconds + _views(trainer, images, epochs) * ahead.seconds + once.seconds,
         test=test,
         test_images=test_images,
         model_mib=model_mib,
@@ -215,6 +216,17 @@ def _features(trainer: PromptTrainer, split: str, images: int, rates: dict[str, 
     cost = image_cost(trainer.image_tower, BATCH)
     operations = -(-images // BATCH) * cost.forward
     return Part(operations / rates["image"].inference, operations, cost.working / MIB)
+
+
+def _views(trainer: PromptTrainer, images: int, epochs: int) -> int:
+    """How often a run passes its images through the frozen tower: once a view, if the store has room for all views.
+
+    Else each epoch: views come in turn and the longest unused is the first to go, so each is gone when it comes again.
+    """
+    views = min(epochs, trainer.cfg.INPUT.VIEWS or epochs)
+    a_view = 4 * images * trainer.clip_model.text_projection.shape[1]  # bytes of float32
+    kept = views * a_view <= trainer.cfg.FEATURES.MAX_GIB * 2**30
+    return views if kept or views == 1 else epochs  # the last one is at hand without a store
 
 
 def _part(rates: dict[str, Throughput], passes: Sequence[Pass]) -> Part:

@@ -7,6 +7,8 @@ import json
 from plpp_reg.estimate import Estimate, Part
 from plpp_reg.results import duration
 
+PROCESS_MIB = 700  # resident before a model is there: torch 500, this package and what it imports 200
+
 
 def as_json(cost: Estimate) -> str:
     return json.dumps({k: v._asdict() if isinstance(v, Part) else v for k, v in cost._asdict().items()}, indent=2)
@@ -36,7 +38,8 @@ def as_text(cost: Estimate) -> str:
     lines.append(f"measured here {measured} GFLOP/s forward")
     if cost.assumed:
         lines.append(f"assumed       {'; '.join(cost.assumed)}")
-    lines.append("not counted   reading and augmenting images; freed memory that an allocator keeps")
+    itself = f"the process itself (some {PROCESS_MIB} MiB on a CPU)"
+    lines.append(f"not counted   {itself}; reading and augmenting images; freed memory that an allocator keeps")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from plpp_reg.engine.data import image_seed_of, load_data
 from plpp_reg.engine.files import locked, write_text
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import UnusableCheckpoint, further_config, resolve, run
-from plpp_reg.errors import InputError
+from plpp_reg.errors import InputError, InUse
 from plpp_reg.protocols import Job
 
 JOB = "job.json"  # what is planned in a folder; without a result beside it that fits, the run is missing
@@ -122,6 +122,8 @@ def _run(job: Job, models: Models) -> dict[str, Any]:
 def failure(job: Job, error: Exception, seconds: float) -> Outcome:
     """The outcome of a run that ended with ``error``, noted in the run's folder too."""
     message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, InUse):  # the folder, its log and what becomes of the run are another process's
+        return Outcome(job, None, seconds, message)
     log = job.folder / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if log.is_file() else []
     if not isinstance(error, InputError):  # a fault of a program: where it was
@@ -129,9 +131,10 @@ def failure(job: Job, error: Exception, seconds: float) -> Outcome:
         lines += "".join(traceback.format_exception(error)).splitlines()[-TAIL:]
     outcome = Outcome(job, None, seconds, message, tuple(lines))
     try:
-        write_text(job.folder / FAILED, json.dumps({"error": message, "log": lines}, indent=1) + "\n")
-    except OSError:
-        pass  # a full or read-only disk is what failed: the outcome says so
+        with locked(job.folder):
+            write_text(job.folder / FAILED, json.dumps({"error": message, "log": lines}, indent=1) + "\n")
+    except (InputError, OSError):
+        pass  # a full or read-only disk, or another process has taken the run up meanwhile: the outcome says what failed here
     return outcome
 
 

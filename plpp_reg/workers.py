@@ -196,7 +196,8 @@ def on_ray(address: str = "", threads: int = 1, workers: int = 0) -> Runner:
         workers: how many runs at once, of a Ray that starts here; 0: as many as there is room for.
 
     Raises:
-        InputError: Ray is not installed, or no cluster answers, or ``workers`` of a cluster that is there.
+        InputError: Ray is not installed, or no cluster answers, or ``workers`` of a cluster that is there, or more threads than
+            any of its nodes has CPUs.
     """
     if importlib.util.find_spec("ray") is None:
         raise InputError(f"--executor ray: expected Ray, which is not installed: {install('ray')}")
@@ -207,6 +208,10 @@ def on_ray(address: str = "", threads: int = 1, workers: int = 0) -> Runner:
     def runner(jobs: Sequence[Job]) -> Iterator[Outcome]:
         ray = _connected(address, workers * threads or None)
         try:
+            # Ray would wait without a word for a node that large.
+            most = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+            if threads > most:
+                raise InputError(f"--threads {threads}: expected at most {most}, the CPUs of Ray's largest node, got {threads}")
             # Whatever a run raises is an outcome: what is left to retry is a worker or a machine that dies.
             gpus = min(1, ray.cluster_resources().get("GPU", 0))
             task = ray.remote(max_retries=TRIES - 1, num_cpus=threads, num_gpus=gpus)(_execute)
@@ -226,6 +231,8 @@ def on_ray(address: str = "", threads: int = 1, workers: int = 0) -> Runner:
 
 
 def _connected(address: str, cpus: int | None) -> ModuleType:
+    # A task that Ray's memory monitor kills has a counter of its own, read with Ray: without end unless it is set.
+    os.environ.setdefault("RAY_task_oom_retries", str(TRIES - 1))
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}  # a run's log is in its folder

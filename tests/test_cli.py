@@ -242,6 +242,24 @@ def test_help(capsys: pytest.CaptureFixture, argv: list[str]) -> None:
     assert all(word in shown for word in words)
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["estimate", "--sead", "1"], "unknown flag '--sead': did you mean '--seed'?"),
+        (["estimate", "--model-dir", "x"], "unknown flag '--model-dir'"),  # train's alone
+        (["train", "--classes", "5"], "unknown flag '--classes'"),  # estimate's alone
+        (["train", "SEED", "1", "--seed", "1"], "flag '--seed': expected before the KEY VALUE pairs"),
+        (["table", "x", "--no-publishing"], "unknown flag '--no-publishing': did you mean '--no-published'?"),
+        (["table", "x", "--seed", "1"], "unknown flag '--seed'"),
+        (["data", "check", "x", "--source", "hub"], "unknown flag '--source'"),  # get's alone
+        (["data", "get", "x", "--sources", "hub"], "unknown flag '--sources': did you mean '--source'?"),
+    ],
+)
+def test_a_flag_is_looked_for_among_the_commands_own(argv: list[str], says: str, capsys, tmp_path: Path) -> None:
+    error = refused(argv, capsys, tmp_path, says)
+    assert f"did you mean '{argv[-2]}'" not in error
+
+
 def test_no_command_shows_help(capsys: pytest.CaptureFixture) -> None:
     assert cli.main([]) == 0
     assert "usage: plpp" in capsys.readouterr().out

@@ -6,7 +6,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -86,6 +88,48 @@ def test_the_benchmark_writes_its_rows(tmp_path):
         assert row["max_abs_diff"] < 1e-4 and row["grad_rel_diff"] < 1e-5
         assert row["positions"] < row["reference_positions"]
         assert row["speedup"] == pytest.approx(row["reference_seconds"] / row["seconds"])
+
+
+BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], bool]]] = {
+    "ranks": (["coop-plpp"], lambda row: row["processes"] == 2 and row["loss_rel_diff"] <= 1e-5 and row["speedup"] > 0),
+    "methods": (
+        ["literal-maple", "plpp-coop"],
+        lambda row: (
+            row["loss_rel_diff"] < 1e-4 and row["grad_rel_diff"] < 1e-4 and row["speedup"] > 0
+            if row["case"].startswith("literal")
+            else 0 <= row["plpp_looked_up"] <= 1 and row["plpp_overhead"] > -1
+        ),
+    ),
+    "features": (
+        ["ablation-vit-b-16", "evaluation"],
+        lambda row: row["same_predictions" if row["case"] == "evaluation" else "same_bits"] and row["speedup"] > 0,
+    ),
+    "attach": ([], lambda row: row["plain_seconds"] > 0 and row["attached"] > 0 and len(row["every_round"]) == 2),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_each_benchmark_measures_what_it_says(name: str, tmp_path: Path) -> None:
+    cases, holds = BENCHMARKS[name]
+    out = tmp_path / "rows.json"
+    program = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--threads", "1", "--json", str(out)]
+    subprocess.run([*program, *(["--cases", *cases] if cases else [])], check=True, timeout=240)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row.get("case") or row["position"] for row in rows] == (cases or ["end", "front"])
+    assert all(map(holds, rows)), rows
+
+
+def test_steps_over_processes_are_timed_by_the_wall_and_end_where_losses_differ(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    common, ranks = importlib.import_module("common"), importlib.import_module("ranks")
+    monkeypatch.setattr(common, "CLOCK", common.CLOCK)
+    row = {"classes": 20, "reference_seconds": 1.0, "seconds": 1.0, "speedup": 1.0}
+    monkeypatch.setattr(ranks, "measure", lambda case, *_: {"case": case, **row, "loss_rel_diff": 2e-5})
+    for flag, says in (("--cpu-time", "expected wall time"), ("--quick", "within 1e-05, got 2e-05")):
+        monkeypatch.setattr(sys, "argv", ["ranks.py", flag, "--json", str(tmp_path / "rows.json")])
+        with pytest.raises(SystemExit, match=says):
+            ranks.main()
+    assert not (tmp_path / "rows.json").exists()
 
 
 def test_the_study_pairs_by_seed():

@@ -31,8 +31,7 @@ def command_lines() -> list[str]:
 def test_every_command_line_means_something(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    args = cli._parser().parse_args(shlex.split(line)[1:])
-    cli._check_opts(args.opts)
+    args = cli._parsed(shlex.split(line)[1:])
     if args.command == "train":
         fields = {name: getattr(args, name) for name in RunArguments._fields}
         resolve(RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))

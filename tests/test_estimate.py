@@ -107,8 +107,11 @@ def test_a_run_is_its_steps_and_its_images():
     assert cost.ahead.operations == cost.ahead.seconds == pytest.approx(64 * an_image)
     assert cost.test.operations == pytest.approx(cost.text.operations / 2 + 1024 * an_image, rel=0.01)  # 1000 images
     assert cost.run_seconds == pytest.approx(3 * (2 * cost.step.seconds + cost.ahead.seconds))
-    twice = estimate(RunArguments(trainer="CoOp", backbone="ViT-B/16", opts=(*opts, "INPUT.VIEWS", "2")), classes=5)
-    assert twice.run_seconds == pytest.approx(3 * 2 * cost.step.seconds + 2 * cost.ahead.seconds)
+    two_views = 2 * 20 * 512 * 4 / 2**30  # GiB
+    for views, max_gib, encoded in ((2, 10, 2), (2, two_views, 2), (2, 0.9 * two_views, 3), (2, 0, 3), (1, 0, 1), (0, 0, 3)):
+        more = (*opts, "INPUT.VIEWS", str(views), "FEATURES.MAX_GIB", str(max_gib))
+        some = estimate(RunArguments(trainer="CoOp", backbone="ViT-B/16", opts=more), classes=5)
+        assert some.run_seconds == pytest.approx(3 * 2 * cost.step.seconds + encoded * cost.ahead.seconds), (views, max_gib)
 
 
 def test_without_a_number_the_data_set_is_read(monkeypatch):
@@ -155,10 +158,21 @@ def test_json_has_every_field(capsys):
     )
 
 
+def test_it_takes_the_flags_that_train_takes(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("plpp_reg.estimate.estimate", lambda run, classes: seen.append(run) or estimate(run, classes))
+    flags = ["--seed", "3", "--output-dir", "nowhere", "--transforms", "random_flip", "normalize", "OPTIM.MAX_EPOCH", "7"]
+    assert cli.main(["estimate", "--backbone", "ViT-B/16", "--classes", "4", *flags]) == 0
+    assert "7 epochs of" in capsys.readouterr().out
+    (run,) = seen
+    assert (run.seed, run.output_dir, run.transforms) == (3, "nowhere", ("random_flip", "normalize"))
+
+
 def test_the_text_says_what_is_assumed(capsys):
     assert cli.main(["estimate", "--backbone", "ViT-B/16", "--classes", "4"]) == 0
     out = capsys.readouterr().out
     assert "MiB: 571 the model, over it the most of" in out and "frozen image features, " in out and " a test\n" in out
+    assert "not counted   the process itself (some 700 MiB on a CPU)" in out
     assert "4 class names of typical length" in out and "1,000 test images" in out and "once a (view, image)" in out
 
 

@@ -198,6 +198,15 @@ def test_cocoop_gives_each_image_what_it_gets_alone() -> None:
     assert difference(together, alone) < 1e-5
 
 
+def test_cocoop_of_32_images_is_the_mean_of_two_of_16() -> None:
+    trainer, (batch,) = build("CoCoOp", plpp=True), helpers.fixed_batches(1, size=32)
+    halves = [with_gradients(trainer, {key: t[part] for key, t in batch.items()}) for part in (slice(16), slice(16, None))]
+    mean_values = {key: sum(values[key] for values, _ in halves) / 2 for key in halves[0][0] if key != "perplexity"}
+    mean_grads = {key: sum(grads[key] for _, grads in halves) / 2 for key in halves[0][1]}
+    assert halves[0][0]["ppl"] != pytest.approx(halves[1][0]["ppl"], rel=1e-4)  # other images
+    assert_same_step(with_gradients(trainer, batch), (mean_values, mean_grads))
+
+
 def test_cocoop_in_chunks_of_classes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[int]] = []  # for each text pass the nodes of its chunks
     original = TextTower.forward
@@ -232,6 +241,27 @@ def test_cocoop_tests_as_many_images_at_once_as_memory_holds(monkeypatch: pytest
             trainer.tower.memory_mib = 8 * images * a_class * len(NAMES) / 2**20 * 1.01
             assert difference(trainer.inference(batch), whole) < 1e-5
             assert sizes == want
+
+
+# ---- PLPP where prompts are deep ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "deeper"), [("CoOp", 0), ("MaPLe", 2), ("IVLP", 2), ("PromptSRC", 2)])
+def test_what_each_term_of_plpp_reaches(name: str, deeper: int) -> None:
+    """Deep prompts stand in the context's place from layer 1 on: the last of them predict the words of layer 0."""
+    trainer, (batch,) = build(name, plpp=True), helpers.fixed_batches(1)
+    trainer.compute_losses(batch)
+    terms = trainer._plpp_losses(with_perplexity=False)
+    parameters, deep = leaves(trainer), trainer.deep_context()
+    assert len(deep) == deeper
+    (context,) = (n for n in parameters if n.endswith("ctx"))
+    (*_, deepest) = [context, *(n for prompt in deep for n, p in parameters.items() if p is prompt)]
+    reached = {
+        term: {n for n, g in zip(parameters, gradient(loss, parameters), strict=True) if g.any()}
+        for term, loss in terms.items()
+    }
+    assert reached == {"ppl": {deepest}, "inverse_ppl": {context}}  # of anything else exactly 0
+    assert (deepest == context) == (deeper == 0)
 
 
 # ---- zero-shot CLIP ------------------------------------------------------------------------------------------------------

@@ -411,8 +411,9 @@ def test_a_folder_that_another_process_works_in_is_left_alone(copy: Bench) -> No
     before = helpers.files_below(job.folder)
     with locked(job.folder):
         outcome = sweep.execute(job)
+        sweep.failure(job, RuntimeError("its worker died"), 1.0)  # which this process hears of later than the other one
     assert outcome.result is None and "another process is working in it" in outcome.error
-    assert set(before) <= set(helpers.files_below(job.folder))
+    assert {*helpers.files_below(job.folder), ".lock"} == {*before, ".lock"}  # no failed.json: a running run has not failed
     assert not (copy.output / "superseded").exists()
 
 

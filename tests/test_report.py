@@ -24,9 +24,10 @@ from plpp_reg.report import learned
 from plpp_reg.report.grids import plain_forms
 from plpp_reg.report.runs import pairs_of, runs_of
 from plpp_reg.tables import records
+from plpp_reg.tables.rows import title_of
 from plpp_reg.words import candidate_ids, nearest_words
 
-from made_up import complete, made_up_sweep
+from made_up import METHODS, SHORT, complete, made_up_sweep
 from test_tables import record
 
 VOID = {"meta", "link", "br", "img", "input", "wbr", "hr"}
@@ -154,6 +155,17 @@ def test_an_overview_has_a_column_a_data_set_and_the_average_first(sweep: tuple[
     assert opened  # the first overview is seen without a click
 
 
+def test_a_report_of_all_data_sets_and_methods_is_whole(tmp_path: Path) -> None:
+    made_up_sweep(tmp_path, seeds=(1, 2), epochs=0)
+    page = report_of(tmp_path)
+    head, *_ = (text for _, text in page.of("thead"))  # of the overview
+    assert re.sub(r"\s", "", head) == re.sub(r"\s", "", "method Average of 11 " + " ".join(map(title_of, SHORT)))
+    overview = [text for _, text in page.of("tr", class_="measured")][: len(METHODS)]
+    assert {re.match(r"\w+?(?=\d)", text).group() for text in overview} == set(METHODS) and len(METHODS) == 12
+    assert all(len(re.findall(r"\d\d\.\d\d ± ", text)) == 12 for text in overview)  # the average, and a figure a data set
+    assert "Missing" not in page.text and len(page.of("details", class_="run")) == 11 * 12 * 2
+
+
 def test_a_difference_is_bold_where_its_interval_leaves_out_0(tmp_path: Path) -> None:
     for seed, (plain, treated) in enumerate([(50.0, 52.0), (51.0, 53.1), (52.0, 53.9)], start=1):
         record(tmp_path, "CoOp", seed, {"base": 80.0 + seed, "new": plain}, backbone="embedded")
@@ -242,6 +254,8 @@ def test_hostile_names_are_text(tmp_path: Path, name: str) -> None:
 
 def test_missing_and_failed_runs_are_named_and_not_counted(tmp_path: Path) -> None:
     made_up_sweep(tmp_path, ["dtd"], ["CoOp"], (1, 2), epochs=0)
+    for done in tmp_path.rglob("result.json"):
+        done.with_name("failed.json").write_text(json.dumps({"error": "it is busy", "log": ["no word of this"]}))
     record(tmp_path, "CoOp", 3, {"base": 0.0, "new": 0.0}, finished=False)
     failed = record(tmp_path, "CoOp", 4, {"base": 0.0, "new": 0.0}, finished=False)
     (failed / "failed.json").write_text(json.dumps({"error": "loss 'ce' is nan", "log": ["last words"]}))
@@ -253,6 +267,7 @@ def test_missing_and_failed_runs_are_named_and_not_counted(tmp_path: Path) -> No
     assert "Missing, 3 of 5 runs." in said
     assert "base_to_new: dtd, 16 shots, CoOp, seed 3: not finished" in said
     assert "base_to_new: dtd, 16 shots, CoOp, seed 4: failed: loss 'ce' is nan" in said and "last words" in said
+    assert "it is busy" not in page.text and "no word of this" not in page.text  # of runs that have a result
     assert "seed5: its job.json cannot be read" in said
     row = next(text for _, text in page.of("tr", class_="measured") if text.startswith("CoOp"))
     assert row.endswith("2")  # of two seeds

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,6 +242,35 @@ def test_what_cannot_be_is_refused(place: Place, flags: list[str], message: str,
     assert main(place.argv("refused", *flags)) == 2
     assert message in capsys.readouterr().err
     assert not (place.folder / "refused").exists()
+
+
+def test_more_threads_than_any_node_has_are_refused(place: Place, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(place.argv("wide", "--executor", "ray", "--threads", "4096")) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"--threads 4096: expected at most \d+, the CPUs of Ray's largest node, got 4096\n", error)
+    assert not list((place.folder / "wide").rglob("config.yaml"))  # nothing was started
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no memory monitor")
+def test_a_run_that_does_not_fit_in_memory_is_tried_as_often_as_one_that_dies() -> None:
+    code = """
+from plpp_reg import workers
+ray = workers._connected("", 1)
+@ray.remote(max_retries=workers.TRIES - 1)
+def endless():
+    import time
+    time.sleep(600)
+try:
+    ray.get(endless.remote(), timeout=60)
+except ray.exceptions.OutOfMemoryError:
+    print("out of memory")
+"""
+    command = helpers.python(code, capture_output=True, timeout=120)
+    command["env"]["RAY_memory_usage_threshold"] = "0.0001"  # whatever runs is too much
+    for name in ("RAY_ADDRESS", "RAY_task_oom_retries"):
+        command["env"].pop(name, None)
+    assert "out of memory" in subprocess.run(**command).stdout
 
 
 def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

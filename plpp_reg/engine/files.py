@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from plpp_reg.errors import InputError
+from plpp_reg.errors import InputError, InUse
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -53,7 +53,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as e:  # an OSError too
-        raise InputError(f"output folder {str(folder)!r}: another process is working in it; wait, or name another") from e
+        raise InUse(f"output folder {str(folder)!r}: another process is working in it; wait, or name another") from e
     except OSError as e:
         raise InputError(f"output folder {str(folder)!r}: expected a folder to write in, got {e}") from e
     try:

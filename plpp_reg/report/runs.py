@@ -119,7 +119,7 @@ def card_of(folder: Path, run: Found) -> RunCard:
         state=run.why or "finished",
         figures=figures,
         config=_config(run),
-        log=failure_log(run.place),
+        log=failure_log(run.place) if result is None else "",  # nothing of a run that finished after all
     )
 
 
