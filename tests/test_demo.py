@@ -102,7 +102,7 @@ BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], bool]]] = {
     ),
     "features": (
         ["ablation-vit-b-16", "evaluation"],
-        lambda row: row["same_predictions" if row["case"] == "evaluation" else "same_bits"] and row["speedup"] > 0,
+        lambda row: row["same_figures" if row["case"] == "evaluation" else "same_bits"] and row["speedup"] > 0,
     ),
     "attach": ([], lambda row: row["plain_seconds"] > 0 and row["attached"] > 0 and len(row["every_round"]) == 2),
 }

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -425,3 +426,34 @@ def test_fp16_on_a_cpu_is_fp32_to_the_bit_and_says_so(method: str, capsys: pytes
         trainer = build(method, PREC=precision, log=RunLog())
         assert line in capsys.readouterr().out
         assert trainer.precision == {"fp16": "fp32", "amp": "amp"}[precision] and not trainer.scaler.is_enabled()
+
+
+# ---- what is read ahead, what is computed in -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "ahead"), [("CoOp", ["train", "test"]), ("PromptSRC", ["train"]), ("IVLP", [])], ids=lambda value: str(value)
+)
+def test_the_frozen_tower_sees_the_images_whose_features_are_read(method: str, ahead: list[str]) -> None:
+    trainer = build(method)
+    (batch,) = helpers.fixed_batches(1, size=2)
+    asked: list[str] = []
+
+    class Loader(list):
+        batch_sampler = SimpleNamespace()
+
+    for split in ("train", "test"):
+        trainer._loaders[split] = Loader([{**batch, "index": torch.arange(2)}])
+    trainer.frozen_features.of = lambda split, epoch: asked.append(split) or torch.zeros(2, mh.EMBED)
+    given = {split: ["features" in b for b in trainer.batches(split)] for split in ("train", "test")}
+    assert asked == ahead and given == {split: [split in ahead] for split in ("train", "test")}
+
+
+def test_a_given_model_computes_in_what_is_asked_for() -> None:
+    with pytest.raises(
+        InputError, match=r"^TRAINER.COOP.PREC bf16: expected a CLIP with weights in torch.bfloat16, got torch.flo"
+    ):
+        build("CoOp", PREC="bf16")
+    with pytest.raises(InputError, match=r"unknown TRAINER.COOP.PREC 'fp64': did you mean 'fp16'\?"):
+        build("CoOp", PREC="fp64")
+    assert build("CoOp", PREC="bf16", clip_model=mh.clip_of("bf16")).tower.dtype == torch.bfloat16

@@ -147,10 +147,13 @@ def _on_hub(archive: str) -> Remote:
     except ImportError as e:
         raise InputError(f"--source hub: expected huggingface_hub: {install('data')}; or --source torchvision") from e
     url = hf_hub_url(REPOSITORY, archive, endpoint=os.environ.get("HF_ENDPOINT") or None)
-    try:
-        known = get_hf_file_metadata(url)
-    except Exception as e:  # of the library's HTTP client, which is another one in each of its major versions
-        raise InputError(f"{url}: expected an answer of the Hugging Face Hub, got {e}; or --source torchvision") from e
+    for last in (False, True):  # twice: the client may go on with a connection that the server has closed in between
+        try:
+            known = get_hf_file_metadata(url)
+            break
+        except Exception as e:  # of the library's HTTP client, which is another one in each of its major versions
+            if last or getattr(e, "response", None) is not None:
+                raise InputError(f"{url}: expected an answer of the Hugging Face Hub, got {e}; or --source torchvision") from e
     if not re.fullmatch("[0-9a-f]{64}", known.etag or ""):
         raise InputError(f"{url}: expected the file's SHA-256, got {known.etag!r}")
     return Remote(url, archive, known.size, "sha256", known.etag)

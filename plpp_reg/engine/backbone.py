@@ -46,13 +46,13 @@ def computing(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def check_precision(clip_model: nn.Module, key: str, precision: str) -> None:
-    """Whether a model that was given computes in what the run asks for; one without weights is told later.
+    """Whether a model that was given computes in what the run asks for, or in float64; one without weights is told later.
 
     Raises:
         InputError: its weights are of another type.
     """
     weight, wanted = clip_model.text_projection, PRECISIONS[precision]
-    if weight.dtype != wanted and not weight.is_meta:
+    if weight.dtype not in (wanted, torch.float64) and not weight.is_meta:
         raise InputError(f"{key} {precision}: expected a CLIP with weights in {wanted}, got {weight.dtype}")
 
 
