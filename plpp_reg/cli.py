@@ -63,7 +63,9 @@ def _parser() -> _Parser:
         command.add_argument("--transforms", nargs="+", default=(), help="data augmentation by Dassl's names")
         command.add_argument("--config-file", default="", help="method configuration (YAML)")
         command.add_argument("--dataset-config-file", default="", help="data set's configuration (YAML; default: embedded)")
-        command.add_argument("--backbone", default="", help="'embedded' (default), a name of OpenAI's (ViT-B/16) or a file")
+        command.add_argument(
+            "--backbone", default="", help="embedded (default), ViT-B/16 and the like, open_clip:ARCH/WEIGHTS, a file"
+        )
     train.add_argument("--resume", default="", metavar="DIR", help="run folder to go on from")
     train.add_argument("--eval-only", action="store_true", help="evaluate, never train")
     train.add_argument("--model-dir", default="", metavar="DIR", help="run folder whose prompts --eval-only loads")

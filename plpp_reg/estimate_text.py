@@ -35,7 +35,7 @@ def as_text(cost: Estimate) -> str:
             f"in the run    {duration(ahead)} a view, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
             "a (view, image), not at all where they are kept (plpp cache)"
         )
-    lines.append(f"measured here {measured} GFLOP/s forward")
+    lines.append(f"measured here {measured} GFLOP/s forward, on a machine as busy as it was")
     if cost.assumed:
         lines.append(f"assumed       {'; '.join(cost.assumed)}")
     itself = f"the process itself (some {PROCESS_MIB} MiB on a CPU)"

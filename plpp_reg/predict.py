@@ -73,6 +73,8 @@ def load_run(
 
 def _check_names(classes: Sequence[str]) -> None:
     """The text tower sees neither capitals nor which kind of space it was: such names would share one class's probability."""
+    if len(classes) == 1:
+        raise InputError(f"--classes: expected two names or more, with spaces between them, got {classes[0]!r} alone")
     seen: dict[str, str] = {}
     for name in classes:
         read = " ".join(name.replace("_", " ").lower().split())

@@ -107,7 +107,7 @@ def test_a_bad_split_file_is_refused(content: str, message: str, tmp_path: Path)
 
 
 def test_a_missing_data_set_says_where_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"eurosat/2750.*get them: http://madm.dfki.de"):
+    with pytest.raises(InputError, match=r"eurosat/2750.*get them: plpp data get, or http://madm.dfki.de"):
         load_dataset("EuroSAT", tmp_path)
     make(tmp_path, "SUN397")
     (tmp_path / "sun397" / "Testing_01.txt").unlink()

@@ -110,6 +110,7 @@ def test_the_command_prints_and_writes_json(world: Path, capsys: pytest.CaptureF
         (["{world}/CoOp", "{world}/images", "--classes", "a", "a"], "expected different names, got 'a' and 'a'"),
         (["{world}/CoOp", "{world}/images", "--classes", "red_panda", "red panda"], "got 'red_panda' and 'red panda'"),
         (["{world}/CoOp", "{world}/images", "--classes", "Tea", "tea "], "got 'Tea' and 'tea '"),
+        (["{world}/CoOp", "{world}/images", "--classes", "cat,dog"], "expected two names or more, with spaces between them"),
         (["{world}/CoOp", "{world}/images", "--classes", "a", "_"], "--classes: expected names, got '_'"),
         (["{world}/CoOp", "{world}/images", "--top", "0"], "--top: expected a number >= 1, got 0"),
     ],

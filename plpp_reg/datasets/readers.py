@@ -47,7 +47,8 @@ def read(root: str | Path, layout: Layout) -> DataSplit:
     folder = Path(os.path.expanduser(root)) / layout.folder
     images = folder / layout.images
     if not images.is_dir():
-        raise InputError(f"{str(images)!r}: expected the images of this data set there (--root); get them: {layout.source}")
+        where = f"plpp data get, or {layout.source}"
+        raise InputError(f"{str(images)!r}: expected the images of this data set there (--root); get them: {where}")
     split = folder / layout.split
     if layout.split and split.is_file():
         parts = read_split(split)

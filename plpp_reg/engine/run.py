@@ -310,5 +310,7 @@ def _check_folders(cfg: CfgNode, folder: Path) -> None:
             continue
         changed = config.differences(config.from_yaml(there / "config.yaml"), config.flat(cfg))
         if changed:
+            # what explains the rest comes first
+            changed.sort(key=lambda line: not line.startswith(("MODEL.BACKBONE.NAME", "DATASET.NAME")))
             more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
             raise InputError(f"{str(there)!r} holds another run ({'; '.join(changed[:2])}{more}): name another {flag}")
