@@ -30,6 +30,7 @@ from plpp_reg.protocols import Job
 JOB = "job.json"  # what is planned in a folder; without a result beside it that fits, the run is missing
 FAILED = "failed.json"
 SUPERSEDED = "superseded"  # results of other settings, set aside: never counted, never deleted
+DYING = 5.0  # seconds: a worker that died may not have left its folder yet when that is known
 TAIL = 8  # lines of a failed run's log that are shown
 
 
@@ -131,7 +132,7 @@ def failure(job: Job, error: Exception, seconds: float) -> Outcome:
         lines += "".join(traceback.format_exception(error)).splitlines()[-TAIL:]
     outcome = Outcome(job, None, seconds, message, tuple(lines))
     try:
-        with locked(job.folder):
+        with locked(job.folder, wait=DYING):
             write_text(job.folder / FAILED, json.dumps({"error": message, "log": lines}, indent=1) + "\n")
     except (InputError, OSError):
         pass  # a full or read-only disk, or another process has taken the run up meanwhile: the outcome says what failed here

@@ -46,12 +46,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone; the operating system frees it when the process dies."""
+def locked(folder: str | Path, wait: float = 0.0) -> Iterator[None]:
+    """The folder, made if need be, for this process alone; the operating system frees it when the process dies.
+
+    ``wait``: seconds until another process must have left it.
+    """
     lock = FileLock(Path(folder) / ".lock")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout as e:  # an OSError too
         raise InUse(f"output folder {str(folder)!r}: another process is working in it; wait, or name another") from e
     except OSError as e:
