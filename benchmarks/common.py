@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -79,24 +79,9 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *args: object, freed_
     """
     if not CAN_MEASURE_MEMORY:
         return None
-    with _environment(**({"MALLOC_MMAP_THRESHOLD_": str(2**20)} if freed_returned else {})):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_peak_in_this_process, (prepare, args, torch.get_num_threads()))
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """For the processes that are started within."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    allocator = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if freed_returned else {}
+    with mock.patch.dict(os.environ, allocator), multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_in_this_process, (prepare, args, torch.get_num_threads()))
 
 
 def _peak_in_this_process(prepare: Callable[..., Callable[[], object]], args: tuple, threads: int) -> float:

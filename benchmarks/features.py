@@ -115,16 +115,15 @@ def evaluation(quick: bool) -> dict[str, Any]:
     classes, images, batch = (10, 100, 50) if quick else (100, 1000, 100)
     side = sizes.resolution
     opts = ("INPUT.SIZE", f"({side},{side})", "DATASET.NAME", "random", "DATALOADER.NUM_WORKERS", "0")
-    cfg, cls = resolve(
-        RunArguments(trainer="CoOp", backbone="ViT-B/16", opts=(*opts, "DATALOADER.TEST.BATCH_SIZE", str(batch)))
-    )
+    opts += ("DATALOADER.TEST.BATCH_SIZE", str(batch))
+    cfg, cls = resolve(RunArguments(trainer="CoOp", backbone="ViT-B/16", opts=opts))
     with tempfile.TemporaryDirectory() as folder:
         data = random_images(Path(folder), classes, images // classes, 8)  # whose pixels nobody reads: their features are known
         trainer = cls(cfg, data=data, clip_model=random_clip(sizes), log=RunLog(quiet=True))
         known = F.normalize(torch.randn(images, sizes.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
         label = torch.tensor([datum.label for datum in data.test])
-        store = trainer.frozen_features
-        store.store.keep(store._described("test", 0), {"features": known})
+        frozen = trainer.frozen_features
+        frozen.store.keep(frozen._described("test", 0), {"features": known})
         literal = LiteralText(trainer.clip_model, trainer.learner)
 
         def once() -> dict[str, float]:
