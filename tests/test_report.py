@@ -7,102 +7,23 @@ import json
 import math
 import random
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from plpp_reg import plots, report, tables
+from plpp_reg import plots, tables
 from plpp_reg.cli import main
-from plpp_reg.clip import load
-from plpp_reg.clip.load import load_clip
-from plpp_reg.clip.prompts import PromptLearner
-from plpp_reg.errors import InputError
 from plpp_reg.report import learned
 from plpp_reg.report.grids import plain_forms
 from plpp_reg.report.runs import pairs_of, runs_of
 from plpp_reg.tables import records
 from plpp_reg.tables.rows import title_of
-from plpp_reg.words import candidate_ids, nearest_words
 
 from made_up import METHODS, SHORT, complete, made_up_sweep
+from report_page import Page, report_of
 from test_tables import record
-
-VOID = {"meta", "link", "br", "img", "input", "wbr", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements of a page, in order: (tag, attributes, text below it); an element that is not closed is an error."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self.feed(html)
-        self.close()
-        assert not self.open, [tag for tag, _, _ in self.open]
-
-    def handle_starttag(self, tag, attrs):
-        element = (tag, dict(attrs), [])
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs), []))
-
-    def handle_endtag(self, tag):
-        assert self.open[-1][0] == tag, (self.open[-1], tag)
-        self.open.pop()
-
-    def handle_data(self, data):
-        for _, _, text in self.open:
-            text.append(data)
-
-    def of(self, tag: str, **attributes: str) -> list[tuple[dict[str, str | None], str]]:
-        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
-        return [(a, "".join(t)) for name, a, t in self.elements if name == tag and wanted.items() <= a.items()]
-
-    @property
-    def text(self) -> str:
-        return "".join(self.elements[0][2])
-
-
-def check_page(html: str, folder: Path) -> Page:
-    """What holds of every page: nothing from outside, no script, ids once, links that lead somewhere, words for pictures."""
-    page = Page(html)
-    tags = {tag for tag, _, _ in page.elements}
-    assert not tags & {"script", "img", "iframe", "link", "object", "embed", "base", "form", "foreignobject", "image", "a:b"}
-    ids = [a["id"] for _, a, _ in page.elements if "id" in a]
-    assert len(ids) == len(set(ids))
-    for tag, attributes, _ in page.elements:
-        assert not [name for name in attributes if name.startswith("on")], attributes
-        for name in ("src", "srcset", "action", "data", "poster", "background"):
-            assert name not in attributes, (tag, attributes)
-        for name in ("href", "xlink:href"):
-            if name in attributes:
-                place = attributes[name]
-                there = place[1:] in ids if place.startswith("#") else (folder / place).is_file()
-                assert there and "//" not in place and ":" not in place, place
-        for value in attributes.values():
-            assert all(place.startswith("#") for place in re.findall(r"url\(([^)]*)", value or "")), value
-        if tag == "th":
-            assert attributes["scope"] in ("col", "row", "rowgroup")
-        if attributes.get("role") in ("img", "region"):
-            assert attributes["aria-label"]
-    (style,) = page.of("style")
-    assert "url(" not in style[1] and "@import" not in style[1] and "prefers-color-scheme: dark" in style[1]
-    assert len(page.of("div", role="img")) == len(page.of("figure")) == html.count("<svg ")
-    (policy,) = page.of("meta", http_equiv="") or page.of("meta", **{"http-equiv": "Content-Security-Policy"})
-    assert policy[0]["content"].startswith("default-src 'none'")
-    return page
-
-
-def report_of(folder: Path, **options) -> Page:
-    path = report.write_report(folder, say=lambda line: None, **options)
-    return check_page(path.read_text(encoding="utf-8"), path.parent)
 
 
 @pytest.fixture(scope="module")
@@ -309,117 +230,6 @@ def test_output_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert main(["report", str(runs), "--output", str(out / "mine.html")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert (out / "mine.html").read_bytes() == before and not list(out.rglob("*.tmp"))
-
-
-# ---- real runs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CoOp with and without PLPP on the embedded default, and a run outside of any protocol."""
-    folder = tmp_path_factory.mktemp("trained")
-    short = ["OPTIM.MAX_EPOCH", "2", "TEST.SPLIT", "val"]
-    command = ["run", "base_to_new", "--methods", "CoOp", "CoOp_PLPP", "--seeds", "3", "--shots", "1"]
-    assert main([*command, "--output", str(folder), "--set", *short]) == 0
-    own = ["--output-dir", str(folder / "own"), "DATASET.NUM_SHOTS", "1", "TRAINER.COOP.CSC", "True", *short]
-    assert main(["train", "--trainer", "CoOp", *own]) == 0
-    return folder
-
-
-def run_of(folder: Path, method: str) -> Path:
-    return next(path.parent for path in folder.rglob("result.json") if path.parent.parent.name == method)
-
-
-def test_words_before_and_after_are_those_of_the_run(trained: Path) -> None:
-    place = run_of(trained, "CoOp_PLPP")
-    model = load_clip()
-    torch.manual_seed(3)
-    first = PromptLearner(model, ["anything"], 16).ctx
-    last = torch.load(place / "prompt_learner" / "model.pth.tar-2", weights_only=True)["state_dict"]["ctx"]
-    torch.manual_seed(11)
-    expected = torch.rand(1)
-    torch.manual_seed(11)
-    prompts = learned.PromptReader().read(place)
-    assert torch.equal(torch.rand(1), expected)  # the caller's random stream is as it was
-    for found, context in ((prompts.before, first), (prompts.after, last)):
-        wanted = nearest_words(context, model.token_embedding.weight, 3, candidate_ids(model))
-        assert [[w.word for w in row] for row in found] == [[w.word for w in row] for row in wanted]
-    assert prompts.before != prompts.after and prompts.of_class == ""
-    logged = learned.history(place)[0]["perplexity"]  # of the first epoch's only batch, before its step
-    assert prompts.perplexity[0] == pytest.approx(logged, rel=1e-4) and prompts.perplexity[1] < logged
-
-
-def test_the_page_of_real_runs(trained: Path) -> None:
-    page = report_of(trained)
-    words = [text for _, text in page.of("summary") if ": perplexity " in text]
-    assert [text.split(":")[0] for text in words] == ["CoOp, seed 3", "CoOp_PLPP, seed 3", "CoOp, seed 1"]
-    assert "The context of the class " in page.text and "Runs outside a protocol" in page.text
-    titles = " ".join(text for _, text in page.of("figcaption"))
-    for name in ("perplexity of the context", "sum of the losses", "loss ce", "loss ppl", "loss inverse_ppl"):
-        assert name in titles
-    environment = next(text for attributes, text in page.of("section") if attributes.get("aria-labelledby") == "environment")
-    assert "3 runs" in environment and torch.__version__.split("+")[0] in environment
-    configs = [text for _, text in page.of("pre", class_="config")]
-    assert len(configs) == 3 and all("TRAINER.NAME" in text for text in configs)
-
-
-def test_a_broken_checkpoint_loses_its_curves_alone(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
-    folder = tmp_path / "copy"
-    shutil.copytree(trained, folder)
-    place = run_of(folder, "CoOp_PLPP") / "prompt_learner" / "model.pth.tar-2"
-    place.write_bytes(place.read_bytes()[:1000])
-    page = report_of(folder)
-    assert "CoOp_PLPP, seed 3: checkpoint" in page.text and "CoOp_PLPP, seed 3: not read. checkpoint" in page.text
-    assert any(text.startswith("CoOp, seed 3: perplexity") for _, text in page.of("summary"))
-
-
-def test_nothing_of_a_folder_is_run_and_nothing_downloaded(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    (tmp_path / "evil_trainer.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for change, words in (
-        (("CoOp_PLPP", "evil_trainer:Trainer"), "a trainer of one's own"),
-        (("NAME: embedded", "NAME: ViT-B/16"), "its weights are not on this machine"),
-    ):
-        folder = tmp_path / words[-7:]
-        shutil.copytree(run_of(trained, "CoOp_PLPP"), folder)
-        path = folder / "config.yaml"
-        assert change[0] in path.read_text()
-        path.write_text(path.read_text().replace(*change))
-        monkeypatch.setattr(load, "cache_folder", lambda: tmp_path / "no cache")
-        monkeypatch.setattr(load, "_download", lambda name: pytest.fail("downloads"))
-        with pytest.raises(InputError, match=words):
-            learned.PromptReader().read(folder)
-        assert words in report_of(folder).text
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("name", ["{}", "open_clip:ViT-B-16/{}"])
-def test_a_report_loads_no_torchscript(trained: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code could be run, and a report needs weights alone."""
-    import shutil
-
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "m.pt")
-    folder = tmp_path / "runs"
-    shutil.copytree(run_of(trained, "CoOp_PLPP"), folder)
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("NAME: embedded", f"NAME: '{name.format(tmp_path / 'm.pt')}'"))
-    monkeypatch.setattr(load, "load_clip", lambda name: pytest.fail("loads it"))
-    page = report_of(folder)
-    assert "not read. backbone" in page.text and "got a TorchScript archive" in page.text
-
-
-def test_a_file_named_as_one_of_openais_models_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "RN50").write_bytes(b"")  # the loader would go by the name, and download
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "cache_folder", lambda: tmp_path / "no cache")
-    with pytest.raises(InputError, match="not on this machine"):
-        learned.without_download("RN50")
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------------
