@@ -56,12 +56,12 @@ setup(
     package_data={
         "plpp_reg": [
             "py.typed",
-            "datasets/*.csv",
+            "data/*.csv",
             "clip/*.safetensors",
             "clip/*.md",
-            "published/*.csv",
-            "published/*.md",
-            "templates/*.j2",
+            "results/published/*.csv",
+            "results/published/*.md",
+            "results/templates/*.j2",
         ],
         "plpp_reg.configs": ["**/*.yaml"],
     },
@@ -75,7 +75,7 @@ setup(
         "open_clip": ["open_clip_torch"],
         "docs": [*train, *docs],  # the reference is read off the imported package
     },
-    entry_points={"console_scripts": ["plpp=plpp_reg.cli:main"]},
+    entry_points={"console_scripts": ["plpp=plpp_reg.commands.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -2,7 +2,7 @@
 
 import sys
 
-from plpp_reg.cli import main
+from plpp_reg.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -22,7 +22,7 @@ import torch
 
 from plpp_reg.clip.architectures import without_weights
 from plpp_reg.engine.trainer import PromptTrainer
-from plpp_reg.estimate import estimate
+from plpp_reg.estimate.estimate import estimate
 
 import common
 from common import arguments, machine, peak_mib, seconds

@@ -27,9 +27,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from plpp_reg.clip.load import load_clip
-from plpp_reg.datasets import DataSplit, Datum
+from plpp_reg.data import DataSplit, Datum
+from plpp_reg.data.loaders import load_data
 from plpp_reg.engine import features
-from plpp_reg.engine.data import load_data
 from plpp_reg.engine.evaluation import Classification
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve

@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from plpp_reg import tables
 from plpp_reg.engine import config
 from plpp_reg.engine.run import resolve
-from plpp_reg.protocols import Choice, load_protocol, plan
-from plpp_reg.results import versions
+from plpp_reg.experiments.protocols import Choice, load_protocol, plan
+from plpp_reg.results import tables
+from plpp_reg.results.record import versions
 
 DATASETS = load_protocol("base_to_new", embedded=False).datasets
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plpp_reg.clip.architectures import Architecture
-from plpp_reg.datasets import DataSplit
+from plpp_reg.data import DataSplit
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer

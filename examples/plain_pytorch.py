@@ -9,8 +9,8 @@ from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
-from plpp_reg.datasets import load_dataset
-from plpp_reg.words import candidate_ids, nearest_words
+from plpp_reg.clip.vocabulary import candidate_ids, nearest_words
+from plpp_reg.data import load_dataset
 
 torch.manual_seed(1)
 model, data = load_clip(), load_dataset("emoji", shots=16)  # the embedded default; "ViT-B/16" is a name too

@@ -4,23 +4,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plpp_reg.attachment import Handle, attach
-    from plpp_reg.host_trainer import with_plpp
-    from plpp_reg.regularizer import Components, PerplexityRegularizer
+    from plpp_reg.attachment.with_plpp import with_plpp
+    from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
 
 __version__ = "0.1.0"
 __all__ = ["Components", "Handle", "PerplexityRegularizer", "__version__", "attach", "with_plpp"]
 
 _PLACES = {
-    "Components": "regularizer",
-    "PerplexityRegularizer": "regularizer",
+    "Components": "loss.regularizer",
+    "PerplexityRegularizer": "loss.regularizer",
     "Handle": "attachment",
     "attach": "attachment",
-    "with_plpp": "host_trainer",
+    "with_plpp": "attachment.with_plpp",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Late, so that the command line can say how threads wait before torch is there (see cli.py), and answers --help at once.
+    # Late, so that commands/cli.py can say how threads wait before torch is there, and answers --help at once
     if name in _PLACES:
         import importlib
 

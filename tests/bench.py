@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from plpp_reg import tables
-from plpp_reg.protocols import Choice, Job, plan
+from plpp_reg.experiments.protocols import Choice, Job, plan
+from plpp_reg.results import tables
 
 import engine_helpers as helpers
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from plpp_reg import cli
-from plpp_reg.datasets import DATASETS, DatasetEntry
+from plpp_reg.commands import cli
+from plpp_reg.data import DATASETS, DatasetEntry
 
 import engine_helpers as helpers
 

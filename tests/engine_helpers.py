@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from plpp_reg.clip.load import freeze, openai_clip
-from plpp_reg.datasets import DATASETS, DatasetEntry, DataSplit, Datum
+from plpp_reg.data import DATASETS, DatasetEntry, DataSplit, Datum
 from plpp_reg.engine import config
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, run

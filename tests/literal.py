@@ -1,6 +1,6 @@
 """Slow, literal transcriptions of the sources, sharing no code with the package: what the fast code must equal.
 
-The loss follows the equations at the top of plpp_reg/functional.py, one word at a time. The tower follows CoOp's
+The loss follows the equations at the top of plpp_reg/loss/functional.py, one word at a time. The tower follows CoOp's
 ``PromptLearner`` and ``TextEncoder``: all 77 positions of every class through the stock modules.
 """
 

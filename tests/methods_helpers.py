@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from plpp_reg.clip.load import PRECISIONS, set_precision
-from plpp_reg.datasets import DatasetEntry, DataSplit, Datum
-from plpp_reg.datasets.templates import SIXTY
+from plpp_reg.clip.vocabulary import whole_word_ids
+from plpp_reg.data import DatasetEntry, DataSplit, Datum
+from plpp_reg.data.templates import SIXTY
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.trainers.cocoop import CoCoOp
@@ -24,7 +25,6 @@ from plpp_reg.trainers.maple import MaPLe
 from plpp_reg.trainers.prograd import ProGrad
 from plpp_reg.trainers.promptsrc import PromptSRC
 from plpp_reg.trainers.vpt import VPT
-from plpp_reg.words import whole_word_ids
 
 import engine_helpers as helpers
 import literal

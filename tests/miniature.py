@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from plpp_reg.datasets import DATASETS
+from plpp_reg.data import DATASETS
 
 
 def _picture() -> bytes:

@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from plpp_reg import report
+from plpp_reg.results import report
 
 VOID = {"meta", "link", "br", "img", "input", "wbr", "hr"}
 

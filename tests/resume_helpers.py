@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg.datasets import DATASETS, DatasetEntry
-from plpp_reg.engine import files
+from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine.run import RunArguments
 from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.io import files
 from plpp_reg.trainers.coop import CoOp
 
 import engine_helpers as helpers

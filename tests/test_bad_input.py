@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plpp_reg import cli
-from plpp_reg.datasets import DATASETS, DatasetEntry
+from plpp_reg.commands import cli
+from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine import config
 from plpp_reg.errors import InputError
 

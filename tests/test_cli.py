@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg import cli
-from plpp_reg.datasets import DATASETS, DatasetEntry
+from plpp_reg.commands import cli
+from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine import config
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
@@ -267,7 +267,7 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture) -> None:
 
 def test_how_threads_wait_is_said_before_torch_is_loaded() -> None:
     # Threads that spin make small tensors tens of times slower on a busy machine; torch reads the variable once.
-    code = "import os, sys, plpp_reg.cli; sys.exit('torch' in sys.modules or os.environ['GOMP_SPINCOUNT'] != '2000')"
+    code = "import os, sys, plpp_reg.commands.cli; sys.exit('torch' in sys.modules or os.environ['GOMP_SPINCOUNT'] != '2000')"
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 

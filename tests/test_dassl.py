@@ -162,7 +162,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(tmp_path):
         f"""
         import json
         from dassl.engine import load_checkpoint   # bound before it is mended
-        from plpp_reg.dassl import mend
+        from plpp_reg.dassl import patches as mend
         from plpp_reg.errors import InputError
         mend.mend(mend.faults())
         import dassl.engine
@@ -193,7 +193,7 @@ def test_the_registry_whatever_the_order_of_imports(order):
 import json
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY, TrainerX
-from plpp_reg.dassl import mend, registry
+from plpp_reg.dassl import patches as mend, registry
 mend.mend(mend.faults())
 class Own(mini_trainers.MiniCoOp): pass
 TRAINER_REGISTRY.register()(Own)                      # registered after everything
@@ -292,7 +292,7 @@ class Fixed(LRScheduler):
         self.successor.load_state_dict(state.pop("successor"))
         super().load_state_dict(state)
 s.ConstantWarmupScheduler = Fixed
-from plpp_reg.dassl import mend
+from plpp_reg.dassl import patches as mend
 loader, bases = t.load_checkpoint, Fixed.__bases__
 lines = mend.mend(mend.faults())
 first = mend.mend(mend.before_import())
@@ -306,7 +306,7 @@ def test_each_fault_is_found_and_gone_once_mended():
     code = """
 import json
 import plpp_reg.dassl
-from plpp_reg.dassl import mend
+from plpp_reg.dassl import patches as mend
 found = []
 for fault in [*mend.before_import(), *mend.faults()]:
     broken = fault.broken()
@@ -325,7 +325,7 @@ print(json.dumps(found))
 
 
 def test_the_mended_amp_names_do_what_they_did():
-    from plpp_reg.dassl import mend
+    from plpp_reg.dassl import patches as mend
 
     scaler = mend._GradScaler(init_scale=8.0, enabled=False)
     assert isinstance(scaler, torch.amp.GradScaler) and scaler._device == "cuda"
@@ -338,8 +338,8 @@ def test_the_mended_amp_names_do_what_they_did():
 def test_objects_in_a_checkpoint_are_data():
     import io
 
-    from plpp_reg.dassl import mend
-    from plpp_reg.engine.inert import objects_as_data
+    from plpp_reg.dassl import patches as mend
+    from plpp_reg.io.safe_reading import objects_as_data
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.3)
     buffer = io.BytesIO()

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plpp_reg.datasets import DataSplit, Datum, emoji, load_dataset
-from plpp_reg.datasets.sampling import sample_few_shot, subsample_classes
-from plpp_reg.engine.data import EpochBatches, build_loader, build_transform
+from plpp_reg.data import DataSplit, Datum, emoji, load_dataset
+from plpp_reg.data.loaders import EpochBatches, build_loader, build_transform
+from plpp_reg.data.sampling import sample_few_shot, subsample_classes
 from plpp_reg.errors import InputError
 
 import engine_helpers as helpers

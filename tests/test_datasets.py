@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from plpp_reg.cli import main
-from plpp_reg.datasets import DATASETS, full_name, load_dataset, paper_name, short_name, template
-from plpp_reg.datasets.readers import SPLIT_SEED
+from plpp_reg.commands.cli import main
+from plpp_reg.data import DATASETS, full_name, load_dataset, paper_name, short_name, template
+from plpp_reg.data.loaders import load_data
+from plpp_reg.data.readers import SPLIT_SEED
 from plpp_reg.engine import config
-from plpp_reg.engine.data import load_data
 from plpp_reg.engine.run import shipped_config
 from plpp_reg.errors import InputError
 
@@ -161,7 +161,7 @@ def test_every_data_set_has_a_configuration_file() -> None:
 
 
 def test_sizes_are_those_that_the_literature_counts() -> None:
-    path = Path(__file__).parent.parent / "plpp_reg" / "published" / "promptkd_teacher.csv"
+    path = Path(__file__).parent.parent / "plpp_reg" / "results" / "published" / "promptkd_teacher.csv"
     with path.open() as file:
         rows = {row["dataset"]: row for row in csv.DictReader(file)}
     sizes = {entry.paper: entry.sizes for entry in DATASETS.values() if entry.layout}

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from plpp_reg import cli, demo
-from plpp_reg.results import read_result
+from plpp_reg.commands import cli
+from plpp_reg.experiments import demo
+from plpp_reg.results.record import read_result
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from plpp_reg import cli
+from plpp_reg.commands import cli
 from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.protocols import Choice, plan
-from plpp_reg.regularizer import settings_defaults
+from plpp_reg.experiments.protocols import Choice, plan
+from plpp_reg.loss.regularizer import settings_defaults
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,7 +85,7 @@ def test_the_site_has_every_page_and_the_docstrings(site):
     reference = (site / "api.html").read_text(encoding="utf-8")
     for name in (
         "PerplexityRegularizer",
-        "functional.plpp",
+        "loss.functional.plpp",
         "attach",
         "with_plpp",
         "clip.text.TextTower",

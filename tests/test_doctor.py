@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg import doctor as d
-from plpp_reg.cli import main
+from plpp_reg.commands import doctor as d
+from plpp_reg.commands.cli import main
 
 HOSTS = Path(__file__).parent / "hosts"
 

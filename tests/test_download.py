@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from plpp_reg.cli import main
-from plpp_reg.datasets import DATASETS, download, load_dataset, short_name
-from plpp_reg.datasets.download import HUB, REPOSITORY, TORCHVISION, Remote, fetch
-from plpp_reg.datasets.readers import read_own_files, split_text
+from plpp_reg.commands.cli import main
+from plpp_reg.data import DATASETS, download, load_dataset, short_name
+from plpp_reg.data.download import HUB, REPOSITORY, TORCHVISION, Remote, fetch
+from plpp_reg.data.readers import read_own_files, split_text
 from plpp_reg.errors import InputError
 
 from miniature import make

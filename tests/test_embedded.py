@@ -16,7 +16,7 @@ from plpp_reg.clip.load import openai_clip
 from plpp_reg.clip.prompts import encode
 from plpp_reg.errors import InputError
 
-TABLE = Path(embedded.__file__).parents[1] / "datasets" / "emoji.csv"
+TABLE = Path(embedded.__file__).parents[1] / "data" / "emoji.csv"
 VOCABULARY, CONTEXT = 49408, 77
 # float16 bits of the first row below, as first computed: another platform has to give the same.
 FIRST_BITS = [-17924, 12637, -19647, 11430]

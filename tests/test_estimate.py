@@ -12,21 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from plpp_reg import cli
 from plpp_reg.clip import load
 from plpp_reg.clip.architectures import OPENAI, clip_without_weights, random_clip, without_weights
-from plpp_reg.clip.operations import Cost, image_cost
 from plpp_reg.clip.prompts import PromptLearner
-from plpp_reg.clip.throughput import Machine, Throughput
 from plpp_reg.clip.vision import ImageTower
-from plpp_reg.datasets import DataSplit
+from plpp_reg.commands import cli
+from plpp_reg.data import DataSplit
 from plpp_reg.engine import registry
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.passes import Pass, Passes, passes_of
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError, install
-from plpp_reg.estimate import LIBRARIES_MIB, Estimate, _part, _rates, estimate, typical_names
+from plpp_reg.estimate.estimate import LIBRARIES_MIB, Estimate, _part, _rates, estimate, typical_names
+from plpp_reg.estimate.operations import Cost, image_cost
+from plpp_reg.estimate.throughput import Machine, Throughput
+from plpp_reg.estimate.trace import Pass, Passes, passes_of
 
 from counting import NAMES, kept_bytes
 
@@ -48,9 +48,9 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     def one(tower, *shape) -> Throughput:  # of what does not learn no more is timed than really would be
         return Throughput(1.0, 1.0, 1.0) if shape[-1] else Throughput(1.0)
 
-    monkeypatch.setattr("plpp_reg.estimate.text_throughput", one)
-    monkeypatch.setattr("plpp_reg.estimate.image_throughput", one)
-    monkeypatch.setattr("plpp_reg.estimate.plpp_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("plpp_reg.estimate.estimate.text_throughput", one)
+    monkeypatch.setattr("plpp_reg.estimate.estimate.image_throughput", one)
+    monkeypatch.setattr("plpp_reg.estimate.estimate.plpp_seconds", lambda *_: 1.0)
 
 
 def without_numbers(name: str) -> PromptTrainer:
@@ -116,7 +116,7 @@ def test_a_run_is_its_steps_and_its_images():
 
 def test_without_a_number_the_data_set_is_read(monkeypatch):
     data = DataSplit([None] * 50, [], [None] * 70, ["cat", "dog"])
-    monkeypatch.setattr("plpp_reg.estimate.load_data", lambda cfg: data)
+    monkeypatch.setattr("plpp_reg.estimate.estimate.load_data", lambda cfg: data)
     cost = estimate(RunArguments(trainer="CoOp", backbone="ViT-B/16"))
     assert (cost.classes, cost.steps, cost.test_images, cost.assumed) == (2, 1, 70, [])
 
@@ -160,7 +160,7 @@ def test_json_has_every_field(capsys):
 
 def test_it_takes_the_flags_that_train_takes(capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr("plpp_reg.estimate.estimate", lambda run, classes: seen.append(run) or estimate(run, classes))
+    monkeypatch.setattr("plpp_reg.estimate.estimate.estimate", lambda run, classes: seen.append(run) or estimate(run, classes))
     flags = ["--seed", "3", "--output-dir", "nowhere", "--transforms", "random_flip", "normalize", "OPTIM.MAX_EPOCH", "7"]
     assert cli.main(["estimate", "--backbone", "ViT-B/16", "--classes", "4", *flags]) == 0
     assert "7 epochs of" in capsys.readouterr().out

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg import cli
 from plpp_reg.clip.vision import ImageTower
-from plpp_reg.datasets import DataSplit
+from plpp_reg.commands import cli
+from plpp_reg.data import DataSplit
 from plpp_reg.engine import features
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.trainers.cocoop import CoCoOp
@@ -165,7 +165,7 @@ def test_features_are_those_of_the_tower(data: DataSplit) -> None:
 
 
 def image(trainer: PromptTrainer, index: int) -> torch.Tensor:
-    from plpp_reg.engine.data import ImageDataset, build_transform
+    from plpp_reg.data.loaders import ImageDataset, build_transform
 
     return ImageDataset(trainer.data.train, build_transform(trainer.cfg, True), trainer.cfg.SEED)[trainer.epoch, index]["img"]
 
@@ -195,7 +195,7 @@ def test_a_model_is_more_than_its_tensors() -> None:
 
 
 def test_pictures_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
-    from plpp_reg.datasets import Datum
+    from plpp_reg.data import Datum
 
     found = []
     for folder in ("a", "b"):

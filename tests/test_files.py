@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg import cli
-from plpp_reg.engine import checkpoint, files
+from plpp_reg.commands import cli
+from plpp_reg.engine import checkpoint
 from plpp_reg.errors import InputError
+from plpp_reg.io import files
 
 import engine_helpers as helpers
 from engine_helpers import quietly

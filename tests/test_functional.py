@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plpp_reg import functional as PF
+from plpp_reg.loss import functional as PF
 
 import literal
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plpp_reg.clip.prompts import encode
 from plpp_reg.clip.text import TextTower
-from plpp_reg.datasets import DATASETS, DatasetEntry, templates
+from plpp_reg.data import DATASETS, DatasetEntry, templates
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.cocoop import CoCoOp

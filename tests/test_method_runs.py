@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from plpp_reg.datasets import DATASETS
+from plpp_reg.data import DATASETS
+from plpp_reg.data.loaders import build_loader
 from plpp_reg.engine import checkpoint
-from plpp_reg.engine.data import build_loader
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, run
 from plpp_reg.engine.trainer import PromptTrainer

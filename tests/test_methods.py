@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from plpp_reg import cli
 from plpp_reg.clip.prompts import encode
-from plpp_reg.datasets import DATASETS
+from plpp_reg.commands import cli
+from plpp_reg.data import DATASETS
 from plpp_reg.engine import registry
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plpp_reg import PerplexityRegularizer
-from plpp_reg import functional as PF
-from plpp_reg.nearest import KEPT, NearestWords
+from plpp_reg.loss import functional as PF
+from plpp_reg.loss.nearest import KEPT, NearestWords
 
 V, D, K = 400, 24, 5
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plpp_reg.clip import throughput
-from plpp_reg.clip.operations import Cost, image_cost, most_kept, text_cost
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
-from plpp_reg.clip.throughput import Machine, Throughput
 from plpp_reg.clip.vision import ImageTower
-from plpp_reg.plpp_cost import Rows, plpp_cost, plpp_seconds
-from plpp_reg.regularizer import PerplexityRegularizer
+from plpp_reg.estimate import throughput
+from plpp_reg.estimate.operations import Cost, image_cost, most_kept, text_cost
+from plpp_reg.estimate.plpp_cost import Rows, plpp_cost, plpp_seconds
+from plpp_reg.estimate.throughput import Machine, Throughput
+from plpp_reg.loss.regularizer import PerplexityRegularizer
 
 from counting import NAMES, Living, counted, kept_bytes
 

@@ -68,7 +68,7 @@ def test_the_wheel_holds_what_a_run_needs(wheel: Path) -> None:
         "plpp_reg/configs/datasets/emoji.yaml",
         "plpp_reg/clip/embedded.safetensors",
         "plpp_reg/clip/embedded.LICENSES.md",
-        "plpp_reg/datasets/emoji.csv",
+        "plpp_reg/data/emoji.csv",
         "plpp_reg/py.typed",
     ):
         assert name in names
@@ -87,7 +87,7 @@ def test_the_wheel_requires_torch_alone_and_has_the_command(wheel: Path) -> None
     lines = archive.read(f"{info}/METADATA").decode().splitlines()
     always = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in always] == ["torch"]
-    assert "plpp = plpp_reg.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "plpp = plpp_reg.commands.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
 
 
 TRAIN = """
@@ -96,7 +96,7 @@ target, checkout = sys.argv[1:3]
 import plpp_reg, plpp_reg.trainers, plpp_reg.configs
 for module in (plpp_reg, plpp_reg.trainers, plpp_reg.configs):
     assert module.__file__.startswith(target), module.__file__
-from plpp_reg.cli import main
+from plpp_reg.commands.cli import main
 status = main(sys.argv[3:])
 stray = [name for name, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(checkout + "/")]
 assert not stray, stray

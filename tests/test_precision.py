@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plpp_reg.datasets import DATASETS
+from plpp_reg.data import DATASETS
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.registry import find_trainer
 from plpp_reg.engine.trainer import PromptTrainer

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from plpp_reg import cli
+from plpp_reg.commands import cli
 from plpp_reg.errors import InputError
-from plpp_reg.predict import export, find_images, load_run, predict
+from plpp_reg.prompts.predict import export, find_images, load_run, predict
 
 import engine_helpers as helpers
 
@@ -180,7 +180,7 @@ def test_export_writes_nothing_half(world: Path, tmp_path: Path, monkeypatch: py
     def full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("plpp_reg.engine.files.os.fsync", full)
+    monkeypatch.setattr("plpp_reg.io.files.os.fsync", full)
     with pytest.raises(InputError, match=r"prompt.safetensors.*expected a place to write to, got disk full"):
         export(load_run(world / "CoOp"), tmp_path / "prompt.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -217,7 +217,7 @@ def test_classes_of_one_name_are_told_apart(
     (found,) = predict(trainer, [picture])
     assert set(found.probabilities) == {"cat (class 0)", "tea (class 1)", "tea (class 2)", "cat (class 3)", "map"}
     assert list(found.probabilities.values()) == pytest.approx(list(plain.probabilities.values()))
-    monkeypatch.setattr("plpp_reg.predict.load_run", lambda *_: trainer)
+    monkeypatch.setattr("plpp_reg.prompts.predict.load_run", lambda *_: trainer)
     capsys.readouterr()
     assert cli.main(["predict", str(world / "CoOp"), picture, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from plpp_reg import protocols
-from plpp_reg.cli import main
-from plpp_reg.datasets import DATASETS, DatasetEntry
+from plpp_reg.commands.cli import main
+from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine import config
 from plpp_reg.engine.run import resolve
 from plpp_reg.errors import InputError
-from plpp_reg.protocols import Choice, Job, plan
+from plpp_reg.experiments import protocols
+from plpp_reg.experiments.protocols import Choice, Job, plan
 
 from bench import Bench
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from plpp_reg import results
-from plpp_reg.tables import literature
+from plpp_reg.results import record as results
+from plpp_reg.results.tables import literature
 
 FOLDER = Path(literature.__file__).parents[1] / "published"
 NAMES = {"base_to_new", "base_to_new_by_shots", "cross_dataset", "domain_generalization", "few_shot", "promptkd_teacher"}

@@ -20,7 +20,7 @@ RUN = """
 import json, os, sys
 import engine_helpers
 engine_helpers.register()
-from plpp_reg.cli import main
+from plpp_reg.commands.cli import main
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.engine.trainer import PromptTrainer

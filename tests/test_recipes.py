@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from plpp_reg import cli
+from plpp_reg.commands import cli
 from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, resolve, shipped_config
 from plpp_reg.errors import InputError
-from plpp_reg.protocols import Choice, plan, protocol_names
+from plpp_reg.experiments.protocols import Choice, plan, protocol_names
 from plpp_reg.trainers import TRAINERS
 
 FOLDER = Path(str(shipped_config("trainers")))

@@ -13,9 +13,9 @@ from torch import nn
 from plpp_reg import Components, PerplexityRegularizer
 from plpp_reg.clip.prompts import PromptLearner, encode, tokenizer
 from plpp_reg.clip.text import TextTower
+from plpp_reg.clip.vocabulary import candidate_ids, nearest_words, whole_word_ids
 from plpp_reg.errors import InputError
-from plpp_reg.regularizer import settings_defaults
-from plpp_reg.words import candidate_ids, nearest_words, whole_word_ids
+from plpp_reg.loss.regularizer import settings_defaults
 
 import literal
 
@@ -98,7 +98,7 @@ def test_off_is_bit_identical(tiny_vit, position):
 def test_off_needs_no_pass_over_the_vocabulary(monkeypatch):
     reg = PerplexityRegularizer(embedding().weight, weight=0, inverse_weight=0)
     (context, hidden) = states(P, P)
-    monkeypatch.setattr("plpp_reg.functional.plpp", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("plpp_reg.loss.functional.plpp", lambda *_, **__: pytest.fail("computed"))
     value = reg(context, hidden)
     assert value.item() == 0 and value.shape == () and not value.requires_grad
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from plpp_reg import plots, tables
-from plpp_reg.cli import main
-from plpp_reg.report import learned
-from plpp_reg.report.grids import plain_forms
-from plpp_reg.report.runs import pairs_of, runs_of
-from plpp_reg.tables import records
-from plpp_reg.tables.rows import title_of
+from plpp_reg.commands.cli import main
+from plpp_reg.results import plots, tables
+from plpp_reg.results.report import learned
+from plpp_reg.results.report.grids import plain_forms
+from plpp_reg.results.report.runs import pairs_of, runs_of
+from plpp_reg.results.tables import records
+from plpp_reg.results.tables.rows import title_of
 
 from made_up import METHODS, SHORT, complete, made_up_sweep
 from report_page import Page, report_of
@@ -226,7 +226,7 @@ def test_output_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("plpp_reg.engine.files.os.fsync", full)
+    monkeypatch.setattr("plpp_reg.io.files.os.fsync", full)
     assert main(["report", str(runs), "--output", str(out / "mine.html")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert (out / "mine.html").read_bytes() == before and not list(out.rglob("*.tmp"))

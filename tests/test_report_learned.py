@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg.cli import main
 from plpp_reg.clip import load
 from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import PromptLearner
+from plpp_reg.clip.vocabulary import candidate_ids, nearest_words
+from plpp_reg.commands.cli import main
 from plpp_reg.errors import InputError
-from plpp_reg.report import learned
-from plpp_reg.words import candidate_ids, nearest_words
+from plpp_reg.results.report import learned
 
 from report_page import report_of
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from plpp_reg import results
+from plpp_reg.results import record as results
 
 PAIRS = [
     ([71.1, 72.9, 70.4], [70.9, 72.1, 70.8]),

@@ -15,9 +15,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from plpp_reg import cli, results
+from plpp_reg.commands import cli
 from plpp_reg.engine import checkpoint
 from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.results import record as results
 
 import engine_helpers as helpers
 from engine_helpers import quietly
@@ -98,7 +99,7 @@ def step(self, *args, **options):
         os.kill(os.getpid(), signal.SIGTERM if os.name == "nt" else signal.SIGKILL)  # on Windows any of them is final
     return original(self, *args, **options)
 PromptTrainer.step = step
-from plpp_reg.cli import main
+from plpp_reg.commands.cli import main
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional as F
 
-from plpp_reg.datasets import DATASETS, DatasetEntry, DataSplit
+from plpp_reg.data import DATASETS, DatasetEntry, DataSplit
 from plpp_reg.engine import checkpoint
 from plpp_reg.engine.run import RunArguments, run
 from plpp_reg.engine.trainer import NonFiniteLoss, PromptTrainer

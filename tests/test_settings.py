@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from test_report import report_of
 
-from plpp_reg import tables
 from plpp_reg.engine import config
 from plpp_reg.engine.registry import config_nodes
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.tables.settings import OF_THE_RUN, Made, differing, pair, relevant, tell_apart
+from plpp_reg.results import tables
+from plpp_reg.results.tables.settings import OF_THE_RUN, Made, differing, pair, relevant, tell_apart
 
 from test_tables import record
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg.engine.store import TensorStore
 from plpp_reg.errors import InputError
+from plpp_reg.io.store import TensorStore
 
 
 class Counting:
@@ -69,7 +69,7 @@ def write_at_most(limit: int, folder: Path, body: str) -> subprocess.CompletedPr
     pytest.importorskip("resource")  # not on Windows
     code = f"""
 import resource, signal, sys, torch
-from plpp_reg.engine.store import TensorStore
+from plpp_reg.io.store import TensorStore
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 {body}

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from plpp_reg import sweep, tables
-from plpp_reg.cli import main
-from plpp_reg.datasets import DATASETS, DatasetEntry
-from plpp_reg.engine.files import locked
+from plpp_reg.commands.cli import main
+from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine.run import RunArguments
 from plpp_reg.engine.run import run as run_once
 from plpp_reg.errors import InputError
-from plpp_reg.protocols import Choice, Job, plan
-from plpp_reg.results import read_result
+from plpp_reg.experiments import sweep
+from plpp_reg.experiments.protocols import Choice, Job, plan
+from plpp_reg.io.files import locked
+from plpp_reg.results import tables
+from plpp_reg.results.record import read_result
 from plpp_reg.trainers.coop import CoOp
 
 import engine_helpers as helpers

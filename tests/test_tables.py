@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from plpp_reg import tables
-from plpp_reg.cli import main
+from plpp_reg.commands.cli import main
 from plpp_reg.errors import InputError
-from plpp_reg.results import harmonic_mean
-from plpp_reg.tables import rows
+from plpp_reg.results import tables
+from plpp_reg.results.record import harmonic_mean
+from plpp_reg.results.tables import rows
 
 FORMS = {"base_to_new": "halves", "few_shot": "shots", "cross_dataset": "targets", "domain_generalization": "targets"}
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.load import openai_clip
 from plpp_reg.clip.text import TextTower
-from plpp_reg.datasets import DataSplit
-from plpp_reg.engine.data import build_loader
+from plpp_reg.data import DataSplit
+from plpp_reg.data.loaders import build_loader
 from plpp_reg.engine.evaluation import Classification
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.trainers.coop import CoOp

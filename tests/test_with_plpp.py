@@ -11,14 +11,14 @@ from torch import nn
 
 from plpp_reg import PerplexityRegularizer, with_plpp
 from plpp_reg.errors import InputError
-from plpp_reg.regularizer import settings_defaults
+from plpp_reg.loss.regularizer import settings_defaults
 
 HOSTS = Path(__file__).parent / "hosts"
 sys.path += [str(HOSTS), str(HOSTS / "checkout")]  # behind everything: the checkout has a package clip
 
 from yacs.config import CfgNode
 
-from plpp_reg.dassl import mend  # also makes cfg.TRAINER.PLPP
+from plpp_reg.dassl import patches as mend  # also makes cfg.TRAINER.PLPP
 
 import mini_trainers
 from dassl.config import get_cfg_default

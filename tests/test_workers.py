@@ -19,10 +19,11 @@ import pytest
 import torch
 import yaml
 
-from plpp_reg import tables, workers
-from plpp_reg.cli import main
+from plpp_reg.commands.cli import main
 from plpp_reg.errors import InputError
-from plpp_reg.protocols import Job
+from plpp_reg.experiments import executors as workers
+from plpp_reg.experiments.protocols import Job
+from plpp_reg.results import tables
 
 import engine_helpers as helpers
 
@@ -203,7 +204,7 @@ def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, exec
     argv = place.argv(output.name, *flags)
     # a background job of a shell, as this test may be, is started with Ctrl-C ignored
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from plpp_reg.cli import main; sys.exit(main(sys.argv[1:]))"
+    code += "from plpp_reg.commands.cli import main; sys.exit(main(sys.argv[1:]))"
     command = helpers.python(code, *argv, path=[helpers.HERE], stderr=subprocess.PIPE, start_new_session=True)
     process = subprocess.Popen(**command)
     try:
@@ -255,7 +256,7 @@ def test_more_threads_than_any_node_has_are_refused(place: Place, monkeypatch, c
 @pytest.mark.skipif(sys.platform != "linux", reason="no memory monitor")
 def test_a_run_that_does_not_fit_in_memory_is_tried_as_often_as_one_that_dies() -> None:
     code = """
-from plpp_reg import workers
+from plpp_reg.experiments import executors as workers
 ray = workers._connected("", 1)
 @ray.remote(max_retries=workers.TRIES - 1)
 def endless():

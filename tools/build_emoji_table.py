@@ -1,4 +1,4 @@
-"""Write plpp_reg/datasets/emoji.csv: class and group of every OpenMoji picture that the data set uses.
+"""Write plpp_reg/data/emoji.csv: class and group of every OpenMoji picture that the data set uses.
 
     python tools/build_emoji_table.py --cache build/npm
 
@@ -142,7 +142,7 @@ def openmoji_folder() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("build/npm"), help="folder of the npm archives")
-    parser.add_argument("--out", type=Path, default=Path("plpp_reg/datasets/emoji.csv"))
+    parser.add_argument("--out", type=Path, default=Path("plpp_reg/data/emoji.csv"))
     args = parser.parse_args()
     pictures = [path.stem for path in openmoji_folder().glob("*.svg")]
     rows = build_rows(pictures, read_json("emoji-datasource", "emoji.json", args.cache))

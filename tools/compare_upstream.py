@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from plpp_reg.datasets import DATASETS, load_dataset
+from plpp_reg.data import DATASETS, load_dataset
 
 from miniature import MAKERS, digest_all, make
 

@@ -132,7 +132,7 @@ def evaluate_openmoji() -> None:
     from plpp_reg.clip.embedded import embedded_state_dict
 
     model = clip.model.build_model(embedded_state_dict()).float()
-    with (ROOT / "plpp_reg/datasets/emoji.csv").open(encoding="utf-8") as file:
+    with (ROOT / "plpp_reg/data/emoji.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     names = sorted({row["class"] for row in table})
     pictures = []

@@ -149,7 +149,7 @@ class Stage:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Zero-shot accuracy on the held-out vendor, over the table's classes, and caption perplexity."""
-        with (ROOT / "plpp_reg/datasets/emoji.csv").open(encoding="utf-8") as file:
+        with (ROOT / "plpp_reg/data/emoji.csv").open(encoding="utf-8") as file:
             class_of = {plain_code(row["code"]): row["class"] for row in csv.DictReader(file)}
         names = sorted(set(class_of.values()))
         emoji, (pictures, owners) = self.corpus.emoji, self.corpus.held

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import encode_texts
 from plpp_reg.clip.text import TextTower
-from plpp_reg.datasets import DataSplit, Datum, sample_few_shot, subsample_classes, template
-from plpp_reg.datasets.emoji import read_emoji, table
-from plpp_reg.results import summary
+from plpp_reg.data import DataSplit, Datum, sample_few_shot, subsample_classes, template
+from plpp_reg.data.emoji import read_emoji, table
+from plpp_reg.results.record import summary
 
 TEST, TRAIN = 8, 24  # images a class
 

@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from plpp_reg import tables
+from plpp_reg.results import tables
 
-PLPP = [sys.executable, "-c", "import sys; from plpp_reg.cli import main; sys.exit(main())"]
+PLPP = [sys.executable, "-c", "import sys; from plpp_reg.commands.cli import main; sys.exit(main())"]
 
 
 def command(protocol: str, output: Path, more: list[str]) -> list[str]:

@@ -24,13 +24,13 @@ from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
-from plpp_reg.datasets import DataSplit, Datum, sample_few_shot, subsample_classes
-from plpp_reg.datasets.emoji import read_emoji
-from plpp_reg.engine.data import ImageDataset, build_transform
+from plpp_reg.clip.vocabulary import candidate_ids
+from plpp_reg.data import DataSplit, Datum, sample_few_shot, subsample_classes
+from plpp_reg.data.emoji import read_emoji
+from plpp_reg.data.loaders import ImageDataset, build_transform
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.results import harmonic_mean, paired, summary
-from plpp_reg.words import candidate_ids
+from plpp_reg.results.record import harmonic_mean, paired, summary
 
 VIEWS = 12
 BASE = {"top_k": 10, "temperature": 0.1, "label": "soft", "normalize_over": "vocabulary", "detach_label": True}

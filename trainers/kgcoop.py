@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor, nn
 
-from plpp_reg.datasets import template
+from plpp_reg.data import template
 from plpp_reg.engine.trainer import check_weight
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.zeroshot import template_features

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plpp_reg.datasets.templates import SIXTY
+from plpp_reg.data.templates import SIXTY
 from plpp_reg.engine.trainer import check_weight
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.ivlp import IVLP

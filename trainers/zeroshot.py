@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from plpp_reg.clip.load import without_autocast
 from plpp_reg.clip.prompts import encode_texts
 from plpp_reg.clip.text import TextTower
-from plpp_reg.datasets import template
-from plpp_reg.datasets.templates import SEVEN
+from plpp_reg.data import template
+from plpp_reg.data.templates import SEVEN
 from plpp_reg.engine.trainer import PromptTrainer
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plpp_reg.attachment.joining import Group, Join, joined
+from plpp_reg.attachment.discovery import contexts, find_learner, find_text_encoder, named_module
+from plpp_reg.attachment.gradient_join import Group, Join, joined
 from plpp_reg.attachment.layout import POSITIONS, Layout, Layouts, distinct_prompts, find_context, read_context
-from plpp_reg.attachment.places import contexts, find_learner, find_text_encoder, named_module
 from plpp_reg.errors import InputError
-from plpp_reg.regularizer import Components, PerplexityRegularizer
+from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
 
 # the parts in joining, layout and places keep their names here
 __all__ = ["POSITIONS", "Handle", "Layout", "attach", "contexts", "distinct_prompts", "find_context", "find_text_encoder"]

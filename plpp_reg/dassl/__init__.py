@@ -3,7 +3,7 @@
 After ``import plpp_reg.dassl``, anywhere and in any order with the host's own imports, ``cfg.TRAINER.PLPP`` exists, Dassl's
 registry knows ``X_PLPP`` for every trainer ``X`` that is registered or will be, and ``TRAINER.PLPP.ENABLED True`` makes ``X``
 the same. ``python -m plpp_reg.dassl train.py …`` does it for a script that is not edited, and mends Dassl in memory where a new
-torch broke it (:mod:`plpp_reg.dassl.mend`).
+torch broke it (:mod:`plpp_reg.dassl.patches`).
 """
 
 from __future__ import annotations

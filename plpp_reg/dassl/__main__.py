@@ -7,7 +7,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-if "OMP_WAIT_POLICY" not in os.environ:  # see plpp_reg/cli.py
+if "OMP_WAIT_POLICY" not in os.environ:  # see plpp_reg/commands/cli.py
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from plpp_reg.errors import InputError
@@ -40,7 +40,7 @@ def _run(script: str, arguments: list[str]) -> int:
 
 
 def _prepare() -> None:
-    from plpp_reg.dassl import mend
+    from plpp_reg.dassl import patches as mend
 
     lines = mend.mend(mend.before_import())
     from plpp_reg.dassl.registry import install
@@ -51,7 +51,7 @@ def _prepare() -> None:
 
 
 def _check() -> int:
-    from plpp_reg.dassl import mend
+    from plpp_reg.dassl import patches as mend
     from plpp_reg.dassl.registry import install
 
     install()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from plpp_reg.attachment.with_plpp import SUFFIX, with_plpp
 from plpp_reg.errors import InputError, unknown
-from plpp_reg.host_trainer import SUFFIX, with_plpp
-from plpp_reg.regularizer import settings_defaults
+from plpp_reg.loss.regularizer import settings_defaults
 
 # Where a method runs several backward passes through one forward pass: the one that belongs to the task's loss.
 BACKWARD_PASS = {"ProGrad": 2}
@@ -40,7 +40,7 @@ def extend_defaults(cfg: Any) -> None:
     """``TRAINER.PLPP``, and the nodes of our own methods, which a host that has the method replaces by its own."""
     from yacs.config import CfgNode
 
-    from plpp_reg.dassl.ours import our_nodes
+    from plpp_reg.dassl.engine_bridge import our_nodes
 
     plpp = {"ENABLED": False, **{name.upper(): value for name, value in settings_defaults().items()}}
     for name, defaults in {"PLPP": plpp, **our_nodes()}.items():
@@ -76,7 +76,7 @@ class _Lazy:
     """Stands before Dassl's ``Registry`` in the bases of its trainer registry: names are worked out when they are asked for."""
 
     def registered_names(self) -> list[str]:
-        from plpp_reg.dassl.ours import our_names
+        from plpp_reg.dassl.engine_bridge import our_names
 
         own = super().registered_names()
         names = [*own, *(name + SUFFIX for name in own if name + SUFFIX not in own and not name.endswith(SUFFIX))]
@@ -90,7 +90,7 @@ class _Lazy:
         plain = name.removesuffix(SUFFIX)
         if plain != name and plain in own:
             return with_plpp(super().get(plain), backward_pass=BACKWARD_PASS.get(plain, 1))
-        from plpp_reg.dassl.ours import our_names, our_trainer
+        from plpp_reg.dassl.engine_bridge import our_names, our_trainer
 
         if name in our_names():
             return our_trainer(name)

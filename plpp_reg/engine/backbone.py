@@ -11,9 +11,9 @@ from torch import nn
 from yacs.config import CfgNode
 
 from plpp_reg.clip.load import PRECISIONS
+from plpp_reg.clip.vocabulary import candidate_ids
 from plpp_reg.errors import InputError, unknown
-from plpp_reg.regularizer import PerplexityRegularizer, settings_defaults
-from plpp_reg.words import candidate_ids
+from plpp_reg.loss.regularizer import PerplexityRegularizer, settings_defaults
 
 
 def precision_on(device: torch.device, key: str, asked: str, say: Callable[[str], None]) -> str:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from plpp_reg.clip.load import check_zip
-from plpp_reg.engine.files import write_atomically, write_text
-from plpp_reg.engine.inert import objects_as_data
 from plpp_reg.errors import InputError
+from plpp_reg.io.files import write_atomically, write_text
+from plpp_reg.io.safe_reading import objects_as_data
 
 BEST = "model-best.pth.tar"
 NEWEST = "checkpoint"

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from plpp_reg.engine import registry
 from plpp_reg.errors import InputError, unknown
-from plpp_reg.regularizer import settings_defaults
+from plpp_reg.loss.regularizer import settings_defaults
 
 # Dassl's keys and defaults, as far as this engine honours them. Where ours differ, the comment says so.
 DEFAULTS = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from plpp_reg.engine.files import write_atomically
+from plpp_reg.io.files import write_atomically
 
 if TYPE_CHECKING:
     from plpp_reg.engine.trainer import PromptTrainer

@@ -1,7 +1,7 @@
 """Features of the frozen image tower, once for each image that is ever seen.
 
 What an image looks like in an epoch is a function of (seed, epoch, index), so the frozen tower's feature of it is one too: it
-is computed ahead for a whole epoch, and kept (:class:`plpp_reg.engine.store.TensorStore`) for the next method or prompt.
+is computed ahead for a whole epoch, and kept (:class:`plpp_reg.io.store.TensorStore`) for the next method or prompt.
 A feature's last bits depend on where in which batch its image stands. So images are encoded in canonical batches: by index,
 always :data:`BATCH` of them, the last one filled up. Kept or not, cold or warm, the features are the same to the bit.
 """
@@ -22,11 +22,11 @@ import torch
 import torchvision
 from torch import Tensor
 
-from plpp_reg.datasets import Datum
-from plpp_reg.datasets.emoji import cache_folder
-from plpp_reg.engine.data import canonical_loader, image_seed_of, view_of
-from plpp_reg.engine.store import Entry, TensorStore
+from plpp_reg.data import Datum
+from plpp_reg.data.emoji import cache_folder
+from plpp_reg.data.loaders import canonical_loader, image_seed_of, view_of
 from plpp_reg.errors import InputError
+from plpp_reg.io.store import Entry, TensorStore
 
 if TYPE_CHECKING:
     from plpp_reg.engine.trainer import PromptTrainer

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 from torch import nn
 from yacs.config import CfgNode
 
-from plpp_reg import results
 from plpp_reg.clip.load import EMBEDDED
-from plpp_reg.datasets import DataSplit, short_name
-from plpp_reg.engine import checkpoint, config, ranks, registry
-from plpp_reg.engine.data import load_data, part_of
-from plpp_reg.engine.files import locked, write_text
+from plpp_reg.data import DataSplit, short_name
+from plpp_reg.data.loaders import load_data, part_of
+from plpp_reg.engine import checkpoint, config, registry
+from plpp_reg.engine import distributed as ranks
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
+from plpp_reg.io.files import locked, write_text
+from plpp_reg.results import record as results
 
 DEFAULT_TRAINER = "CoOp_PLPP"
 DEFAULT_DATASET = "emoji"

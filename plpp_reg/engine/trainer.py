@@ -20,17 +20,17 @@ from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
-from plpp_reg.datasets import DataSplit
+from plpp_reg.data import DataSplit
+from plpp_reg.data.loaders import build_loader, load_data, part_of
 from plpp_reg.engine.backbone import check_input, check_precision, computing, precision_on, regularizer_for
-from plpp_reg.engine.data import build_loader, load_data, part_of
+from plpp_reg.engine.distributed import current
 from plpp_reg.engine.evaluation import evaluate
 from plpp_reg.engine.features import FrozenFeatures
 from plpp_reg.engine.log import BatchOf, Clock, Meters, RunLog, batch_line
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
-from plpp_reg.engine.ranks import current
 from plpp_reg.engine.saving import Saving
 from plpp_reg.errors import InputError
-from plpp_reg.regularizer import Components, PerplexityRegularizer
+from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
 
 MOST_LOG_PERPLEXITY = 700  # its exp is a float still
 

@@ -1,0 +1,1 @@
+"""Many runs: protocols, sweeps, what executes them, the demonstration."""

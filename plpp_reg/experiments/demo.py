@@ -1,0 +1,234 @@
+"""``plpp demo``: prompt learners with and without PLPP on the embedded default, base to new, paired over seeds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from plpp_reg.clip.load import load_clip
+from plpp_reg.clip.vocabulary import candidate_ids, nearest_words
+from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.registry import SUFFIX, trainer_names
+from plpp_reg.engine.run import RunArguments, run
+from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.errors import InputError, unknown
+from plpp_reg.io.files import write_atomically, write_text
+from plpp_reg.results.record import Paired, harmonic_mean, paired, summary
+from plpp_reg.trainers import TRAINERS
+
+GREY, RED = "#777777", "#d1495b"  # plain, with PLPP
+
+
+class DemoRun(NamedTuple):
+    """One training on the base classes, evaluated on both halves (accuracies in percent)."""
+
+    base: float
+    new: float
+    perplexity: list[float]  # before training, then after each epoch; empty where there is no text context
+    words: list[str]  # the word nearest to each context vector, with its cosine
+
+    @property
+    def h(self) -> float:
+        return harmonic_mean(self.base, self.new)
+
+
+ACCURACIES: dict[str, Callable[[DemoRun], float]] = {
+    "base": lambda r: r.base,
+    "new": lambda r: r.new,
+    "H": lambda r: r.h,
+}
+
+
+def demo(
+    seeds: Sequence[int] = (1, 2, 3),
+    output_dir: str | Path = "output/demo",
+    opts: Sequence[str] = (),
+    methods: Sequence[str] = ("CoOp",),
+) -> str:
+    """Train, print one table, write it and one picture into ``output_dir``. What is done already is not done again.
+
+    ``opts`` are KEY VALUE pairs for every run; ``methods`` names of prompt learners without PLPP, or "all".
+    """
+    if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
+        raise InputError(f"--seeds: expected different integers >= 0, got {' '.join(map(str, seeds))}")
+    names = _with_and_without(methods)
+    start = time.perf_counter()
+    bench = Bench(Path(output_dir), load_clip(), tuple(opts))
+    folder = bench.folder
+    zero_shot = [bench.evaluate("ZeroshotCLIP", half, seeds[0], folder / "ZeroshotCLIP" / half) for half in ("base", "new")]
+    runs: dict[str, list[DemoRun]] = {name: [] for name in names}
+    for seed in seeds:
+        for name, done in runs.items():
+            done.append(bench.train_base_to_new(name, seed))
+            last = done[-1]
+            print(f"{name:14s} seed {seed}: base {last.base:.1f}, new {last.new:.1f}, H {last.h:.1f}", flush=True)
+    text = report(zero_shot, runs, seeds)
+    write_text(folder / "demo.txt", text + "\n")
+    picture = folder / "demo.png"
+    write_atomically(picture, lambda path: draw(runs, seeds, path))
+    print(f"\n{text}\n\nPicture: {picture}\nElapsed: {time.perf_counter() - start:.0f} s")
+    return text
+
+
+def _with_and_without(methods: Sequence[str]) -> list[str]:
+    """["CoOp", "VPT"] -> ["CoOp", "CoOp_PLPP", "VPT"]"""
+    learners = [name for name in TRAINERS if not name.startswith("Zeroshot")]
+    if list(methods) == ["all"]:
+        methods = learners
+    for name in methods:
+        if name not in learners:
+            raise unknown("method", name, [*learners, "all"])
+    known = set(trainer_names())
+    return [n for name in dict.fromkeys(methods) for n in (name, name + SUFFIX) if n in known]
+
+
+class Bench(NamedTuple):
+    """Runs that share a folder, a model and settings."""
+
+    folder: Path
+    clip_model: nn.Module
+    opts: tuple[str, ...]
+
+    def run(
+        self, name: str, half: str, seed: int, output_dir: Path, after_epoch: Callable | None = None, **changed: Any
+    ) -> tuple[dict[str, Any], PromptTrainer]:
+        args = RunArguments(
+            trainer=name, seed=seed, output_dir=str(output_dir), opts=(*self.opts, "DATASET.SUBSAMPLE_CLASSES", half)
+        )
+        return run(args._replace(**changed), RunLog(quiet=True), self.clip_model, after_epoch)
+
+    def evaluate(self, name: str, half: str, seed: int, output_dir: Path, model_dir: str = "") -> float:
+        """Test accuracy on one half of the classes, in percent."""
+        return self.run(name, half, seed, output_dir, eval_only=True, model_dir=model_dir)[0]["metrics"]["accuracy"]
+
+    def train_base_to_new(self, name: str, seed: int) -> DemoRun:
+        """Train on the base classes, test on base and on new."""
+
+        def measure(trainer: PromptTrainer) -> None:
+            if (parts := trainer.measure_prompts()) is not None:
+                trainer.history[-1]["perplexity_now"] = parts.perplexity.item()
+
+        place = self.folder / name / f"seed{seed}"
+        untrained = self.run(name, "base", seed, place / "untrained", eval_only=True)[1]
+        result, trainer = self.run(name, "base", seed, place / "base", measure)
+        base = result["metrics"]["accuracy"]
+        new = self.evaluate(name, "new", seed, place / "new", str(place / "base"))
+        if not trainer.learns_text_context:
+            return DemoRun(base, new, [], [])
+        nearest = nearest_words(
+            trainer.context(), self.clip_model.token_embedding.weight, k=1, candidates=candidate_ids(self.clip_model)
+        )
+        before = untrained.measure_prompts().perplexity.item()
+        return DemoRun(
+            base,
+            new,
+            perplexity=[before, *(epoch["perplexity_now"] for epoch in trainer.history)],
+            words=[f"{word[0].word} {word[0].cosine:.2f}" for word in nearest],
+        )
+
+
+def report(zero_shot: Sequence[float], runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> str:
+    """The table: mean ± sample standard deviation over seeds, and the paired difference with its 95% interval."""
+    columns = {**ACCURACIES, "perplexity before": lambda r: r.perplexity[0], "after": lambda r: r.perplexity[-1]}
+    rows = [["", *columns]]
+    base, new = zero_shot
+    rows.append(["zero-shot", f"{base:.1f}", f"{new:.1f}", f"{harmonic_mean(base, new):.1f}", "", ""])
+    for name, done in runs.items():
+        shown = columns if done[0].perplexity else ACCURACIES
+        cells = [_cell([value(r) for r in done]) for value in shown.values()]
+        rows.append([name, *cells, *[""] * (len(columns) - len(cells))])
+        if name.endswith(SUFFIX):
+            plain = runs[name.removesuffix(SUFFIX)]
+            rows.append(["difference", *(str(_difference(done, plain, f)) for f in ACCURACIES.values()), "", ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+    n = len(seeds)
+    lines.insert(0, f"Embedded CLIP, emoji, 16 shots, accuracy in percent, {n} seed{'s' if n > 1 else ''} (mean ± std):")
+    if n > 1:
+        lines.append("difference: X_PLPP - X, paired over seeds, ± half the 95% interval (Student's t)")
+    lines.append(f"\nNearest words of the learned context, seed {seeds[-1]} (cosine):")
+    lines += [f"  {name}: {', '.join(done[-1].words)}" for name, done in runs.items() if done[-1].words]
+    return "\n".join(lines)
+
+
+def _difference(treated: Sequence[DemoRun], plain: Sequence[DemoRun], value: Callable[[DemoRun], float]) -> Paired:
+    return paired([value(r) for r in treated], [value(r) for r in plain])
+
+
+def _cell(values: list[float]) -> str:
+    if max(values) >= 1000:
+        return f"{statistics.fmean(values):,.0f}"
+    return str(summary(values))
+
+
+def draw(runs: dict[str, list[DemoRun]], seeds: Sequence[int], path: Path) -> None:
+    """Of one method: its accuracies, one line a seed, and its perplexity over the epochs. Of several: what PLPP changes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    pairs = {name.removesuffix(SUFFIX): name for name in runs if name.endswith(SUFFIX)}
+    several = len(pairs) > 1
+    height = 1.5 + 0.5 * len(pairs) if several else 4
+    figure, axes = plt.subplots(1, 3 if several else 2, figsize=(10, height), layout="constrained", sharey=several)
+    if several:
+        _draw_differences(axes, runs, pairs)
+        figure.suptitle(f"16 shots, {len(seeds)} seeds (grey), mean and 95% interval (red)")
+    else:
+        _draw_accuracies(axes[0], runs, seeds)
+        _draw_perplexity(axes[1], runs)
+    for a in axes:
+        a.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def _colour(name: str) -> str:
+    return RED if name.endswith(SUFFIX) else GREY
+
+
+def _draw_accuracies(axes: Any, runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> None:
+    sides = dict(zip(runs, (-0.15, 0.15), strict=False))
+    for i, value in enumerate(ACCURACIES.values()):
+        for each in zip(*runs.values(), strict=True):
+            axes.plot([i + s for s in sides.values()], [value(r) for r in each], color="#bbbbbb", linewidth=1, zorder=1)
+        for name, done in runs.items():
+            places, label = [i + sides[name]] * len(done), name if i == 0 else None
+            axes.scatter(places, [value(r) for r in done], color=_colour(name), zorder=2, label=label)
+    axes.set_xticks(range(len(ACCURACIES)), list(ACCURACIES))
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(f"16 shots, {len(seeds)} seeds, one line a seed")
+    axes.legend(frameon=False)
+
+
+def _draw_perplexity(axes: Any, runs: dict[str, list[DemoRun]]) -> None:
+    for name, done in runs.items():
+        for i, r in enumerate(done):
+            axes.plot(r.perplexity, color=_colour(name), linewidth=1.2, label=name if i == 0 else None)
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("perplexity of the context vectors")
+    axes.set_title("lower: CLIP's text tower expects these words")
+
+
+def _draw_differences(axes: Any, runs: dict[str, list[DemoRun]], pairs: dict[str, str]) -> None:
+    for a, (title, value) in zip(axes, ACCURACIES.items(), strict=True):
+        a.axvline(0, color="#bbbbbb", linewidth=1)
+        for y, (plain, treated) in enumerate(pairs.items()):
+            found = _difference(runs[treated], runs[plain], value)
+            each = [value(t) - value(p) for t, p in zip(runs[treated], runs[plain], strict=True)]
+            a.errorbar(found.mean, y, xerr=found.half_width, color=RED, fmt="o", capsize=3, zorder=1)
+            a.scatter(each, [y] * len(each), color=GREY, s=14, zorder=2)
+        a.set_title(title)
+        a.set_xlabel("accuracy with PLPP - without, points")
+    axes[0].set_yticks(range(len(pairs)), list(pairs))
+    axes[0].invert_yaxis()

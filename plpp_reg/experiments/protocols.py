@@ -1,0 +1,312 @@
+"""The papers' protocols: configs/protocols/*.yaml expanded into runs, each a command with a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yacs.config import CfgNode
+
+from plpp_reg.clip.load import EMBEDDED
+from plpp_reg.data import full_name, short_name
+from plpp_reg.engine import config, registry
+from plpp_reg.engine.run import RunArguments, further_config, resolve, shipped_config
+from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.errors import InputError, unknown
+
+TABLES = ("halves", "targets", "shots")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a file of configs/protocols/ says.
+
+    ``table`` is the form of its table: base, new and H ("halves"), a column a target ("targets"), a column a number of shots
+    ("shots"). ``recipe`` names files of configs/trainers/<method>/, the first that is there counts; ``{dataset}`` and
+    ``{shots}`` stand for the run's. ``test`` is what the test on the run's own data is called, ``tests`` are further ones by
+    name, ``targets`` further ones on other data sets. ``where`` changes recipe and settings for some methods, data sets or
+    shots. ``vary`` and ``variants`` make further runs of each X_PLPP: one key at a time, and sets of keys by name.
+    """
+
+    name: str
+    table: str
+    methods: Sequence[str]
+    datasets: Sequence[str]
+    recipe: Sequence[str]
+    seeds: Sequence[int] = (1, 2, 3)
+    shots: Sequence[int] = (16,)
+    backbone: str = ""
+    test: str = "test"
+    set: Mapping[str, object] = field(default_factory=dict)
+    tests: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    targets: Sequence[str] = ()
+    where: Sequence[Mapping[str, Any]] = ()
+    vary: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Protocol) if f.name != "name"}
+WHERE = ("methods", "datasets", "shots", "recipe", "set")
+
+
+class Choice(NamedTuple):
+    """What a command line changes of a protocol; empty: as the protocol has it."""
+
+    methods: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    targets: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+    shots: Sequence[int] = ()
+    recipe: str = ""
+    backbone: str = ""
+    root: str = ""
+    opts: Sequence[str] = ()
+
+
+class Job(NamedTuple):
+    """One run: a pure function of these fields, in its own folder. ``note`` is what a table needs to know of it."""
+
+    output: Path
+    folder: Path
+    arguments: RunArguments
+    tests: dict[str, tuple[str, ...]]
+    note: dict[str, Any]
+    cost: float  # what an estimate of the time left weighs it with
+
+    @property
+    def label(self) -> str:
+        return run_label(self.note)
+
+
+def shots_text(shots: int) -> str:
+    """``1 shot``, ``16 shots``."""
+    return f"{shots} shot{'' if shots == 1 else 's'}"
+
+
+def run_label(note: Mapping[str, Any]) -> str:
+    """``base_to_new: dtd, 16 shots, CoOp_PLPP TOP_K=3, seed 1``."""
+    variant = f" {note['variant']}" if note["variant"] else ""
+    return f"{note['name']}: {note['dataset']}, {shots_text(note['shots'])}, {note['method']}{variant}, seed {note['seed']}"
+
+
+def protocol_names() -> list[str]:
+    return sorted(path.stem for path in shipped_config("protocols").glob("*.yaml"))
+
+
+def load_protocol(name: str, embedded: bool) -> Protocol:
+    """A shipped protocol by its name, or one's own by its file. ``embedded``: as it runs without downloads."""
+    path = shipped_config("protocols", f"{name}.yaml")
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        raise unknown("protocol", name, protocol_names())
+    where = f"protocol {str(path)!r}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"{where}: expected readable YAML, got {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict) or not isinstance(content.get("embedded", {}), dict):
+        raise InputError(f"{where}: expected keys and values, got {type(content).__name__}")
+    smaller = content.pop("embedded", None)
+    if embedded:
+        if smaller is None:
+            raise InputError(f"{where}: it has no part 'embedded': name --root")
+        content = {**content, "where": [], **smaller}
+    return _protocol(path.stem, content, where)
+
+
+def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
+    for key, value in content.items():
+        if key not in FIELDS:
+            raise unknown(f"key in {where}:", key, FIELDS)
+        kinds = {"Sequence": (list, tuple), "Mapping": (dict,), "str": (str,)}
+        kind = FIELDS[key].type.partition("[")[0]
+        if not isinstance(value, kinds[kind]):
+            raise InputError(f"{where}: {key}: expected {kind.lower()}, got {value!r}")
+    for key, f in FIELDS.items():
+        if key not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: expected a key {key!r}")
+    if content["table"] not in TABLES:
+        raise unknown(f"table in {where}:", str(content["table"]), TABLES)
+    if content["table"] == "halves" and not {"base", "new"} <= {content.get("test"), *content.get("tests", ())}:
+        raise InputError(f"{where}: expected tests base and new for a table of halves")
+    for rule in content.get("where", ()):
+        for key, value in rule.items():
+            if key not in WHERE:
+                raise unknown(f"key in where of {where}:", key, WHERE)
+            kind, words = (dict, "keys and values") if key == "set" else (list, "a list")
+            if not isinstance(value, kind):
+                raise InputError(f"{where}: where: {key}: expected {words}, got {value!r}")
+    return Protocol(name=name, **content)
+
+
+def choose(name: str, choice: Choice) -> Protocol:
+    """A protocol as a command line has it. Without data folder and backbone it is its embedded form."""
+    embedded = not choice.root and choice.backbone in ("", EMBEDDED)
+    protocol = load_protocol(name, embedded)
+    chosen = {key: tuple(getattr(choice, key)) for key in ("methods", "datasets", "targets", "seeds", "shots")}
+    changed: dict[str, Any] = {key: value for key, value in chosen.items() if value}
+    if choice.recipe:
+        changed["recipe"] = (choice.recipe,)
+        changed["where"] = [{k: v for k, v in rule.items() if k != "recipe"} for rule in protocol.where]
+    if choice.backbone:
+        changed["backbone"] = choice.backbone
+    protocol = dataclasses.replace(protocol, **changed)
+    for key in ("methods", "datasets", "targets", "seeds", "shots"):
+        values = [full_name(v) if key in ("datasets", "targets") else v for v in getattr(protocol, key)]
+        if len(set(values)) != len(values):
+            raise InputError(f"--{key}: expected each once, got {' '.join(map(str, values))}")
+    for key, least in (("seeds", 0), ("shots", 1)):
+        wrong = [v for v in getattr(protocol, key) if not isinstance(v, int) or v < least]
+        if wrong:
+            raise InputError(f"--{key}: expected integers >= {least}, got {wrong[0]!r}")
+    return protocol
+
+
+def plan(name: str, choice: Choice, output: str | Path) -> list[Job]:
+    """Every run of a protocol, in order: data sets, shots, methods, variants, seeds.
+
+    Raises:
+        InputError: a method, data set, recipe or key that is not there. Nothing is read of the data and nothing is written.
+    """
+    protocol = choose(name, choice)
+    output = Path(output)
+    jobs: list[Job] = []
+    for dataset in map(full_name, protocol.datasets):
+        for shots in protocol.shots:
+            for method in protocol.methods:
+                if not learns(method) and shots != protocol.shots[0]:
+                    continue  # it is the same whatever the shots
+                for variant, settings in _variants(protocol, method).items():
+                    jobs += _over_seeds(protocol, choice, output, dataset, shots, method, variant, settings)
+    folders = [job.folder for job in jobs]
+    if len(set(folders)) != len(folders):
+        raise InputError("expected data sets, methods and variants whose folders differ: two have one name")
+    return jobs
+
+
+def _variants(protocol: Protocol, method: str) -> dict[str, Mapping[str, object]]:
+    """Name -> settings; the first, "", is the method as its recipe has it."""
+    found: dict[str, Mapping[str, object]] = {"": {}}
+    if method.endswith(registry.SUFFIX):
+        defaults = config.flat(config.get_cfg_default(registry.find_trainer(method)[0]))
+        for key, values in protocol.vary.items():
+            for value in values:
+                if value != defaults.get(key):
+                    found[f"{key.rpartition('.')[2]}={value}"] = {key: value}
+        found.update(protocol.variants)
+    return found
+
+
+def _applies(rule: Mapping[str, Any], method: str, dataset: str, shots: int) -> bool:
+    plain = method.removesuffix(registry.SUFFIX)
+    return (
+        plain in [m.removesuffix(registry.SUFFIX) for m in rule.get("methods", [plain])]
+        and dataset in map(full_name, rule.get("datasets", [dataset]))
+        and shots in rule.get("shots", [shots])
+    )
+
+
+def _over_seeds(
+    protocol: Protocol,
+    choice: Choice,
+    output: Path,
+    dataset: str,
+    shots: int,
+    method: str,
+    variant: str,
+    settings: Mapping[str, object],
+) -> list[Job]:
+    rules = [rule for rule in protocol.where if _applies(rule, method, dataset, shots)]
+    recipe: Sequence[str] = protocol.recipe
+    changes: dict[str, object] = {"DATASET.NAME": dataset, "DATASET.NUM_SHOTS": shots, **protocol.set}
+    for rule in rules:
+        recipe = rule.get("recipe", recipe)
+        changes.update(rule.get("set", {}))
+    changes.update(settings)
+    opts = (*_pairs(changes), *choice.opts)
+    tests = {name: _pairs(test) for name, test in protocol.tests.items()}
+    for target in map(full_name, protocol.targets):
+        if target != dataset:
+            # All its images: a target is not sampled, and may have fewer than the shots.
+            tests[short_name(target)] = _pairs({"DATASET.NAME": target, "DATASET.NUM_SHOTS": -1})
+    arguments = RunArguments(
+        trainer=method,
+        root=choice.root,
+        config_file=str(_recipe_file(recipe, method, dataset, shots)),
+        backbone=protocol.backbone or EMBEDDED,
+        opts=opts,
+    )
+    cfg, _ = resolve(arguments)
+    for test in tests.values():
+        further_config(cfg, test)
+    note = {
+        "name": protocol.name,
+        "table": protocol.table,
+        "dataset": short_name(dataset),
+        "shots": shots,
+        "method": cfg.TRAINER.NAME,
+        "variant": variant,
+        "backbone": cfg.MODEL.BACKBONE.NAME,
+        "learns": learns(method),
+        "test": protocol.test,
+        "tests": {name: dict(zip(test[::2], test[1::2], strict=True)) for name, test in tests.items()},
+    }
+    inner = [note["dataset"], f"shots{shots}", cfg.TRAINER.NAME.replace(":", "."), *([_as_folder(variant)] if variant else [])]
+    jobs = []
+    for seed in protocol.seeds if note["learns"] else protocol.seeds[:1]:
+        folder = output.joinpath(protocol.name, *inner, f"seed{seed}")
+        seeded = _with_seed(cfg, seed)
+        noted = {**note, "seed": seed, "key": _key(seeded, tests)}
+        cost = float(cfg.OPTIM.MAX_EPOCH * shots if note["learns"] else 1)
+        jobs.append(Job(output, folder, arguments._replace(seed=seed, output_dir=str(folder)), tests, noted, cost))
+    return jobs
+
+
+def learns(method: str) -> bool:
+    """Whether a method trains anything: what does not is the same for every seed and any number of shots."""
+    return registry.find_trainer(method)[0].trained is not PromptTrainer.trained
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    changed = cfg.clone()
+    changed.SEED = seed
+    return changed
+
+
+def _key(cfg: CfgNode, tests: Mapping[str, Sequence[str]]) -> str:
+    """What a result depends on, in short: two runs of one key differ in nothing but machine and data folder."""
+    settings = {k: v for k, v in config.flat(cfg).items() if k not in config.NOT_IN_THE_RESULT}
+    return hashlib.sha256(json.dumps([settings, tests], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _pairs(settings: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(text for key, value in settings.items() for text in (key, str(value)))
+
+
+def _as_folder(variant: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", variant)
+
+
+def _recipe_file(names: Sequence[str], method: str, dataset: str, shots: int) -> Path:
+    plain = method.removesuffix(registry.SUFFIX)
+    registry.find_trainer(method)
+    place = shipped_config("trainers", plain)
+    tried = [name.format(dataset=short_name(dataset), shots=shots) for name in names]
+    for name in tried:
+        if (place / f"{name}.yaml").is_file():
+            return place / f"{name}.yaml"
+    if len(tried) == 1 and Path(tried[0]).is_file():
+        return Path(tried[0])
+    there = ", ".join(sorted(path.stem for path in place.glob("*.yaml"))) or "none"
+    wanted = " or ".join(map(repr, tried))
+    raise InputError(
+        f"{method}: expected a recipe {wanted} in configs/trainers/{plain} (there: {there}); name one with --recipe"
+    )

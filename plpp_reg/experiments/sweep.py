@@ -1,0 +1,244 @@
+"""Running many runs: what is done is skipped, what failed is listed, what was killed goes on.
+
+A run is :func:`execute`: a pure function of its job, in the job's own folder. :func:`sweep` gives the jobs that are left to a
+``runner``, which may hand them to other processes or machines; :func:`one_after_another` runs them here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from yacs.config import CfgNode
+
+from plpp_reg.data.loaders import image_seed_of, load_data
+from plpp_reg.engine import config
+from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.run import UnusableCheckpoint, further_config, resolve, run
+from plpp_reg.errors import InputError, InUse
+from plpp_reg.experiments.protocols import Job
+from plpp_reg.io.files import locked, write_text
+from plpp_reg.results import record as results
+
+JOB = "job.json"  # what is planned in a folder; without a result beside it that fits, the run is missing
+FAILED = "failed.json"
+SUPERSEDED = "superseded"  # results of other settings, set aside: never counted, never deleted
+DYING = 5.0  # seconds: a worker that died may not have left its folder yet when that is known
+TAIL = 8  # lines of a failed run's log that are shown
+
+
+class Outcome(NamedTuple):
+    """How a run ended: its result, or what went wrong and the last lines of its log. ``aside``: where an older run went."""
+
+    job: Job
+    result: dict[str, Any] | None
+    seconds: float
+    error: str = ""
+    log: tuple[str, ...] = ()
+    aside: Path | None = None
+
+
+Say = Callable[[str], None]
+Runner = Callable[[Sequence[Job]], Iterator[Outcome]]
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------------
+
+
+class Hashes(dict):
+    """The hash of each data set as it is sampled, read once: many runs of a sweep share them."""
+
+    def of(self, cfg: CfgNode) -> str:
+        node = cfg.DATASET
+        key = (node.NAME, node.ROOT, node.NUM_SHOTS, image_seed_of(cfg) if node.NUM_SHOTS > 0 else None, node.SUBSAMPLE_CLASSES)
+        if key not in self:
+            self[key] = load_data(cfg).sha256()
+        return self[key]
+
+
+def finished(job: Job, hashes: Hashes | None = None) -> bool:
+    """Whether the folder holds this job's result: the same resolved configuration and the same files, in every test."""
+    read = hashes if hashes is not None else Hashes()
+    result = results.read_if_whole(job.folder)
+    if result is None or result.get("protocol") != job.note:
+        return False
+    cfg, _ = resolve(job.arguments)
+    if config.differences(result["config"], config.flat(cfg)):
+        return False
+    recorded = {"": result["files_sha256"], **{name: test["files_sha256"] for name, test in result.get("tests", {}).items()}}
+    configs = {"": cfg, **{name: further_config(cfg, opts) for name, opts in job.tests.items()}}
+    return recorded.keys() == configs.keys() and all(read.of(c) == recorded[name] for name, c in configs.items())
+
+
+def execute(job: Job, models: Models | None = None) -> Outcome:
+    """Run one job to its result.json, going on from its last checkpoint; an exception becomes an outcome with an error."""
+    start = time.perf_counter()
+    models = models if models is not None else Models()
+    aside = None
+    try:
+        with locked(job.folder):
+            (job.folder / FAILED).unlink(missing_ok=True)
+            _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
+            if _other_settings(job):
+                aside = set_aside(job)
+        try:
+            result = _run(job, models)
+        except UnusableCheckpoint:
+            with locked(job.folder):
+                aside = set_aside(job)
+            result = _run(job, models)
+        return Outcome(job, result, time.perf_counter() - start, aside=aside)
+    except Exception as e:
+        return failure(job, e, time.perf_counter() - start)._replace(aside=aside)
+
+
+class Models(dict):
+    """The CLIP of the run before, kept for the next one that wants the same."""
+
+    @staticmethod
+    def key(job: Job) -> tuple:
+        cfg, cls = resolve(job.arguments)
+        node = cfg.TRAINER[cls.config_node] if cls.config_node else {}
+        return cfg.MODEL.BACKBONE.NAME, node.get("PREC", "fp32"), cfg.USE_CUDA
+
+    def keep(self, key: tuple, model: nn.Module) -> None:
+        self.clear()
+        self[key] = model
+
+
+def _run(job: Job, models: Models) -> dict[str, Any]:
+    key = models.key(job)
+    result, trainer = run(job.arguments, RunLog(quiet=True), models.get(key), tests=job.tests, note=job.note)
+    models.keep(key, trainer.clip_model)
+    return result
+
+
+def failure(job: Job, error: Exception, seconds: float) -> Outcome:
+    """The outcome of a run that ended with ``error``, noted in the run's folder too."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, InUse):  # the folder, its log and what becomes of the run are another process's
+        return Outcome(job, None, seconds, message)
+    log = job.folder / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if log.is_file() else []
+    if not isinstance(error, InputError):  # a fault of a program: where it was
+        message = f"{type(error).__name__}: {message}"
+        lines += "".join(traceback.format_exception(error)).splitlines()[-TAIL:]
+    outcome = Outcome(job, None, seconds, message, tuple(lines))
+    try:
+        with locked(job.folder, wait=DYING):
+            write_text(job.folder / FAILED, json.dumps({"error": message, "log": lines}, indent=1) + "\n")
+    except (InputError, OSError):
+        pass  # a full or read-only disk, or another process has taken the run up meanwhile: the outcome says what failed here
+    return outcome
+
+
+def _other_settings(job: Job, hashes: Hashes | None = None) -> bool:
+    """Whether the folder holds a run, finished or not, of another configuration, or a finished one of other files."""
+    there = job.folder / "config.yaml"
+    if not there.is_file():
+        return False
+    cfg, _ = resolve(job.arguments)
+    if config.differences(config.from_yaml(there), config.flat(cfg)):
+        return True
+    result = results.read_if_whole(job.folder)
+    read = hashes if hashes is not None else Hashes()
+    return result is not None and result["files_sha256"] != read.of(cfg)
+
+
+def set_aside(job: Job) -> Path:
+    """Move what a folder holds out of the way. config.yaml goes last: it says whose the rest is, should this be killed."""
+    place = job.output / SUPERSEDED / job.folder.relative_to(job.output)
+    target = next(t for i in itertools.count(1) if not (t := place.with_name(f"{place.name}-{i}")).exists())
+    target.mkdir(parents=True)
+    for name in sorted(os.listdir(job.folder), key=lambda name: name == "config.yaml"):
+        if name not in (".lock", JOB):
+            os.replace(job.folder / name, target / name)
+    return target
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+# ---- many runs ---------------------------------------------------------------------------------------------------------
+
+
+def one_after_another(jobs: Sequence[Job]) -> Iterator[Outcome]:
+    """Here, in this process, in order."""
+    models = Models()
+    for job in jobs:
+        yield execute(job, models)
+
+
+def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_another) -> list[Outcome]:
+    """Run what is not finished; the outcomes of what failed.
+
+    Each job's folder is told what is planned in it first, so that a table names what is missing however this ends.
+    """
+    hashes = Hashes()
+    left = [job for job in jobs if not finished(job, hashes)]
+    if len(left) < len(jobs):
+        say(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
+    for job in left:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
+    failed: list[Outcome] = []
+    start, done, total = time.perf_counter(), 0.0, sum(job.cost for job in left)
+    outcomes = runner(left)
+    try:
+        for number, outcome in enumerate(outcomes, start=1):
+            done += outcome.job.cost
+            if outcome.aside is not None:
+                say(f"{outcome.job.label}: the run that was there had other settings or files; it is now {outcome.aside}")
+            spent = time.perf_counter() - start
+            remaining = f", about {results.duration(spent * (total - done) / done)} left" if number < len(left) else ""
+            what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
+            say(f"[{number}/{len(left)}] {outcome.job.label}: {what} ({results.duration(outcome.seconds)}{remaining})")
+            if outcome.result is None:
+                failed.append(outcome)
+    finally:
+        if isinstance(outcomes, Generator):
+            outcomes.close()  # Ctrl-C may come here: a runner ends its workers before anything else goes on
+    return failed
+
+
+def figures(result: dict[str, Any]) -> str:
+    """``base 71.2, new 55.3``."""
+    metrics = {result["protocol"]["test"]: result["metrics"]}
+    metrics.update({name: test["metrics"] for name, test in result.get("tests", {}).items()})
+    return ", ".join(f"{name} {values['accuracy']:.1f}" for name, values in metrics.items())
+
+
+def report(failed: Iterable[Outcome]) -> list[str]:
+    """What failed, each with the last lines of its log."""
+    lines: list[str] = []
+    for outcome in failed:
+        lines += [f"FAILED {outcome.job.label}: {outcome.error}", f"  in {outcome.job.folder}"]
+        lines += [f"  | {line}" for line in outcome.log]
+    return lines
+
+
+def planned(jobs: Sequence[Job]) -> list[str]:
+    """What ``--dry-run`` prints: each run, and whether it is there. Data are read where a finished run's files are compared."""
+    hashes = Hashes()
+    lines = [f"{job.label}: {_state(job, hashes)}, in {job.folder}" for job in jobs]
+    return [*lines, f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"]
+
+
+def _state(job: Job, hashes: Hashes) -> str:
+    try:
+        if finished(job, hashes):
+            return "there already"
+        if _other_settings(job, hashes):
+            return f"to run anew (other settings or files there go below {SUPERSEDED}/)"
+    except InputError as e:
+        return f"there already if its files are the same; data not there to compare ({e})"
+    return "to go on with" if (job.folder / "config.yaml").is_file() else "to run"

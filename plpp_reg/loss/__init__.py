@@ -1,0 +1,1 @@
+"""The loss: equations, the words nearest to a vector, the regularizer. torch alone."""

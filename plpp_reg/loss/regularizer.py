@@ -1,0 +1,251 @@
+"""PerplexityRegularizer: PLPP's settings, the frozen vocabulary, the checks of its input, one call."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from plpp_reg.errors import InputError
+from plpp_reg.loss import functional as PF
+from plpp_reg.loss.nearest import NearestWords
+
+
+class Components(NamedTuple):
+    """What one call measured. ``total`` is weighted; the two losses are not. All are scalars."""
+
+    total: Tensor
+    perplexity_loss: Tensor
+    inverse_loss: Tensor
+    perplexity: Tensor
+
+
+class PerplexityRegularizer(nn.Module):
+    """``weight * L_ppl + inverse_weight * L_inv`` over learned context vectors (PLPP, arXiv 2412.15277).
+
+    With the letters of :mod:`plpp_reg.loss.functional`, the mean being over P and M, in nats::
+
+        L_ppl = mean -sum_I q log p        (q, the soft label, is detached)
+        L_inv = mean -sum_I p log q        (p, the LM head's words, is detached)
+
+    Args:
+        embedding: the text tower's frozen ``token_embedding.weight``, (V, D). Its storage is shared, never copied, where it
+            is float32 already; the regularizer follows it when it moves or is reloaded in place (``load_state_dict``, not
+            with ``assign=True``, which puts another tensor in its place).
+        weight: factor of the perplexity loss, >= 0.
+        inverse_weight: factor of the inverted perplexity loss, >= 0.
+        top_k: number K of nearest words that make the label, 1 <= K <= V.
+        temperature: of the label's softmax over cosines, > 0.
+        label: "soft" (K words) or "hard" (the nearest word alone; then L_inv is 0).
+        normalize_over: p is a distribution over the whole "vocabulary" or over the label's "topk" words.
+        detach_label: no gradient through the label's side of either loss.
+        chunk_size: rows (context vectors) per (rows, V) matrix, >= 1; bounds memory, changes nothing else.
+        candidates: ids of the rows of ``embedding`` that count as words, for label and prediction alike; None: all.
+
+    ``embedding`` of an openai-clip model, say: ``PerplexityRegularizer(clip_model.token_embedding.weight)``. The module has no
+    parameters and saves nothing.
+
+    >>> regularizer = PerplexityRegularizer(torch.eye(1000, 64), inverse_weight=0.5)
+    >>> context = torch.nn.Parameter(torch.randn(4, 64) * 0.02)  # v, (M, D)
+    >>> hidden = torch.zeros(4, 64)  # h, (M, D): these states predict every word alike
+    >>> parts = regularizer.components(context, hidden)
+    >>> parts.perplexity.round()
+    tensor(1000.)
+    >>> torch.equal(parts.total, 0.1 * parts.perplexity_loss + 0.5 * parts.inverse_loss)
+    True
+    """
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        weight: float = 0.1,
+        inverse_weight: float = 0.1,
+        top_k: int = 10,
+        temperature: float = 0.1,
+        label: str = "soft",
+        normalize_over: str = "topk",
+        detach_label: bool = True,
+        chunk_size: int = 128,
+        candidates: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(embedding, Tensor) or embedding.dim() != 2 or not embedding.is_floating_point():
+            raise InputError(f"embedding: expected a floating-point tensor (V, D), got {_describe(embedding)}")
+        ids = _check_candidates(candidates, len(embedding))
+        vocabulary_size = len(embedding) if ids is None else len(ids)
+        self.weight = _check_number("weight", weight, 0.0)
+        self.inverse_weight = _check_number("inverse_weight", inverse_weight, 0.0)
+        self.temperature = _check_number("temperature", temperature, 0.0, open_below=True)
+        self.label = _check_choice("label", label, PF.LABELS)
+        self.normalize_over = _check_choice("normalize_over", normalize_over, PF.NORMALIZE_OVER)
+        self.top_k = _check_integer("top_k", top_k, 1, vocabulary_size, "the vocabulary's size")
+        self.chunk_size = _check_integer("chunk_size", chunk_size, 1)
+        if not isinstance(detach_label, bool):
+            raise InputError(f"detach_label: expected True or False, got {detach_label!r}")
+        self.detach_label = detach_label
+        if normalize_over == "topk" and (label == "hard" or top_k == 1):
+            raise InputError(
+                "normalize_over: expected 'vocabulary' with one label word (hard, or top_k 1), got 'topk': p is 1 there"
+            )
+        self.nearest = NearestWords()
+        self._source = (embedding,)  # a tuple, so that nn.Module does not register a host's Parameter as ours
+        self._seen: tuple[Tensor, tuple] | None = None
+        self.register_buffer("candidates", ids, persistent=False)
+        self.register_buffer("vocabulary", embedding.detach(), persistent=False)
+        self.register_buffer("inverse_norm", None, persistent=False)
+        self._refresh(embedding.device)
+
+    def forward(self, context: Tensor, hidden: Tensor) -> Tensor:
+        """The weighted scalar to add to a task loss; arguments as in :meth:`components`."""
+        if not self.active:
+            self._checked(context, hidden)  # bad input is bad input at any weight
+            return context.new_zeros((), dtype=PF.compute_dtype(context))
+        return self._measure(context, hidden, with_nll=False).total
+
+    @property
+    def active(self) -> bool:
+        """Whether a weight is above 0; if none is, nothing of the host's computation changes by a bit."""
+        return self.weight > 0 or self.inverse_weight > 0
+
+    def terms(self, parts: Components) -> dict[str, Tensor]:
+        """The weighted losses by their names in a log, ``ppl`` and ``inverse_ppl``; one of weight 0 is not there at all."""
+        weighted = {"ppl": (self.weight, parts.perplexity_loss), "inverse_ppl": (self.inverse_weight, parts.inverse_loss)}
+        return {name: weight * loss for name, (weight, loss) in weighted.items() if weight > 0}
+
+    def components(self, context: Tensor, hidden: Tensor, with_perplexity: bool = True) -> Components:
+        """Total, both losses (unweighted) and the perplexity, as scalars.
+
+        Args:
+            context: the learnable vectors v, (M, D) or (P, M, D), any floating dtype.
+            hidden: the state h that precedes each of them, (M, D) or (P, M, D), any floating dtype. Where P is 1 in one of
+                the two, it is shared: one context read in P different places.
+            with_perplexity: False spares the prediction over the whole vocabulary where the losses need the top-k alone.
+
+        Returns:
+            :class:`Components`. ``perplexity = exp(mean -log p(nearest word))`` over the vocabulary, dimensionless, detached;
+            nan where it was neither asked for nor at hand.
+
+        Raises:
+            InputError: shapes, width or dtype do not fit the vocabulary. It is a ValueError.
+        """
+        return self._measure(context, hidden, with_nll=with_perplexity)
+
+    def _measure(self, context: Tensor, hidden: Tensor, with_nll: bool) -> Components:
+        v, h = self._checked(context, hidden)
+        self._follow_source()
+        rows = PF.plpp(
+            v,
+            h,
+            self.vocabulary,
+            top_k=self.top_k if self.label == "soft" else 1,
+            chunk_size=self.chunk_size,
+            E_inverse_norm=self.inverse_norm,
+            search=self.nearest,
+            temperature=self.temperature,
+            normalize_over=self.normalize_over,
+            detach_label=self.detach_label,
+            with_nll=with_nll,
+        )
+        direct = rows.perplexity_loss.mean()
+        parts = Components(direct.new_zeros(()), direct, rows.inverse_loss.mean(), PF.perplexity(rows.hard_nll))
+        return parts._replace(total=sum(self.terms(parts).values(), parts.total))
+
+    def _checked(self, context: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as (1 or P, M, D)."""
+        width = self._source[0].shape[1]
+        for name, tensor in (("context", context), ("hidden", hidden)):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() not in (2, 3):
+                raise InputError(f"{name}: expected a floating-point tensor (M, D) or (P, M, D), got {_describe(tensor)}")
+            if tensor.shape[-1] != width:
+                raise InputError(f"{name}: expected width D = {width} of the vocabulary, got {_describe(tensor)}")
+            if tensor.numel() == 0:
+                raise InputError(f"{name}: expected at least one context vector, got {_describe(tensor)}")
+        v = context if context.dim() == 3 else context.unsqueeze(0)
+        h = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
+        if v.shape[1] != h.shape[1] or (v.shape[0] != h.shape[0] and 1 not in (v.shape[0], h.shape[0])):
+            raise InputError(
+                f"hidden: expected one state a context vector, context {_describe(context)}, got {_describe(hidden)}"
+            )
+        return v, h
+
+    def _apply(self, fn, recurse: bool = True):  # .to(), .half(), .cuda(), ...: moves, but never leaves float32
+        before = self.vocabulary.device
+        super()._apply(fn, recurse)
+        if self.vocabulary.device != before or self.vocabulary.dtype != PF.compute_dtype(self._source[0]):
+            self._refresh(self.vocabulary.device)
+        return self
+
+    def _follow_source(self) -> None:
+        if self._seen[1] != _fingerprint(self._source[0]):
+            self._refresh(self._source[0].device)
+
+    def _refresh(self, device: torch.device) -> None:
+        """Take the vocabulary from the embedding: shared where dtype, device and rows allow, copied otherwise."""
+        source = self._source[0]
+        rows = source.detach()
+        if self.candidates is not None:
+            rows = rows[self.candidates.to(rows.device)]
+        self.vocabulary = rows.to(device=device, dtype=PF.compute_dtype(source))
+        self.inverse_norm = PF.inverse_norm(self.vocabulary)
+        self.nearest.forget()
+        # the tensor too: while its storage is alive, no other weights can come to stand at its address
+        self._seen = (source.detach(), _fingerprint(source))
+
+    def extra_repr(self) -> str:
+        names = [n for n in settings_defaults() if n != "chunk_size"]
+        return ", ".join([f"V={len(self.vocabulary)}", *(f"{n}={getattr(self, n)!r}" for n in names)])
+
+
+def settings_defaults() -> dict[str, float | int | str | bool]:
+    """The regularizer's settings and their defaults, read from its signature: the only source of ``TRAINER.PLPP``."""
+    parameters = inspect.signature(PerplexityRegularizer.__init__).parameters
+    return {n: p.default for n, p in parameters.items() if n not in ("self", "embedding", "candidates")}
+
+
+def _fingerprint(tensor: Tensor) -> tuple:
+    version = 0 if tensor.is_inference() else tensor._version  # an in-place load_state_dict raises it
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), version
+
+
+def _describe(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(type(value).__name__)
+
+
+def _check_number(name: str, value: float, low: float, open_below: bool = False) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < low or (open_below and value == low):
+        raise InputError(f"{name}: expected a finite number {'>' if open_below else '>='} {low:g}, got {value!r}")
+    return float(value)
+
+
+def _check_integer(name: str, value: int, low: int, high: int | None = None, what: str = "") -> int:
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or value < low or (high is not None and value > high):
+        upper = f" and <= {high} ({what})" if high is not None else ""
+        raise InputError(f"{name}: expected an integer >= {low}{upper}, got {value!r}")
+    return value
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise InputError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def _check_candidates(candidates: Sequence[int] | Tensor | None, size: int) -> Tensor | None:
+    if candidates is None:
+        return None
+    try:
+        ids = torch.as_tensor(candidates)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"candidates: expected a non-empty list of token ids, got {candidates!r:.60}") from e
+    if ids.dim() != 1 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(f"candidates: expected a non-empty list of token ids, got {_describe(ids)}")
+    ids = ids.long().unique()
+    if ids[0] < 0 or ids[-1] >= size:
+        raise InputError(f"candidates: expected ids from 0 to {size - 1}, got {int(ids[0])} to {int(ids[-1])}")
+    return ids

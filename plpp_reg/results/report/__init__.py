@@ -1,0 +1,172 @@
+"""``plpp report``: one self-contained HTML page of a folder of recorded runs, and its figures as PNGs beside it.
+
+The tables are those of :mod:`plpp_reg.results.tables`; the page adds what a table cannot show. Everything that a run's files
+say is treated as text: the template escapes it, and the page forbids scripts and anything from outside.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plpp_reg import __version__
+from plpp_reg.errors import InputError
+from plpp_reg.io.files import write_atomically, write_text
+from plpp_reg.results import plots
+from plpp_reg.results.plots import Picture, file_name
+from plpp_reg.results.report.grids import Cell, Grid, TableRow, difference_bars, full, overview, shot_curves
+from plpp_reg.results.report.learned import PromptReader
+from plpp_reg.results.report.runs import (
+    Run,
+    RunCard,
+    card_group,
+    card_of,
+    environment_of,
+    failure_log,
+    pairs_of,
+    place_of,
+    runs_of,
+    setting,
+    title_of_run,
+)
+from plpp_reg.results.report.training import Training, Words, training, words
+from plpp_reg.results.tables import make_tables, records
+from plpp_reg.results.tables.records import Found
+from plpp_reg.results.tables.rendering import LEGEND, LEGEND_H
+from plpp_reg.results.tables.rows import Table, title_of
+from plpp_reg.results.tables.series import H
+
+PAGE = "report.html"
+TEMPLATE = "report.html.j2"
+
+
+class Section(NamedTuple):
+    """A protocol and a backbone, or the runs outside of any."""
+
+    anchor: str
+    title: str
+    overview: list[Grid]
+    full: Grid | None
+    legend: str
+    notes: Sequence[str]
+    results: list[Picture]
+    training: list[Training]
+    words: list[tuple[str, list[Words]]]
+
+
+def write_report(
+    folder: str | Path, output: str | Path = "", published: bool = True, say: Callable[[str], None] = print
+) -> Path:
+    """Write the page, by default ``folder``/report.html, and the figures into a folder ``<its name>_files`` beside it.
+
+    Raises:
+        InputError: no such folder, no run in it, or a place that cannot be written to.
+    """
+    found = records.find_runs(folder)
+    if not found:
+        raise InputError(f"{str(folder)!r}: expected recorded runs (folders with a result.json) in it, got none")
+    path = Path(output) if output else Path(folder) / PAGE
+    if path.is_dir():
+        raise InputError(f"--output {str(path)!r}: expected the name of a file, got a folder")
+    say(f"{len(found)} runs in {folder}")
+    content = page(Path(folder), found, published, f"{path.stem}_files")
+    pictures = [p for s in content["sections"] for p in (*s.results, *(q for t in s.training for q in t.pictures))]
+    html = render(content)
+    try:
+        for picture in pictures:
+            png = picture.png
+            write_atomically(path.parent / f"{path.stem}_files" / f"{picture.name}.png", lambda p, png=png: p.write_bytes(png))
+        write_text(path, html)
+    except OSError as e:
+        raise InputError(f"--output {str(path)!r}: expected a place to write to, got {e}") from e
+    say(f"Report: {path} ({len(html.encode()) / 2**20:.1f} MiB), {len(pictures)} figures in {path.stem}_files")
+    return path
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The page. What is no character (half a surrogate pair in a name) is replaced."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("plpp_reg.results").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(template).render(content).encode("utf-8", "replace").decode()
+
+
+def page(folder: Path, found: Sequence[Found], published: bool, files: str) -> dict[str, Any]:
+    """What the template shows of these runs."""
+    recorded = records.as_runs(found)
+    runs = runs_of(found, recorded.records)
+    made = make_tables(recorded, published=published)
+    reader = PromptReader()
+    sections = [_protocol(table, _of(runs, table), reader) for table in made]
+    if others := [run for run in runs if not run.found.note]:
+        sections.append(_outside(folder, others, reader))
+    cards: dict[str, list[RunCard]] = {}
+    for run in found:
+        cards.setdefault(card_group(run), []).append(card_of(folder, run))
+    return {
+        "title": folder.resolve().name or str(folder),
+        "version": __version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "files": files,
+        "light": plots.LIGHT,
+        "dark": plots.DARK,
+        "finished": sum(run.result is not None for run in found),
+        "missing": [(title_of_run(folder, run), run.why, failure_log(run.place)) for run in found if run.result is None],
+        "sections": sections,
+        "environment": environment_of(found),
+        "cards": list(cards.items()),
+        "count": len(found),
+    }
+
+
+def _of(runs: Iterable[Run], table: Table) -> list[Run]:
+    return [run for run in runs if run.found.note and (run.section[0], run.section[2]) == (table.protocol, table.backbone)]
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _protocol(table: Table, runs: Sequence[Run], reader: PromptReader) -> Section:
+    form = runs[0].section[1]
+    title = f"{table.protocol} ({table.backbone})"
+    name = file_name(title)
+    drawn = shot_curves(table, name, pairs_of(runs)) if form == "shots" else difference_bars(table, name, form)
+    return Section(
+        anchor=name,
+        title=title,
+        overview=overview(table, form),
+        full=full(table),
+        legend=LEGEND + (LEGEND_H if H in table.columns else ""),
+        notes=table.notes,
+        results=drawn,
+        training=training(runs, name),
+        words=words(runs, reader),
+    )
+
+
+def _outside(folder: Path, runs: Sequence[Run], reader: PromptReader) -> Section:
+    """Runs of ``plpp train`` or others: each by itself, no mean of them."""
+    lines = []
+    for run in runs:
+        result = run.found.result
+        accuracy = result["metrics"].get("accuracy") if isinstance(result["metrics"], dict) else None
+        values = [run.method, title_of(run.dataset), str(setting(result, "DATASET.SUBSAMPLE_CLASSES") or "")]
+        values += ["all" if run.shots < 0 else str(run.shots), str(run.seed)]
+        values.append(f"{accuracy:.2f}" if isinstance(accuracy, (int, float)) else "")
+        lines.append(TableRow(place_of(folder, run.found), "measured", [Cell(value) for value in values]))
+    columns = ["trainer", "data set", "classes", "shots", "seed", "accuracy"]
+    return Section(
+        anchor="outside",
+        title="Runs outside a protocol",
+        overview=[],
+        full=Grid("Every run", columns, [("", lines)]),
+        legend="Accuracy in percent, of the test that the run itself made; nothing is averaged.",
+        notes=[],
+        results=[],
+        training=training(runs, "outside"),
+        words=words(runs, reader),
+    )

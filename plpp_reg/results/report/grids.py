@@ -1,0 +1,161 @@
+"""Tables of the page, and the figures that are drawn of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from plpp_reg.experiments.protocols import shots_text
+from plpp_reg.results import plots
+from plpp_reg.results.plots import Bar, Line, Picture, file_name
+from plpp_reg.results.tables.rows import AVERAGE_OF, Row, Table, title_of
+from plpp_reg.results.tables.series import MEAN_H, Figure
+from plpp_reg.results.tables.settings import plain_of
+
+
+class Cell(NamedTuple):
+    """``clear``: a difference whose 95% interval leaves out 0."""
+
+    value: str = ""
+    spread: str = ""
+    clear: bool = False
+
+
+class TableRow(NamedTuple):
+    """A row of a table of the page."""
+
+    label: str
+    kind: str
+    cells: list[Cell]
+    n: str = ""
+    source: str = ""
+
+
+class Grid(NamedTuple):
+    """A table of the page: blocks of rows, each below its title."""
+
+    title: str
+    columns: list[str]
+    blocks: list[tuple[str, list[TableRow]]]
+    has_source: bool = False
+
+
+def full(table: Table) -> Grid:
+    """Every row of a table, a block a data set."""
+    blocks: dict[str, list[TableRow]] = {}
+    for row in table.rows:
+        cells = [_cell(row, row.cells.get(column)) for column in table.columns]
+        blocks.setdefault(row.group, []).append(TableRow(row.label, row.kind, cells, row.n, row.source))
+    columns = [*map(title_of, table.columns), "seeds"]
+    return Grid("Every figure", columns, list(blocks.items()), any(row.source for row in table.rows))
+
+
+def overview(table: Table, form: str) -> list[Grid]:
+    """A table a column, with a column a data set, where there are several: H, the most shots and the average first."""
+    groups = list(dict.fromkeys(row.group for row in table.rows))
+    groups.sort(key=lambda group: not group.startswith(AVERAGE_OF))
+    if form == "targets" or len(groups) < 2:
+        return []
+    grids = []
+    for column in reversed(table.columns):
+        lines: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in table.rows:
+            if row.kind != "published" and column in row.cells:
+                lines.setdefault((row.label, row.kind), {})[row.group] = row
+        ours = [
+            TableRow(label, kind, [_cell(rows[g], rows[g].cells[column]) if g in rows else Cell() for g in groups])
+            for (label, kind), rows in sorted(lines.items(), key=lambda item: item[0][1] == "difference")
+        ]
+        if ours:
+            what = shots_text(int(column)) if form == "shots" else column
+            grids.append(Grid(f"{what}, a column a data set", groups, [("", ours)]))
+    return grids
+
+
+def _cell(row: Row, figure: Figure | None) -> Cell:
+    if figure is None:
+        return Cell()
+    different = row.kind == "difference"
+    known = not math.isnan(figure.spread)
+    spread = f"± {figure.spread:.2f}" if known else ""
+    value = f"{figure.value:+.2f}" if different else f"{figure.value:.2f}"
+    return Cell(value, spread, different and known and abs(figure.value) > figure.spread)
+
+
+def shot_curves(table: Table, name: str, pairs: Collection[tuple[str, str]]) -> list[Picture]:
+    """Accuracy over shots, a figure a data set: mean, and a band of one standard deviation. ``pairs``: of ``runs.pairs_of``."""
+    pictures = []
+    ticks = [float(column) for column in table.columns]
+    for group, rows in _by_group(table, "measured"):
+        style = plots.styles([row.label for row in rows], plain_forms([row.label for row in rows], pairs))
+        lines = []
+        for row in rows:
+            points = [(float(c), row.cells[c]) for c in table.columns if c in row.cells]
+            spreads = [0.0 if math.isnan(f.spread) else f.spread for _, f in points]
+            x, y = [shots for shots, _ in points], [f.value for _, f in points]
+            low, high = ([v + sign * s for v, s in zip(y, spreads, strict=True)] for sign in (-1, 1))
+            lines.append(Line(row.label, style[row.label], x, y, low, high))
+        title = f"{group}: accuracy over shots"
+        said = [f"{row.label}: " + ", ".join(f"{shots_text(int(c))} {_say(row, c)}" for c in row.cells) for row in rows]
+        pictures.append(
+            plots.curves(
+                f"{name}-{file_name(group)}-shots", title, f"{title}, percent. {'. '.join(said)}.", lines,
+                "training images a class", "accuracy (%)", ticks, log_x=True,
+            )
+        )  # fmt: skip
+    return pictures
+
+
+def difference_bars(table: Table, name: str, form: str) -> list[Picture]:
+    """Each method with PLPP against the plain one: a row a data set; a row a method where there is one data set."""
+    by_group = _by_group(table, "difference")
+    columns = [c for c in table.columns if c != MEAN_H and any(c in row.cells for _, rows in by_group for row in rows)]
+    drawn: list[tuple[str, list[str], dict[str, list[Bar | None]]]] = []
+    if form == "targets":
+        for group, rows in by_group:
+            values = {row.label: [_bar(row, column) for column in columns] for row in rows}
+            drawn += [(f"{group}: {label}", list(map(title_of, columns)), {label: v}) for label, v in values.items()]
+    elif len(by_group) == 1:
+        ((group, rows),) = by_group
+        values = {column: [_bar(row, column) for row in rows] for column in columns}
+        drawn.append((f"{group}: with PLPP against without", [row.label for row in rows], values))
+    else:
+        for label in dict.fromkeys(row.label for _, rows in by_group for row in rows):
+            there = [(group, row) for group, rows in by_group for row in rows if row.label == label]
+            drawn.append((label, [g for g, _ in there], {c: [_bar(row, c) for _, row in there] for c in columns}))
+    pictures = []
+    for title, rows, values in drawn:
+        said = [
+            f"{row}: " + ", ".join(f"{c} {_say_bar(each[i])}" for c, each in values.items() if each[i])
+            for i, row in enumerate(rows)
+        ]
+        alt = f"{title}, difference in points with half its 95% interval. {'. '.join(said)}."
+        pictures.append(plots.bars(f"{name}-{file_name(title)}", title, alt, rows, values, "difference in accuracy, points"))
+    return pictures
+
+
+def _by_group(table: Table, kind: str) -> list[tuple[str, list[Row]]]:
+    groups: dict[str, list[Row]] = {}
+    for row in table.rows:
+        if row.kind == kind and row.cells:
+            groups.setdefault(row.group, []).append(row)
+    return list(groups.items())
+
+
+def plain_forms(rows: Sequence[str], pairs: Collection[tuple[str, str]]) -> dict[str, str]:
+    """Of these rows, each with PLPP -> the first that it is compared with, ``""`` where there is none."""
+    return {row: next((p for treated, p in pairs if treated == row and p in rows), "") for row in rows if plain_of(row)}
+
+
+def _bar(row: Row, column: str) -> Bar | None:
+    return Bar(*row.cells[column]) if column in row.cells else None
+
+
+def _say(row: Row, column: str) -> str:
+    cell = _cell(row, row.cells[column])
+    return f"{cell.value} {cell.spread}".rstrip()
+
+
+def _say_bar(bar: Bar) -> str:
+    return f"{bar.value:+.1f}" + ("" if math.isnan(bar.half_width) else f" ± {bar.half_width:.1f}")

@@ -1,0 +1,166 @@
+"""Each run by itself: how the page groups it, everything that is known of it, and what it was made with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plpp_reg.engine.registry import SUFFIX, shipped
+from plpp_reg.experiments.protocols import learns, run_label
+from plpp_reg.experiments.sweep import FAILED
+from plpp_reg.results.record import duration
+from plpp_reg.results.report.grids import Cell, Grid, TableRow
+from plpp_reg.results.tables.records import Found, Record
+from plpp_reg.results.tables.rows import dataset_order, title_of
+from plpp_reg.results.tables.settings import Made, Settings, pair, relevant, tell_apart
+
+
+class Run(NamedTuple):
+    """A run as the page groups it."""
+
+    found: Found
+    section: tuple[str, str, str]  # protocol, form of its table, backbone
+    dataset: str
+    shots: int
+    method: str
+    seed: int
+    settings: Settings
+
+
+class RunCard(NamedTuple):
+    """Everything that is known of one run."""
+
+    label: str
+    place: str
+    state: str
+    figures: list[tuple[str, str]]
+    config: str
+    log: str
+
+
+def runs_of(found: Sequence[Found], records: Sequence[Record]) -> list[Run]:
+    """The finished ones with what they are grouped by, each named as its row of the tables is; ``records``: those in tables."""
+    rows = {record.place: record for record in records}
+    runs = [run for run in map(_outside_of_a_protocol, found) if run is not None]
+    made = [Made((), run.method, (run.dataset, run.shots), run.settings) for run in runs]
+    runs = [run._replace(method=row) for run, (row, _) in zip(runs, tell_apart(made), strict=True)]
+    for run in found:
+        if run.place in rows:
+            note = run.note
+            section = (note["name"], note["table"], note["backbone"])
+            record = rows[run.place]
+            runs.append(Run(run, section, note["dataset"], note["shots"], record.row, note["seed"], record.settings))
+    return sorted(runs, key=lambda run: (*dataset_order(run.dataset, run.shots), run.method, run.seed))
+
+
+def _outside_of_a_protocol(found: Found) -> Run | None:
+    if found.note or found.result is None:
+        return None
+    result = found.result
+    shots, seed = (
+        value if isinstance(value, int) else -1 for value in (setting(result, "DATASET.NUM_SHOTS"), result.get("seed"))
+    )
+    section = ("", "", str(result.get("backbone", "")))
+    method = str(result.get("trainer", ""))
+    learning = shipped(method) is None or learns(method.removesuffix(SUFFIX))  # not known of a trainer of one's own
+    settings = relevant(result["config"], method, learning)
+    return Run(found, section, str(result.get("dataset", "")), shots, method, seed, settings)
+
+
+def pairs_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(A row with PLPP, a plain row) as :func:`plpp_reg.results.tables.settings.pair` compares them."""
+    kinds: dict[str, dict[tuple[str, int], Settings]] = {}
+    for run in runs:
+        kinds.setdefault(run.method, {})[run.dataset, run.shots] = run.settings
+    return list(pair(kinds)[0])
+
+
+def setting(result: Mapping[str, Any], key: str) -> Any:
+    """A key of a run's configuration; None where it has none."""
+    return result["config"].get(key) if isinstance(result["config"], dict) else None
+
+
+def title_of_run(folder: Path, run: Found) -> str:
+    """What was planned, or where it is."""
+    return run_label(run.note) if run.note else place_of(folder, run)
+
+
+def place_of(folder: Path, run: Found) -> str:
+    """Its folder below ``folder``."""
+    return run.place.relative_to(folder).as_posix()
+
+
+def card_group(run: Found) -> str:
+    """The title that its card stands below."""
+    if not run.note:
+        return "Runs outside a protocol"
+    return f"{run.note['name']}: {title_of(run.note['dataset'])}"
+
+
+def card_of(folder: Path, run: Found) -> RunCard:
+    """Metrics, losses, hashes, versions and the whole configuration, as text."""
+    figures: list[tuple[str, str]] = []
+    result = run.result
+    if result is not None:
+        tests = {"": result["metrics"]}
+        if run.note:
+            tests = {run.note["test"]: result["metrics"], **{name: t["metrics"] for name, t in result.get("tests", {}).items()}}
+        figures += [(f"{test} {name}".strip(), _text(v)) for test, metrics in tests.items() for name, v in _items(metrics)]
+        figures += [(f"loss {name} of the last epoch", _text(v)) for name, v in _items(result.get("losses"))]
+        if isinstance(result.get("seconds"), (int, float)):
+            figures.append(("training", duration(result["seconds"])))
+        figures += [(key, _text(result[key])) for key in ("files_sha256", "few_shot_sha256") if result.get(key)]
+        figures += [(name, _text(v)) for name, v in _items(result.get("versions"))]
+    return RunCard(
+        label=title_of_run(folder, run),
+        place=place_of(folder, run),
+        state=run.why or "finished",
+        figures=figures,
+        config=_config(run),
+        log=failure_log(run.place) if result is None else "",  # nothing of a run that finished after all
+    )
+
+
+def _items(values: object) -> list[tuple[str, Any]]:
+    return list(values.items()) if isinstance(values, dict) else []
+
+
+def _text(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def _config(run: Found) -> str:
+    """The resolved configuration, a key a line: as the result has it, else as the folder has it."""
+    if run.result is not None and isinstance(run.result["config"], dict) and run.result["config"]:
+        return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in run.result["config"].items())
+    try:
+        return (run.place / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "none recorded: the run was not started"
+
+
+def failure_log(place: Path) -> str:
+    """The last lines of a failed run's log; nothing where it did not fail."""
+    try:
+        lines = json.loads((place / FAILED).read_text(encoding="utf-8"))["log"]
+        return "\n".join(map(str, lines))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def environment_of(found: Sequence[Found]) -> Grid | None:
+    """A column an environment, with the number of runs in it."""
+    kinds: dict[str, int] = {}
+    for run in found:
+        versions = run.result.get("versions") if run.result is not None else None
+        if isinstance(versions, dict):
+            key = json.dumps(versions, sort_keys=True)
+            kinds[key] = kinds.get(key, 0) + 1
+    if not kinds:
+        return None
+    each = [json.loads(key) for key in kinds]
+    names = dict.fromkeys(name for versions in each for name in versions)
+    lines = [TableRow(name, "measured", [Cell(_text(v.get(name, "")), "") for v in each]) for name in names]
+    return Grid("Versions", [f"{count} run{'s' * (count > 1)}" for count in kinds.values()], [("", lines)])

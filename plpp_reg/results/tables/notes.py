@@ -1,0 +1,86 @@
+"""What to know beside a table's figures: what differs inside an average, what is not compared, what is not counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from plpp_reg.experiments.protocols import shots_text
+from plpp_reg.results.tables.records import Record
+from plpp_reg.results.tables.rows import title_of
+from plpp_reg.results.tables.settings import Kinds, differing, written
+
+MOST = 3  # data sets that a note names, of those with one value
+
+
+def varying(kinds: Kinds) -> list[str]:
+    """Settings that a method's recipe, or somebody's hand, changes between data sets or shots."""
+    rows: dict[str, list[str]] = {}
+    for label, cells in kinds.items():
+        said = []
+        for key in differing(list({id(settings): settings for settings in cells.values()}.values())):
+            values: dict[str, list[tuple[str, int]]] = {}
+            for cell, settings in cells.items():
+                values.setdefault(written(settings, key), []).append(cell)
+            said.append(f"{key} " + ", ".join(f"{value} ({_cells(there, cells)})" for value, there in values.items()))
+        if said:
+            rows.setdefault("; ".join(said), []).append(label)
+    return [f"Not the same for all of {', '.join(labels)}: {said}." for said, labels in rows.items()]
+
+
+def _cells(some: Sequence[tuple[str, int]], of: Iterable[tuple[str, int]]) -> str:
+    """``DTD, EuroSAT and 8 more``; the shots where they alone differ, both where both do."""
+    several_datasets, several_shots = (len({cell[i] for cell in of}) > 1 for i in (0, 1))
+    several_datasets |= not several_shots  # of one cell, its data set
+    names = [
+        " ".join([*([title_of(dataset)] if several_datasets else []), *([shots_text(shots)] if several_shots else [])])
+        for dataset, shots in some
+    ]
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more
+
+
+def unnamed(kinds: Kinds, records: Iterable[Record]) -> list[str]:
+    """What the row of a method's plain name was made with, where rows beside it are named for that."""
+    rows: dict[str, set[str]] = {}
+    for record in records:
+        rows.setdefault(record.method, set()).add(record.row)
+    notes = []
+    for method, labels in rows.items():
+        usual = kinds[method]
+        others = [(kinds[label][cell], usual[cell]) for label in sorted(labels) for cell in kinds[label] if cell in usual]
+        keys = dict.fromkeys(key for both in others for key in sorted(differing(both)))
+        several = differing(list(usual.values()))  # a note of their own says these
+        said = [f"{key}={written(next(iter(usual.values())), key)}" for key in keys if key not in several]
+        if said:
+            notes.append(f"{method} has {', '.join(said)} where its row does not name another.")
+    return notes
+
+
+def uncompared(apart: Mapping[tuple[str, str], Sequence[tuple[str, int]]], kinds: Kinds) -> list[str]:
+    """Rows with PLPP for which no plain run has their settings, and where."""
+    cells = {cell for there in kinds.values() for cell in there}
+    return [f"{treated} ({_cells(there, cells)}) has no difference from {why}." for (treated, why), there in apart.items()]
+
+
+def lacking(row: str, title: str, datasets: Sequence[str]) -> str:
+    """Why a row has no average."""
+    names = [title_of(dataset) for dataset in datasets]
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    why = f"it lacks {', '.join(names[:MOST])}{more}" if names else "it has no seed on all of them"
+    return f"{row} is not in {title}: {why}."
+
+
+def doubled(records: Iterable[Record]) -> list[str]:
+    """Runs of one row and seed in several folders, with other figures: the table has the last."""
+    found: dict[tuple[str, tuple[str, int], int], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.row, record.cell, record.note["seed"]), []).append(record)
+    notes = []
+    for (row, (dataset, shots), seed), (*others, last) in found.items():
+        if any(other.accuracies != last.accuracies for other in others):
+            where = ", ".join([title_of(dataset), *([shots_text(shots)] if shots else []), f"seed {seed}"])
+            times = "twice" if len(others) == 1 else f"{len(others) + 1} times"
+            places = ", ".join(str(other.place) for other in others)
+            do = "does" if len(others) == 1 else "do"
+            notes.append(f"{row} ({where}) is there {times}, with other figures: {last.place} counts, {places} {do} not.")
+    return notes

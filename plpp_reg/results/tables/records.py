@@ -1,0 +1,151 @@
+"""Reading recorded runs: what is whole and of what was planned last counts; what is missing or failed is named."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plpp_reg.errors import InputError
+from plpp_reg.experiments.protocols import TABLES, run_label
+from plpp_reg.experiments.sweep import FAILED, JOB, SUPERSEDED
+from plpp_reg.results import record as results
+from plpp_reg.results.tables.settings import Made, Settings, relevant, tell_apart
+
+NOTE = {"name": str, "table": str, "dataset": str, "shots": int, "method": str, "variant": str, "backbone": str, "test": str}
+NOTE |= {"learns": bool, "seed": int}
+
+
+class Record(NamedTuple):
+    """One finished run: its note, each test's accuracy in percent, and the row that it belongs to, named for its settings."""
+
+    note: Mapping[str, Any]
+    accuracies: Mapping[str, float]
+    place: Path
+    row: str
+    settings: Settings
+
+    @property
+    def cell(self) -> tuple[str, int]:
+        return cell_of(self.note)
+
+    @property
+    def method(self) -> str:
+        """What the row is called where it names no setting."""
+        return method_of_note(self.note)
+
+
+class Found(NamedTuple):
+    """A run's folder and what was planned in it; ``result`` where it is whole and of that plan, else ``why`` it does not count.
+
+    ``note`` is empty where no plan can be read: a run of ``plpp train``, or a broken job.json.
+    """
+
+    place: Path
+    note: Mapping[str, Any]
+    result: Mapping[str, Any] | None
+    why: str = ""
+
+
+class Runs(NamedTuple):
+    """What lies below a folder: whole results, and what is missing or failed, in words."""
+
+    records: list[Record]
+    missing: list[str]
+
+
+def find_runs(folder: str | Path) -> list[Found]:
+    """Every run below a folder, those of ``plpp run`` and others.
+
+    Raises:
+        InputError: no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"{str(folder)!r}: expected a folder that plpp run wrote")
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != SUPERSEDED)
+        if JOB in files:
+            folders.clear()  # a run's own folders: checkpoints, event files
+            found.append(_planned(Path(place)))
+        elif results.RESULT in files or "config.yaml" in files:
+            result = results.read_if_whole(place)
+            found.append(Found(Path(place), {}, result, "" if result else "not finished"))
+    return found
+
+
+def _planned(place: Path) -> Found:
+    try:
+        note = json.loads((place / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        note = None
+    fits = isinstance(note, dict) and all(isinstance(note.get(key), kind) for key, kind in NOTE.items())
+    if not fits or note["table"] not in TABLES:
+        return Found(place, {}, None, f"its {JOB} cannot be read")
+    result = results.read_if_whole(place)
+    if result is None or result.get("protocol") != note:
+        return Found(place, note, None, _why(place, result is not None))
+    try:
+        whole = all(math.isfinite(value) for value in accuracies(note, result).values())
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    return Found(place, note, result) if whole else Found(place, note, None, f"no accuracy in its {results.RESULT}")
+
+
+def accuracies(note: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float]:
+    """Each test's accuracy by its name."""
+    tests = {name: test["metrics"]["accuracy"] for name, test in result.get("tests", {}).items()}
+    return {note["test"]: result["metrics"]["accuracy"], **tests}
+
+
+def read_runs(folder: str | Path) -> Runs:
+    """Every run of ``plpp run`` below a folder.
+
+    Raises:
+        InputError: no such folder, or no run in it.
+    """
+    planned = [run for run in find_runs(folder) if run.note or (run.place / JOB).is_file()]
+    if not planned:
+        raise InputError(f"{str(folder)!r}: expected runs of plpp run in it, got none")
+    return as_runs(planned)
+
+
+def as_runs(found: Iterable[Found]) -> Runs:
+    """What counts of these, and the others in words."""
+    counted, missing = [], []
+    for run in found:
+        if run.note and run.result:
+            counted.append(run)
+        elif not run.result:
+            missing.append(f"{run_label(run.note) if run.note else run.place}: {run.why}")
+    rows = tell_apart([_made(run.note, run.result) for run in counted])
+    records = [
+        Record(run.note, accuracies(run.note, run.result), run.place, row, settings)
+        for run, (row, settings) in zip(counted, rows, strict=True)
+    ]
+    return Runs(records, missing)
+
+
+def cell_of(note: Mapping[str, Any]) -> tuple[str, int]:
+    """Data set and shots; 0 where figures of any number of shots are one: of what learns nothing, in a table over shots."""
+    return note["dataset"], note["shots"] if note["learns"] or note["table"] != "shots" else 0
+
+
+def method_of_note(note: Mapping[str, Any]) -> str:
+    """``CoOp_PLPP TOP_K=3``."""
+    return f"{note['method']} {note['variant']}".rstrip()
+
+
+def _made(note: Mapping[str, Any], result: Mapping[str, Any]) -> Made:
+    settings = relevant(result["config"], note["method"], note["learns"])
+    return Made((note["name"], note["table"], note["backbone"]), method_of_note(note), cell_of(note), settings)
+
+
+def _why(place: Path, other: bool) -> str:
+    try:
+        return f"failed: {json.loads((place / FAILED).read_text(encoding='utf-8'))['error']}"
+    except (OSError, ValueError, KeyError):
+        return "not run yet with these settings" if other else "not finished"

@@ -1,0 +1,57 @@
+"""What a table consists of: its rows, what they are called, and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from plpp_reg.data import full_name, paper_name
+from plpp_reg.engine.registry import SUFFIX
+from plpp_reg.errors import InputError
+from plpp_reg.results.tables.series import Figure
+from plpp_reg.results.tables.settings import method_of
+
+AVERAGE_OF = "Average of "  # what the title of an average over data sets begins with
+PAPERS = ("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft", "SUN397", "DTD")
+PAPERS += ("EuroSAT", "UCF101")
+
+
+class Row(NamedTuple):
+    """``kind``: measured, difference or published; ``n``: the number of seeds, "2-3" where columns differ."""
+
+    group: str
+    label: str
+    kind: str
+    cells: Mapping[str, Figure]
+    n: str = ""
+    source: str = ""
+
+
+class Table(NamedTuple):
+    """``notes``: what a reader must know beside the figures, a sentence each."""
+
+    protocol: str
+    backbone: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+
+
+def title_of(dataset: str) -> str:
+    """The paper's name of a data set; of anything else (one's own, a column) its own."""
+    try:
+        return paper_name(full_name(dataset))
+    except InputError:
+        return dataset
+
+
+def dataset_order(dataset: str, shots: int) -> tuple[int, str, int]:
+    """What to sort by: the papers' order first."""
+    title = title_of(dataset)
+    known = (*PAPERS, "ImageNetV2", "ImageNet-Sketch", "ImageNet-A", "ImageNet-R")
+    return (known.index(title) if title in known else len(known), title, shots)
+
+
+def method_order(methods: Iterable[str]) -> list[str]:
+    """Zero-shot first, then each method with its PLPP forms after it."""
+    return sorted(methods, key=lambda m: (not m.startswith("Zeroshot"), method_of(m).removesuffix(SUFFIX), m))
