@@ -26,8 +26,9 @@ from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vocabulary import candidate_ids
 from plpp_reg.data import DataSplit, Datum, sample_few_shot, subsample_classes
+from plpp_reg.data.augmentation import build_transform
 from plpp_reg.data.emoji import read_emoji
-from plpp_reg.data.loaders import ImageDataset, build_transform
+from plpp_reg.data.loaders import ImageDataset
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.results.record import harmonic_mean, paired, summary

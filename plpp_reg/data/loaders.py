@@ -5,83 +5,24 @@ The epoch counts as its view: the same number, unless ``INPUT.VIEWS`` says that 
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms as T
 from yacs.config import CfgNode
 
 from plpp_reg.data import DataSplit, Datum, load_dataset
+from plpp_reg.data.augmentation import Transform, build_transform, rgb
 from plpp_reg.engine.distributed import Ranks
-from plpp_reg.errors import InputError, unknown
+from plpp_reg.errors import InputError
 
 ONE = Ranks()  # a run in one process
-INTERPOLATIONS = {
-    "bilinear": T.InterpolationMode.BILINEAR,
-    "bicubic": T.InterpolationMode.BICUBIC,
-    "nearest": T.InterpolationMode.NEAREST,
-}
-# Dassl's names, in the order in which Dassl applies them whatever the order in INPUT.TRANSFORMS.
-TRAIN_TRANSFORMS = (
-    "random_crop",
-    "random_resized_crop",
-    "center_crop",  # of no effect here, as in Dassl: every image has its size already
-    "random_flip",
-    "colorjitter",
-    "randomgrayscale",
-    "normalize",
-)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
-
-
-def build_transform(cfg: CfgNode, train: bool) -> T.Compose:
-    """Dassl's transforms for ``cfg.INPUT``, through torchvision: image -> (3, H, W) float32."""
-    if cfg.INPUT.INTERPOLATION not in INTERPOLATIONS:
-        raise unknown("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, INTERPOLATIONS)
-    mode, size = INTERPOLATIONS[cfg.INPUT.INTERPOLATION], tuple(cfg.INPUT.SIZE)
-    names = tuple(cfg.INPUT.TRANSFORMS)
-    for key, length in (("SIZE", 2), ("PIXEL_MEAN", 3), ("PIXEL_STD", 3), ("RRCROP_SCALE", 2)):
-        if len(cfg.INPUT[key]) != length:
-            raise InputError(f"INPUT.{key}: expected {length} numbers, got {cfg.INPUT[key]!r}")
-    if cfg.INPUT.VIEWS < 0:
-        raise InputError(f"INPUT.VIEWS: expected an integer >= 0 (0: a new view each epoch), got {cfg.INPUT.VIEWS}")
-    if not min(cfg.INPUT.PIXEL_STD) > 0:
-        raise InputError(f"INPUT.PIXEL_STD: expected numbers > 0, got {cfg.INPUT.PIXEL_STD!r}")
-    if not 0 < cfg.INPUT.RRCROP_SCALE[0] <= cfg.INPUT.RRCROP_SCALE[1]:
-        raise InputError(f"INPUT.RRCROP_SCALE: expected 0 < low <= high, got {cfg.INPUT.RRCROP_SCALE!r}")
-    for name in names:
-        if name not in TRAIN_TRANSFORMS:
-            raise unknown("INPUT.TRANSFORMS", name, TRAIN_TRANSFORMS)
-    steps: list = [_rgb]
-    if not train:
-        steps += [T.Resize(max(size), interpolation=mode), T.CenterCrop(size)]
-    else:
-        inp = cfg.INPUT
-        if "random_crop" not in names and "random_resized_crop" not in names:
-            steps.append(T.Resize(size, interpolation=mode))
-        made = {
-            "random_crop": lambda: T.RandomCrop(size, padding=inp.CROP_PADDING),
-            "random_resized_crop": lambda: T.RandomResizedCrop(size, scale=tuple(inp.RRCROP_SCALE), interpolation=mode),
-            "random_flip": lambda: T.RandomHorizontalFlip(),
-            "colorjitter": lambda: T.ColorJitter(inp.COLORJITTER_B, inp.COLORJITTER_C, inp.COLORJITTER_S, inp.COLORJITTER_H),
-            "randomgrayscale": lambda: T.RandomGrayscale(p=inp.RGS_P),
-        }
-        for name in TRAIN_TRANSFORMS:
-            if name in names and name in made:
-                try:
-                    steps.append(made[name]())
-                except ValueError as e:
-                    raise InputError(f"INPUT: {name} ({name.upper()}_…): {e}") from e
-    if "normalize" not in names:
-        raise InputError(f"INPUT.TRANSFORMS: expected 'normalize' among them, which CLIP needs, got {list(names)}")
-    steps += [T.ToTensor(), T.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)]
-    return T.Compose(steps)
+BATCHES_AHEAD = 1  # of pictures, made while the one before is encoded
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:
@@ -98,29 +39,76 @@ def view_of(epoch: int, views: int) -> int:
     return epoch % views if views > 0 else epoch
 
 
-class ImageDataset(Dataset):
-    """Items by (view, index): ``{"img": (3, H, W), "label", "index"}``. The caller's random streams are left alone."""
+class Pictures:
+    """Opens pictures, and keeps the first ones as they come in memory: small ones are not decoded anew for each view.
 
-    def __init__(self, items: Sequence[Datum], transform: T.Compose, seed: int) -> None:
+    Args:
+        max_bytes: bound on the pixels that are kept.
+    """
+
+    def __init__(self, max_bytes: int = 0) -> None:
+        self.left = max_bytes
+        self._kept: dict[tuple, Image.Image] = {}
+
+    def open(self, path: str) -> Image.Image:
+        """In three channels.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        key = (path, *file_state(path))
+        if (image := self._kept.get(key)) is None:
+            try:
+                with Image.open(path) as file:
+                    image = rgb(file)
+            except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # broken PNG chunks are a SyntaxError
+                raise InputError(f"image {path}: expected a readable picture, got {e}") from e
+            size = 3 * image.width * image.height
+            if size <= self.left:
+                self.left -= size
+                self._kept[key] = image
+        return image
+
+
+def file_state(path: str) -> tuple[int, ...]:
+    """What changes with a file's content: size, times and inode. Of the times one, that of the inode, cannot be set back.
+
+    Raises:
+        InputError: it cannot be looked at.
+    """
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"image {path}: expected a readable picture, got {e}") from e
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+class ImageDataset(Dataset):
+    """Items by (view, index): ``{"img": (3, H, W), "label", "index"}``. No random stream but an image's own is touched.
+
+    Args:
+        items: the images.
+        transform: what they become.
+        seed: of the views.
+        max_bytes: of decoded pictures that are kept for their next view.
+    """
+
+    def __init__(self, items: Sequence[Datum], transform: Transform, seed: int, max_bytes: int = 0) -> None:
         self.items, self.transform, self.seed = items, transform, seed
+        self.pictures = Pictures(max_bytes)
 
     def __len__(self) -> int:
         return len(self.items)
 
+    def pixels(self, view: int, index: int) -> Tensor:
+        """(3, H, W) uint8 of one view of one image; any number of threads may ask at once."""
+        generator = torch.Generator().manual_seed(image_seed(self.seed, view, index))
+        return self.transform.pixels(self.pictures.open(self.items[index].impath), generator)
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor | int]:
         view, index = key
-        item = self.items[index]
-        try:
-            image = Image.open(item.impath)
-            image.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # broken PNG chunks are a SyntaxError
-            raise InputError(f"image {item.impath}: expected a readable picture, got {e}") from e
-        state = torch.get_rng_state()  # torchvision draws from the global stream
-        try:
-            torch.default_generator.manual_seed(image_seed(self.seed, view, index))  # not manual_seed: it seeds GPUs too
-            return {"img": self.transform(image), "label": item.label, "index": index}
-        finally:
-            torch.set_rng_state(state)
+        image = self.transform.normalized(self.pixels(view, index))
+        return {"img": image, "label": self.items[index].label, "index": index}
 
 
 class Labels(Dataset):
@@ -213,14 +201,22 @@ def build_loader(
     )
 
 
-def canonical_loader(cfg: CfgNode, items: Sequence[Datum], train: bool, view: int, size: int, ranks: Ranks = ONE) -> DataLoader:
-    """All images by index, always ``size`` in a batch: the last is filled up with the first image. Each rank gets every
-    ``ranks.size``-th batch."""
-    keys = [(view, i) for i in range(len(items))]
-    keys += [(view, 0)] * (-len(keys) % size)
-    return DataLoader(
-        ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg)),
-        batch_sampler=ranks.share([keys[i : i + size] for i in range(0, len(keys), size)]),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        generator=torch.Generator(),
-    )
+def read_ahead(images: ImageDataset, batches: Sequence[Sequence[tuple[int, int]]], threads: int) -> Iterator[Tensor]:
+    """Each batch of (view, index) as (B, 3, H, W) float32, made by ``threads`` threads while the caller has the one before.
+
+    Pillow computes without Python's lock, and an image's draws are its own: the number of threads changes no bit.
+    """
+    pool, ahead = ThreadPoolExecutor(threads), deque()
+    try:
+        for batch in batches:
+            ahead.append([pool.submit(images.pixels, *key) for key in batch])
+            if len(ahead) > BATCHES_AHEAD:
+                yield _together(images, ahead.popleft())
+        while ahead:
+            yield _together(images, ahead.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _together(images: ImageDataset, parts: Sequence[Future[Tensor]]) -> Tensor:
+    return images.transform.normalized(torch.stack([part.result() for part in parts]))

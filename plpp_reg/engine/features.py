@@ -2,8 +2,9 @@
 
 What an image looks like in an epoch is a function of (seed, epoch, index), so the frozen tower's feature of it is one too: it
 is computed ahead for a whole epoch, and kept (:class:`plpp_reg.io.store.TensorStore`) for the next method or prompt.
-A feature's last bits depend on where in which batch its image stands. So images are encoded in canonical batches: by index,
-always :data:`BATCH` of them, the last one filled up. Kept or not, cold or warm, the features are the same to the bit.
+A feature's last bits depend on where in which batch its image stands. So images are encoded in canonical batches
+(:func:`canonical_batches`), which their number alone decides: kept or not, cold or warm, by however many processes and threads,
+the features are the same to the bit. While one batch is encoded, threads read and augment the next.
 """
 
 from __future__ import annotations
@@ -14,26 +15,33 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL
 import torch
-import torchvision
 from torch import Tensor
+from torch.nn import functional as F
 
 from plpp_reg.data import Datum
+from plpp_reg.data.augmentation import build_transform
 from plpp_reg.data.emoji import cache_folder
-from plpp_reg.data.loaders import canonical_loader, image_seed_of, view_of
-from plpp_reg.errors import InputError
+from plpp_reg.data.loaders import ImageDataset, file_state, image_seed_of, read_ahead, view_of
 from plpp_reg.io.store import Entry, TensorStore
 
 if TYPE_CHECKING:
     from plpp_reg.engine.trainer import PromptTrainer
 
-BATCH = 64  # images of a canonical batch
+BATCH = 64  # images of a canonical batch at most
+DECODED_MIB = 64  # of a part's pictures that are kept decoded from one view to the next
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
-VERSION = 1  # of what is computed: raise it when the image tower or the transforms change by a bit
+VERSION = 2  # of what is computed: raise it when the image tower or the transforms change by a bit
+
+
+def canonical_batches(images: int) -> list[range]:
+    """Which of so many images are encoded together: by index, :data:`BATCH` of them, and what is left as one smaller batch."""
+    return [range(i, min(i + BATCH, images)) for i in range(0, images, BATCH)]
 
 
 def feature_store(max_gib: float) -> TensorStore:
@@ -65,6 +73,7 @@ class FrozenFeatures:
         self.trainer = trainer
         self.store = feature_store(trainer.cfg.FEATURES.MAX_GIB)
         self._last: tuple[tuple[str, int], Tensor] | None = None
+        self._images: dict[str, ImageDataset] = {}  # by split
 
     def of(self, split: str, epoch: int = 0) -> Tensor:
         """Of every image of "train", as augmented in ``epoch``, of "val" or of "test"."""
@@ -80,13 +89,23 @@ class FrozenFeatures:
         return self._last[1]
 
     def _compute(self, split: str, view: int) -> Tensor:
-        t, items = self.trainer, getattr(self.trainer.data, split)
-        loader = canonical_loader(t.cfg, items, split == "train", view, BATCH, t.ranks)
+        t, images = self.trainer, self._images_of(split)
+        batches = canonical_batches(len(images))
+        keys = [[(view, i) for i in batch] for batch in t.ranks.share(batches)]
         parts = [torch.empty(0, BATCH, t.clip_model.text_projection.shape[1])]
         with t.computing():
-            parts += [t.encode_frozen(batch["img"].to(t.device)).cpu().unsqueeze(0) for batch in loader]
-        batches = t.ranks.gather_rows(torch.cat(parts), -(-len(items) // BATCH))
-        return batches.flatten(0, 1)[: len(items)].contiguous()
+            for batch in read_ahead(images, keys, max(1, t.cfg.DATALOADER.NUM_WORKERS)):
+                features = t.encode_frozen(batch.to(t.device)).cpu()
+                parts.append(F.pad(features, (0, 0, 0, BATCH - len(features))).unsqueeze(0))  # ranks exchange equal shares
+        rows = t.ranks.gather_rows(torch.cat(parts), len(batches))
+        return rows.flatten(0, 1)[: len(images)].contiguous()
+
+    def _images_of(self, split: str) -> ImageDataset:
+        if split not in self._images:
+            cfg = self.trainer.cfg
+            transform, items = build_transform(cfg, split == "train"), getattr(self.trainer.data, split)
+            self._images[split] = ImageDataset(items, transform, image_seed_of(cfg), DECODED_MIB * 2**20)
+        return self._images[split]
 
     def _described(self, split: str, view: int) -> dict[str, Any]:
         """Everything that a bit of the features depends on.
@@ -102,7 +121,7 @@ class FrozenFeatures:
             "precision": t.precision,
             "device": _device_name(t.device),
             "matmul": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
-            "libraries": [torch.__version__, torchvision.__version__, PIL.__version__],
+            "libraries": [torch.__version__, metadata.version("torchvision"), PIL.__version__],
             "threads": torch.get_num_threads(),
             "input": {n: list(v) if isinstance(v, tuple) else v for n, v in sorted(cfg.INPUT.items()) if n != "VIEWS"},
             "train": train,
@@ -144,16 +163,8 @@ def weights_sha256(module: torch.nn.Module) -> str:
 
 
 def _files_sha256(items: Sequence[Datum]) -> str:
-    """Hash of which files these are, in order, with sizes and times: a file that was changed is another one.
-
-    Of the times one, that of the last change of the inode, cannot be set back.
-    """
+    """Hash of which files these are, in order, with sizes and times: a file that was changed is another one."""
     digest = hashlib.sha256()
     for item in items:
-        try:
-            stat = os.stat(item.impath)
-        except OSError as e:
-            raise InputError(f"image {item.impath}: expected a readable picture, got {e}") from e
-        of_file = (os.path.realpath(item.impath), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        digest.update(f"{of_file}\n".encode())
+        digest.update(f"{(os.path.realpath(item.impath), *file_state(item.impath))}\n".encode())
     return digest.hexdigest()

@@ -7,16 +7,16 @@ it is, on random vectors against a vocabulary of the run's size (plpp_cost.py). 
 With the letters of DESIGN section 1, and ``t`` the seconds of a part of a step, ``N`` training images, ``e`` epochs::
 
     step  = t(text) + t(image) + t(PLPP)                      forward and backward; the optimizer's update is nothing beside it
-    run   = e * steps * step + views * N' * t(image, frozen) + once
+    run   = e * steps * step + views * N * t(image, frozen) + once
                                                               steps = floor(N / B), at least 1
     test  = t(text, forward) + images * t(image, forward)     the classes once (CoCoOp: once an image)
     peak  = model + libraries + max(a step, frozen features, a test)
                                                               a step: kept(text, image, PLPP) + gradients + max(working);
                                                               the other two: max(working)
 
-``N' * t(image, frozen)`` is there where a method reads the frozen tower's features: once a (view, image), and not at all where
+``N * t(image, frozen)`` is there where a method reads the frozen tower's features: once a (view, image), and not at all where
 another run left them (``plpp cache``); ``views`` is e, or ``INPUT.VIEWS`` where that is set and less and all of them fit into
-``FEATURES.MAX_GIB``. ``N'`` is N in whole canonical batches (engine/features.py), as it is for a test's frozen features.
+``FEATURES.MAX_GIB``.
 ``libraries`` is :data:`LIBRARIES_MIB`. Memory is what lives: an allocator may keep more (docs/cost.md), and the process itself
 has some 700 MiB. Reading images from a disk and augmenting them is not counted.
 """
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from plpp_reg.clip.architectures import clip_without_weights
 from plpp_reg.clip.prompts import encode, eot_token, sos_token, tokenizer
 from plpp_reg.data import DataSplit
 from plpp_reg.data.loaders import load_data
-from plpp_reg.engine.features import BATCH
+from plpp_reg.engine.features import BATCH, canonical_batches
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
@@ -210,12 +211,13 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
 
 
 def _features(trainer: PromptTrainer, split: str, images: int, rates: dict[str, Throughput]) -> Part:
-    """Of the frozen tower, whose canonical batches are always full; nothing where the split's batches have none of it."""
+    """Of the frozen tower, in its canonical batches; nothing where the split's batches have none of it."""
     if not trainer.features_ahead(split):
         return Part()
-    cost = image_cost(trainer.image_tower, BATCH)
-    operations = -(-images // BATCH) * cost.forward
-    return Part(operations / rates["image"].inference, operations, cost.working / MIB)
+    sizes = Counter(map(len, canonical_batches(images)))
+    costs = {size: image_cost(trainer.image_tower, size) for size in sizes}
+    operations = sum(count * costs[size].forward for size, count in sizes.items())
+    return Part(operations / rates["image"].inference, operations, max(cost.working for cost in costs.values()) / MIB)
 
 
 def _views(trainer: PromptTrainer, images: int, epochs: int) -> int:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from plpp_reg.data import DataSplit
-from plpp_reg.data.loaders import build_transform
+from plpp_reg.data.augmentation import build_transform
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
