@@ -91,7 +91,7 @@ def steps(case: str, size: Size) -> Step:
         out = prompts(fast_tower)
         return backward(out.features, regularizer(prompts.ctx, out.hidden))
 
-    return Step(literal, fast, fast_with_plpp, prompts, regularizer, prompts.tree(fast_tower.max_nodes()).positions)
+    return Step(literal, fast, fast_with_plpp, prompts, regularizer, prompts.tree(fast_tower.max_rows()).positions)
 
 
 def one_of(case: str, size: Size, which: str) -> Callable[[], object]:

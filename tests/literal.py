@@ -98,10 +98,13 @@ def _order(n_ctx: int, name_len: int, position: str) -> list[tuple[str, int]]:
     return prefix + name + ctx + rest
 
 
-def text_tower(model: nn.Module, prompts: Prompts, deep: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+def text_tower(
+    model: nn.Module, prompts: Prompts, deep: Sequence[Tensor] = (), states: str = "preceding"
+) -> tuple[Tensor, Tensor]:
     """CoOp's ``TextEncoder.forward``, with MaPLe's replacement of context rows at layers 1, 2, ...
 
-    deep: (M, D) or (C, M, D) a layer. Returns features (C, embed_dim) and the states that precede the context (C, M, D).
+    deep: (M, D) or (C, M, D) a layer. Returns features (C, embed_dim) and the states that precede the context, or those at
+    the context itself ("own"), (C, M, D).
     """
     dtype = model.transformer.resblocks[0].attn.in_proj_weight.dtype
     x = prompts.embeddings.to(dtype) + model.positional_embedding.to(dtype)
@@ -117,7 +120,7 @@ def text_tower(model: nn.Module, prompts: Prompts, deep: Sequence[Tensor] = ()) 
     x = model.ln_final(x.permute(1, 0, 2)).to(dtype)
     every = torch.arange(len(x))
     features = x[every, prompts.eot] @ model.text_projection
-    return features, x[every[:, None], prompts.context_at - 1]
+    return features, x[every[:, None], prompts.context_at - {"preceding": 1, "own": 0}[states]]
 
 
 def double(model: nn.Module) -> nn.Module:

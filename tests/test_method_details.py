@@ -220,7 +220,7 @@ def test_cocoop_in_chunks_of_classes_is_the_same(monkeypatch: pytest.MonkeyPatch
     whole, chunked = build("CoCoOp", plpp=True), build("CoCoOp", "MODEL.TEXT_MEMORY_MIB", 1, plpp=True)
     assert_same_step(with_gradients(chunked, batch), with_gradients(whole, batch))
     chunks, all_at_once = ran
-    assert len(all_at_once) == 1 < len(chunks) and max(chunks) <= chunked.tower.max_nodes(5) < chunked.tower.max_nodes(1)
+    assert len(all_at_once) == 1 < len(chunks) and max(chunks) <= chunked.tower.max_rows(5) < chunked.tower.max_rows(1)
     assert max(chunks) < max(all_at_once)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plpp_reg.clip.load import set_precision
 from plpp_reg.clip.prompts import POSITIONS, PromptLearner, encode_texts
 from plpp_reg.clip.text import TextTower
-from plpp_reg.clip.tree import build_tree, context_symbol
+from plpp_reg.clip.tree import STATES, build_tree, context_symbol
 
 import literal
 
@@ -44,13 +44,23 @@ def gradients(loss: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Ten
     return torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
 
 
-def assert_parity(model, names, n_ctx=4, position="end", class_specific=False, deep_layers=0, memory_mib=1024.0, groups=1):
+def assert_parity(
+    model,
+    names,
+    n_ctx=4,
+    position="end",
+    class_specific=False,
+    deep_layers=0,
+    memory_mib=1024.0,
+    groups=1,
+    states="preceding",
+):
     """Features, states and gradients, each context of ``groups`` with its own rows, against one literal pass for each."""
     g = torch.Generator().manual_seed(1)
     tower = TextTower(model, memory_mib)
     tolerance = TOLERANCE[tower.dtype]
     leaf_dtype = torch.float64 if tower.dtype == torch.float64 else torch.float32
-    learner = PromptLearner(model, names, n_ctx=n_ctx, position=position, class_specific=class_specific)
+    learner = PromptLearner(model, names, n_ctx=n_ctx, position=position, class_specific=class_specific, states=states)
     width, C = learner.ctx.shape[-1], len(names)
     slots = learner.ctx[..., 0].numel()
 
@@ -58,7 +68,7 @@ def assert_parity(model, names, n_ctx=4, position="end", class_specific=False, d
         return (torch.randn(groups, slots, width, generator=g) * 0.05).to(leaf_dtype).requires_grad_()
 
     context, deep = leaf(), [leaf() for _ in range(deep_layers)]
-    tree = learner.tree(tower.max_nodes(groups))
+    tree = learner.tree(tower.max_rows(groups))
     out = tower(tree, context, deep)
     assert out.features.dtype == out.hidden.dtype == tower.dtype
     assert out.hidden.shape[0] in (groups, groups * C) and out.features.shape[:2] == (groups, C)
@@ -68,7 +78,9 @@ def assert_parity(model, names, n_ctx=4, position="end", class_specific=False, d
         return t[i].unflatten(0, (C, n_ctx)) if class_specific else t[i]
 
     passes = [
-        literal.text_tower(model, literal.coop_prompts(model, names, rows(context, i), position), [rows(d, i) for d in deep])
+        literal.text_tower(
+            model, literal.coop_prompts(model, names, rows(context, i), position), [rows(d, i) for d in deep], states
+        )
         for i in range(groups)
     ]
     features_want, hidden_want = (torch.stack(column) for column in zip(*passes, strict=True))
@@ -96,8 +108,9 @@ def assert_parity(model, names, n_ctx=4, position="end", class_specific=False, d
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("class_specific", [False, True], ids=["shared", "class-specific"])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_equals_the_literal_tower(position, class_specific, dtype, width):
-    assert_parity(model_of(width, dtype), NAMES, position=position, class_specific=class_specific)
+@pytest.mark.parametrize("states", STATES)
+def test_equals_the_literal_tower(states, position, class_specific, dtype, width):
+    assert_parity(model_of(width, dtype), NAMES, position=position, class_specific=class_specific, states=states)
 
 
 @pytest.mark.parametrize("class_specific", [False, True], ids=["shared", "class-specific"])
@@ -114,7 +127,7 @@ def test_equals_the_literal_tower(position, class_specific, dtype, width):
         (["tiger"] * 3, 2),
         (["tiger cat", "tiger cat shark", "tiger cat shark bay"], 3),
         (["a_tiger_cat", "U.S.A.", "what?!", "ok..."], 3),  # ends that merge with the full stop
-        (["cat", "dog", "owl"], 2),  # one length: one group
+        (["cat", "dog", "owl"], 2),  # one length
         (["x" * 40, "long " * 30 + "name"], 3),
     ],
     ids=lambda x: None if isinstance(x, int) else "+".join(x)[:40],
@@ -126,16 +139,17 @@ def test_special_class_tables(names, n_ctx, position, class_specific):
 @pytest.mark.parametrize("class_specific", [False, True], ids=["shared", "class-specific"])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_chunks_change_nothing(dtype, position, class_specific):
+def test_parts_change_nothing(dtype, position, class_specific):
     _, _, tree = assert_parity(
         model_of(128, dtype), NAMES, position=position, class_specific=class_specific, memory_mib=0.05, groups=2, deep_layers=1
     )
-    assert len(tree.chunks) == len(NAMES)
+    assert len(tree.parts) >= 4  # some names are no longer together than the longest one alone
 
 
-def test_a_middling_bound_makes_some_chunks():
-    _, _, tree = assert_parity(model_of(128, torch.float64), NAMES, position="front", memory_mib=2.0)
-    assert 1 < len(tree.chunks) < len(NAMES)
+@pytest.mark.parametrize("states", STATES)
+def test_a_middling_bound_makes_some_parts(states):
+    _, _, tree = assert_parity(model_of(128, torch.float64), NAMES, position="front", memory_mib=1.0, states=states)
+    assert 1 < len(tree.parts) < len(NAMES)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -170,9 +184,11 @@ name = st.lists(words, min_size=1, max_size=6).map(" ".join)
     position=st.sampled_from(POSITIONS),
     class_specific=st.booleans(),
     memory_mib=st.sampled_from([1024.0, 0.3, 0.05]),
+    states=st.sampled_from(STATES),
 )
-def test_any_class_names(names, n_ctx, position, class_specific, memory_mib):
-    assert_parity(model_of(64, torch.float64, 2), names, n_ctx, position, class_specific, memory_mib=memory_mib)
+def test_any_class_names(names, n_ctx, position, class_specific, memory_mib, states):
+    model = model_of(64, torch.float64, 2)
+    assert_parity(model, names, n_ctx, position, class_specific, memory_mib=memory_mib, states=states)
 
 
 # ------------------------------------------------------------------ the tree, by itself
@@ -180,51 +196,72 @@ def test_any_class_names(names, n_ctx, position, class_specific, memory_mib):
 symbols = st.lists(st.integers(0, 2), max_size=6)
 
 
+def spelled(part, row: int) -> list[int]:
+    """The symbols that a row of a part sees, in the order of their positions: the prompt up to it."""
+    length = part.token.shape[1]
+    symbol = part.token.flatten().clone()
+    symbol[part.context_row] = -1 - part.context_slot
+    seen = (part.mask[row // length, 0, row % length] == 0).nonzero()[:, 0] + row // length * length
+    seen = seen[part.position.flatten()[seen].argsort()]
+    assert part.position.flatten()[seen].tolist() == list(range(len(seen)))  # one row for each position
+    return symbol[seen].tolist()
+
+
 @settings(max_examples=150, suppress_health_check=list(HealthCheck))
-@given(bodies=st.lists(symbols, min_size=1, max_size=7), max_nodes=st.sampled_from([None, 1, 4, 9]))
-def test_tree_spells_every_prompt_and_holds_each_beginning_once(bodies, max_nodes):
+@given(
+    bodies=st.lists(symbols, min_size=1, max_size=7),
+    max_rows=st.sampled_from([None, 1, 9, 30]),
+    width=st.sampled_from([1, 8, 64]),
+    states=st.sampled_from(STATES),
+)
+def test_a_tree_spells_every_prompt_and_its_rows_see_their_ancestors_alone(bodies, max_rows, width, states):
     sos, eot, slot = 8, 9, context_symbol(0)
     prompts = [[sos, *body[:2], slot, *body[2:], eot] for body in bodies]
-    tree = build_tree(prompts, 1, max_nodes)
-    p = tree.prefix_length
-    spelled, read, nodes = [], [], []
-
-    def symbols_of(n):
-        out = n.token.tolist()
-        for node, s in zip(n.context_node.tolist(), n.context_slot.tolist(), strict=True):
-            out[node] = context_symbol(s)
-        return out
-
-    prefix = symbols_of(tree.prefix)
-    assert tree.prefix.position.tolist() == list(range(p))
-    for chunk in tree.chunks:
-        at = symbols_of(chunk.nodes)
-        nodes.append(len(at))
-        for group in chunk.groups:
-            for path in group.path.tolist():
-                spelled.append(prefix + [at[n] for n in path])
-                assert chunk.nodes.position[path].tolist() == list(range(p, p + len(path)))
-                read += [prefix + [at[n] for n in path[: t + 1]] for t in group.read.tolist()]
-    assert [spelled[place] for place in tree.order.tolist()] == prompts
-    # ``before`` points at the state whose prompt so far is all that precedes the context vector
-    for c, (row,) in enumerate(tree.before.expand(len(prompts), 1).tolist()):
-        so_far = prompts[c][: prompts[c].index(slot)]
-        assert (prefix[: row + 1] if row < p else read[row - p]) == so_far
+    tree = build_tree(prompts, 1, width, max_rows, states)
+    ends = [spelled(part, row) for part in tree.parts for row in part.end.tolist()]
+    assert [ends[c] for c in (range(len(prompts)) if tree.order is None else tree.order.tolist())] == prompts
+    read = [spelled(part, row) for part in tree.parts for (row,) in part.state.tolist()]
+    if len(read) > 1 and tree.order is not None:
+        read = [read[c] for c in tree.order.tolist()]
+    so_far = [prompt[: prompt.index(slot) + (states == "own")] for prompt in prompts]
+    assert read == (so_far if len(read) > 1 or len(prompts) == 1 else so_far[:1])
+    assert len(read) == len(prompts) or all(beginning == so_far[0] for beginning in so_far)
+    (length,) = {part.token.shape[1] for part in tree.parts}
+    longest = max(map(len, prompts))
     distinct = {tuple(prompt[: t + 1]) for prompt in prompts for t in range(len(prompt))}
-    if max_nodes is None:
+    assert longest <= length <= max(longest, max_rows or len(distinct))  # no chunk is longer than its one prompt must be
+    if max_rows is not None:
+        assert all(part.token.numel() <= max(max_rows, longest) for part in tree.parts)
+    elif length == len(distinct):
         assert tree.positions == len(distinct)
-    else:  # a chunk's border may cut a shared beginning; one prompt alone may exceed the bound
-        assert tree.positions >= len(distinct)
-        members = [sum(len(group.path) for group in chunk.groups) for chunk in tree.chunks]
-        assert all(n <= max_nodes or m == 1 for n, m in zip(nodes, members, strict=True))
+
+
+def test_one_long_chunk_or_many_short_ones_by_what_attention_costs():
+    prompts = [[8, 0, name, 9] for name in range(40)]
+    wide, narrow = build_tree(prompts, 0, 512), build_tree(prompts, 0, 1)
+    assert wide.positions <= 2 + 2 * 40 + 4  # SOS and the word stand once or twice
+    assert narrow.positions > 2 * wide.positions and narrow.parts[0].token.shape[1] < 10
+
+
+def test_an_accelerators_chunks_are_longer_and_suit_its_kernels():
+    prompts = [[8, *range(name, name + 12), 9] for name in range(60)]
+    here, there = build_tree(prompts, 0, 64), build_tree(prompts, 0, 64, device="meta")
+    assert there.parts[0].token.shape[1] > here.parts[0].token.shape[1] and there.parts[0].token.shape[1] % 8 == 0
+    assert here.positions < 1.1 * there.positions
+
+
+def test_chunks_are_balanced():
+    prompts = [[8, name, 7, 9] for name in range(100)]
+    tree = build_tree(prompts, 0, 16)
+    (k, length), nodes = tree.parts[0].token.shape, 3 * 100
+    assert k > 1 and k * length <= nodes + k * 4  # SOS in each, and less than a prompt's rows are empty
 
 
 def test_shared_context_is_computed_once():
-    model = model_of(64, torch.float32)
+    model = model_of(128, torch.float32)
     learner = PromptLearner(model, NAMES, n_ctx=16)
     words = sum(int(t) - 16 for t in learner.eot_positions())
-    assert learner.tree().prefix_length == 17  # SOS and 16 vectors
-    assert learner.tree().positions <= 17 + words < len(NAMES) * 77 / 8
+    assert learner.tree().positions <= 17 + words < len(NAMES) * 77 / 8  # SOS and 16 vectors
 
 
 # ------------------------------------------------------------------ gradients of CLIP, precision, plain texts

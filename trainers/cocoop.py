@@ -46,7 +46,7 @@ class CoCoOp(PromptTrainer):
     def conditional_logits(self, image_features: Tensor, need_hidden: bool) -> Tensor:
         """(B, embed_dim) -> (B, C): image b against the class features of its own context."""
         context = self.prompts.context(image_features)
-        tree = self.prompts.tree(self.tower.max_nodes(len(image_features)))
+        tree = self.prompts.tree(self.tower.max_rows(len(image_features)))
         out = self.tower(tree, context, need_hidden=need_hidden)  # features (B, C, embed_dim)
         self.plpp_reads = context, out.hidden
         with torch.autocast(self.device.type, enabled=False):

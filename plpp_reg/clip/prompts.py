@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from plpp_reg.clip.load import openai_clip
 from plpp_reg.clip.text import TextOutput, TextTower
-from plpp_reg.clip.tree import PromptTree, build_tree, context_symbol
+from plpp_reg.clip.tree import STATES, PromptTree, build_tree, context_symbol
 from plpp_reg.errors import InputError
 
 POSITIONS = ("end", "middle", "front")
@@ -41,9 +41,9 @@ def encode_texts(tower: TextTower, texts: Sequence[str]) -> Tensor:
     prompts = [[sos_token(), *encode(text), eot_token()] for text in texts]
     for text, prompt in zip(texts, prompts, strict=True):
         _check_length(repr(text), len(prompt), len(tower.positional_embedding))
-    device = tower.positional_embedding.device
-    tree = build_tree(prompts, 0, tower.max_nodes()).to(device)
-    nothing = torch.empty(1, 0, tower.ln_final.weight.shape[0], device=device)
+    device, width = tower.positional_embedding.device, tower.ln_final.weight.shape[0]
+    tree = build_tree(prompts, 0, width, tower.max_rows(), device=device)
+    nothing = torch.empty(1, 0, width, device=device)
     return tower(tree, nothing, need_hidden=False).features[0]
 
 
@@ -65,6 +65,8 @@ class PromptLearner(nn.Module):
         class_specific: one context a class, (C, M, D), instead of one for all, (M, D).
         n_learned: of the init words' tokens, learn the first ``n_learned`` alone; the others stay words between the context
             and the name, as in MaPLe ("[v_1] [v_2] of a name."). None: all.
+        states: which state ``hidden`` holds for each context vector: the "preceding" one, which has seen nothing of the vector
+            and predicts it as a language model does, or its "own", the text tower's deep reading of the very vector.
 
     ``ctx`` is a float32 leaf whatever the model's precision: an fp16 leaf of size 0.02 ignores small updates.
 
@@ -88,10 +90,13 @@ class PromptLearner(nn.Module):
         position: str = "end",
         class_specific: bool = False,
         n_learned: int | None = None,
+        states: str = "preceding",
     ) -> None:
         super().__init__()
         if position not in POSITIONS:
             raise InputError(f"position: expected one of {', '.join(map(repr, POSITIONS))}, got {position!r}")
+        if states not in STATES:
+            raise InputError(f"states: expected one of {', '.join(map(repr, STATES))}, got {states!r}")
         if not classnames:
             raise InputError("classnames: expected at least one class name, got none")
         embedding = clip_model.token_embedding.weight
@@ -120,6 +125,7 @@ class PromptLearner(nn.Module):
         self.classnames = [name.replace("_", " ") for name in classnames]
         self.class_specific = class_specific
         self.position = position
+        self.states = states
         self.prompts = self._layout(clip_model.positional_embedding.shape[0])
         self._trees: dict[tuple, PromptTree] = {}
 
@@ -158,11 +164,12 @@ class PromptLearner(nn.Module):
         """(C,): where the token stands whose state is the class feature."""
         return torch.tensor([len(p) - 1 for p in self.prompts])
 
-    def tree(self, max_nodes: int | None = None, classes: slice = ALL) -> PromptTree:
+    def tree(self, max_rows: int | None = None, classes: slice = ALL) -> PromptTree:
         """The prompts of some classes as a tree on the context's device, made once a bound."""
-        key = (max_nodes, classes.start, classes.step, self.ctx.device)
+        device, width = self.ctx.device, self.ctx.shape[-1]
+        key = (max_rows, classes.start, classes.stop, classes.step, self.states, device)
         if key not in self._trees:
-            self._trees[key] = build_tree(self.prompts[classes], self.n_ctx, max_nodes).to(self.ctx.device)
+            self._trees[key] = build_tree(self.prompts[classes], self.n_ctx, width, max_rows, self.states, device)
         return self._trees[key]
 
     def forward(
@@ -177,12 +184,12 @@ class PromptLearner(nn.Module):
             classes: which of the classes, C of them.
 
         Returns:
-            ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), fit for the regularizer beside ``context``:
-            P is 1 where the context is shared and nothing class-specific precedes it, else C. ``context``, the
+            ``features`` (C, embed_dim), not normalised; ``hidden`` (P, M, D), the ``states``, fit for the regularizer beside
+            ``context``: P is 1 where the context is shared and nothing class-specific precedes it, else C. ``context``, the
             vectors that these classes' prompts hold, is (M, D), or (C, M, D) where each has its own; through it a gradient is
             added to the text tower's own without a copy.
         """
         rows, *deep = (r.flatten(0, -2).unsqueeze(0) for r in (self.ctx, *deep))
-        out = tower(self.tree(tower.max_nodes(), classes), rows, deep, need_hidden)
+        out = tower(self.tree(tower.max_rows(), classes), rows, deep, need_hidden)
         context = rows.view_as(self.ctx)
         return TextOutput(out.features[0], out.hidden, context[classes] if self.class_specific else context)

@@ -1,8 +1,12 @@
-"""Prompts as a prefix tree: which positions the causal text tower must compute, each once.
+"""Prompts as a prefix tree, laid out for one masked pass: which positions the causal text tower computes, and what each sees.
 
 The text tower is causal, so the state at a position depends only on the symbols up to it. Prompts that begin alike share
-those states exactly: SOS and a shared context (computed once, not once a class), and also names that begin alike
-("2012 BMW ...", "2012 Audi ..."). Nothing after a prompt's EOT is ever read, so nothing there is computed.
+those states exactly: SOS and a shared context, and also names that begin alike ("2012 BMW ...", "2012 Audi ..."). Nothing
+after a prompt's EOT is ever read. So every prompt is a path in a prefix tree, from SOS to its EOT.
+
+The nodes are laid into K chunks of L rows. A chunk holds whole paths, a beginning that its paths share once, and is one
+sequence for the transformer: a row sees its ancestors and itself, nothing else. What lies in several chunks is computed in
+each of them, and a chunk that is not full ends in rows that nobody reads: K and L are chosen so that this costs least.
 """
 
 from __future__ import annotations
@@ -13,6 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+STATES = ("preceding", "own")  # the state before a context vector, which predicts it; the state at the vector itself
+
+# A row's linear maps are 24 D^2 operations, its attention to a row 4 D: as much as 6 D rows, if both ran at the same rate.
+ATTENTION_ON_CPU = 2  # how much slower an operation of attention is than one of a linear map, about
+
 
 def context_symbol(slot: int) -> int:
     """The symbol of learnable row ``slot`` in a prompt; frozen tokens are their own id, >= 0."""
@@ -20,184 +29,186 @@ def context_symbol(slot: int) -> int:
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """What stands at N tree positions: a frozen token or a learnable row."""
+class Chunks:
+    """K chunks of L rows that are computed together, and what is read of them. Row (k, l) has the number k * L + l."""
 
-    token: Tensor  # (N,) token id; 0 where a learnable row stands
-    position: Tensor  # (N,) position in the prompt
-    context_node: Tensor  # (S,) the nodes where learnable rows stand ...
-    context_slot: Tensor  # (S,) ... and which rows
-
-
-@dataclass(frozen=True)
-class Group:
-    """n prompts whose part after the common prefix has the same length L: attention without padding."""
-
-    path: Tensor  # (n, L) node of each position, first to EOT
-    start: int | None  # path counts up from here, so that a view serves instead of a gather; None: it does not
-    read: Tensor  # (r,) the positions in 0..L-1 that are read after the last layer; the last one is EOT
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Prompts that are computed together, under a bound on the number of nodes."""
-
-    nodes: Nodes
-    groups: tuple[Group, ...]
-    first_visit: Tensor | None  # (N,) where in the groups' concatenation a node stands first; None: it is the identity
+    token: Tensor  # (K, L) token id; 0 where a learnable row stands, or nothing
+    position: Tensor  # (K, L) position in the prompt
+    mask: Tensor  # (K, 1, L, L) float32: 0 where row i sees row j, else -inf
+    context_row: Tensor  # (S,) the rows where learnable vectors stand ...
+    context_slot: Tensor  # (S,) ... and which vectors
+    end: Tensor  # (C,) the row of each prompt's EOT
+    state: Tensor  # (P, M) the row whose state is read for each context vector; P is C, or 1, or 0 (another part has them)
+    read: Tensor  # (C + P * M,) end and state
 
 
 @dataclass(frozen=True)
 class PromptTree:
-    """C prompts, ready for the text tower.
+    """C prompts, ready for the text tower, in parts of which each is computed at once.
 
-    ``prefix`` is the chain that all prompts share. ``order`` (C,) says where prompt c stands in the chunks' concatenation.
-    ``before`` (P, M) says where the state preceding each context vector stands: index < prefix length: in the prefix;
-    beyond it, ``index - prefix length`` counts the read rows of the chunks. P is 1 where every one of them is in the prefix.
+    ``order`` (C,) says where prompt c stands in the parts' concatenation; None: there is one part, in the prompts' order.
     """
 
-    prefix: Nodes
-    chunks: tuple[Chunk, ...]
-    order: Tensor
-    before: Tensor
-    before_in_prefix: bool
-    prefix_reads: int  # how many rows of the prefix, from its beginning, are read after the last layer
-
-    @property
-    def prefix_length(self) -> int:
-        return len(self.prefix.token)
+    parts: tuple[Chunks, ...]
+    order: Tensor | None
 
     @property
     def positions(self) -> int:
-        """How many positions are computed; the literal tower computes C * 77."""
-        return self.prefix_length + sum(len(c.nodes.token) for c in self.chunks)
+        """How many positions are computed, those that nobody reads included; the literal tower computes C * 77."""
+        return sum(part.token.numel() for part in self.parts)
 
     def to(self, device: torch.device | str) -> PromptTree:
-        return _to(self, device)
+        """The same tree on another device."""
+        parts = tuple(Chunks(*(tensor.to(device) for tensor in vars(part).values())) for part in self.parts)
+        return PromptTree(parts, None if self.order is None else self.order.to(device))
 
 
-def build_tree(prompts: Sequence[Sequence[int]], n_ctx: int, max_nodes: int | None = None) -> PromptTree:
+def build_tree(
+    prompts: Sequence[Sequence[int]],
+    n_ctx: int,
+    width: int,
+    max_rows: int | None = None,
+    states: str = "preceding",
+    device: torch.device | str = "cpu",
+) -> PromptTree:
     """Build the tree of C prompts.
 
     Args:
         prompts: symbols from SOS to EOT: token ids, and :func:`context_symbol` where a learnable row stands. Each prompt
             holds ``n_ctx`` of those (none at all if ``n_ctx`` is 0).
         n_ctx: number M of context vectors a prompt.
-        max_nodes: computed together at most (at least one prompt is); None: all.
+        width: D of the text tower, on which it depends how long a chunk may be before attention costs more than sharing saves.
+        max_rows: computed together at most (at least one prompt is); None: all.
+        states: which state is read for each context vector, one of :data:`STATES`.
+        device: where the tree goes; on an accelerator chunks are longer, and their length suits its kernels.
     """
-    p = _common_prefix(prompts)
-    prefix_nodes = _nodes(list(enumerate(prompts[0][:p])))
-    # Alike beginnings stand together, so that a chunk's border cuts few of them.
-    rest = sorted(range(len(prompts)), key=lambda c: tuple(prompts[c]))
-    before_places: dict[tuple[int, int], int] = {}
-    chunks, order, n_read = [], [0] * len(prompts), 0
-    place = 0
-    for members in _split(rest, prompts, p, max_nodes):
-        chunk, members_in_order, reads = _build_chunk(members, prompts, p, n_ctx)
-        for c in members_in_order:
-            order[c] = place
-            place += 1
-        for (c, m), row in reads.items():
-            before_places[c, m] = p + n_read + row
-        n_read += sum(g.path.shape[0] * len(g.read) for g in chunk.groups)
-        chunks.append(chunk)
-    before = []
-    for c, prompt in enumerate(prompts):
-        for m, t in enumerate(_context_positions(prompt)):
-            before.append(t - 1 if t - 1 < p else before_places[c, m])
-    rows = torch.tensor(before, dtype=torch.long).view(len(prompts), n_ctx)
-    in_prefix = bool((rows < p).all())
-    if in_prefix:
-        rows = rows[:1]
-    prefix_reads = max((t + 1 for t in before if t < p), default=0)
-    return PromptTree(prefix_nodes, tuple(chunks), torch.tensor(order), rows, in_prefix, prefix_reads)
+    on_cpu = torch.device(device).type == "cpu"
+    row_cost, multiple = (6 * width / ATTENTION_ON_CPU, 1) if on_cpu else (6 * width, 8)
+    order = sorted(range(len(prompts)), key=lambda c: tuple(prompts[c]))
+    alike = [0, *(_common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False))]
+    lengths = [len(prompts[c]) for c in order]
+    starts, length = _plan(lengths, alike, max_rows, row_cost, multiple)
+    at_once = max(1, max_rows // length) if max_rows else len(starts)
+    parts = -(-len(starts) // at_once)
+    at_once = -(-len(starts) // parts)  # equal parts
+
+    shift = 1 if states == "preceding" else 0
+    reads = [[t - shift for t, symbol in enumerate(prompt) if symbol < 0] for prompt in prompts]
+    shared = min(alike[1:], default=lengths[0])  # how far all prompts are alike
+    one_state = n_ctx > 0 and all(t < shared for t in reads[order[0]]) and all(row == reads[0] for row in reads)
+
+    borders = [*starts, len(order)]
+    built = []
+    for first in range(0, len(starts), at_once):
+        chunks = [order[a:b] for a, b in zip(borders[first : first + at_once], borders[first + 1 :], strict=False)]
+        members = sorted(c for chunk in chunks for c in chunk) if parts == 1 else [c for chunk in chunks for c in chunk]
+        having_states = members if not one_state else members[:1] if first == 0 else []
+        built.append(_lay_out(chunks, prompts, length, members, having_states, reads, n_ctx))
+    if parts == 1:
+        return PromptTree(tuple(built), None).to(device)
+    place = {c: i for i, c in enumerate(order)}
+    return PromptTree(tuple(built), torch.tensor([place[c] for c in range(len(prompts))])).to(device)
 
 
-def _context_positions(prompt: Sequence[int]) -> list[int]:
-    return [t for t, s in enumerate(prompt) if s < 0]
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Length of the common beginning, leaving every prompt at least its EOT."""
-    shortest = min(map(len, prompts))
-    p = 0
-    while p < shortest - 1 and all(prompt[p] == prompts[0][p] for prompt in prompts):
-        p += 1
-    return p
+def _plan(
+    lengths: Sequence[int], alike: Sequence[int], max_rows: int | None, row_cost: float, multiple: int
+) -> tuple[list[int], int]:
+    """At which of the sorted prompts each chunk starts, and the length L of all chunks, of least ``K L (row_cost + L)``."""
+    shortest = max(lengths)
+    longest = max(shortest, sum(lengths) - sum(alike))
+    if max_rows:
+        longest = max(shortest, min(longest, max_rows))
+
+    def pack(most: int) -> tuple[list[int], int]:
+        """Chunks of at most so many rows, each filled before the next is begun, and the rows of the fullest."""
+        starts, rows, fullest = [], most + 1, 0
+        for i, (length, common) in enumerate(zip(lengths, alike, strict=True)):
+            rows += length - common
+            if rows > most:
+                starts.append(i)
+                rows = length
+            fullest = max(fullest, rows)
+        return starts, fullest
+
+    def rounded(rows: int) -> int:
+        return -(-rows // multiple) * multiple
+
+    def cost(plan: tuple[list[int], int]) -> float:
+        return len(plan[0]) * rounded(plan[1]) * (row_cost + rounded(plan[1]))
+
+    best, most = pack(shortest), float(shortest)
+    while most < longest:
+        most = min(most * 1.1 + 1, longest)
+        best = min(best, pack(int(most)), key=cost)
+        if most * most > 16 * row_cost * shortest and most > 4 * shortest:  # attention alone costs more than the best does
+            break
+    low, high = shortest, best[1]
+    while low < high:  # the smallest L with as many chunks
+        middle = (low + high) // 2
+        if len(pack(middle)[0]) > len(best[0]):
+            low = middle + 1
+        else:
+            high = middle
+    starts, fullest = pack(high)
+    return starts, rounded(fullest)
 
 
-def _split(rest: list[int], prompts: Sequence[Sequence[int]], p: int, max_nodes: int | None) -> list[list[int]]:
-    """Consecutive prompts of at most ``max_nodes`` different nodes."""
-    if max_nodes is None:
-        return [rest]
-    parts: list[list[int]] = []
-    seen: set[tuple[int, ...]] = set()
-    for c in rest:
-        new = {tuple(prompts[c][p : t + 1]) for t in range(p, len(prompts[c]))}
-        if not parts or len(seen | new) > max_nodes:
-            parts.append([])
-            seen = set()
-        seen |= new
-        parts[-1].append(c)
-    return parts
+def _lay_out(
+    chunks: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    members: Sequence[int],
+    having_states: Sequence[int],
+    reads: Sequence[Sequence[int]],
+    n_ctx: int,
+) -> Chunks:
+    """The rows of some chunks, and what is read of them: the EOT of ``members``, the states of ``having_states``."""
+    symbols: list[int] = []
+    positions: list[int] = []
+    parents: list[int] = []  # within the chunk
+    path_of: dict[int, list[int]] = {}
+    for k, chunk in enumerate(chunks):
+        first = k * length
+        path: list[int] = []
+        previous: Sequence[int] = ()
+        for c in chunk:  # sorted: what a prompt shares with any before it, it shares with the last one
+            path = path[: _common(previous, prompts[c])]
+            for t in range(len(path), len(prompts[c])):
+                symbols.append(prompts[c][t])
+                positions.append(t)
+                parents.append(path[-1] - first if path else 0)
+                path.append(len(symbols) - 1)
+            path_of[c], previous = path, prompts[c]
+        fill = first + length - len(symbols)  # rows that see SOS and themselves
+        symbols += [0] * fill
+        positions += [0] * fill
+        parents += [0] * fill
 
+    shape = (len(chunks), length)
+    symbol, parent = torch.tensor(symbols), torch.tensor(parents).view(shape)
+    visible = torch.eye(length, dtype=torch.bool).repeat(len(chunks), 1, 1)
+    ancestor = parent
+    for _ in range(max(positions)):
+        visible.scatter_(2, ancestor.unsqueeze(2), True)
+        ancestor = parent.gather(1, ancestor)
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf).unsqueeze(1)
 
-def _build_chunk(members: list[int], prompts: Sequence[Sequence[int]], p: int, n_ctx: int):
-    by_length: dict[int, list[int]] = {}
-    for c in members:
-        by_length.setdefault(len(prompts[c]) - p, []).append(c)
-    node_of: dict[tuple[int, int], int] = {}  # (parent node, symbol) -> node; the prefix's end is parent -1
-    at: list[tuple[int, int]] = []  # (position, symbol) of each node
-    first_visit: list[int] = []
-    groups, order, reads = [], [], {}
-    visited = row = 0
-    for length, classes in sorted(by_length.items()):
-        path = []
-        wanted = {length - 1}
-        for c in classes:
-            parent = -1
-            chain = []
-            for t in range(p, len(prompts[c])):
-                key = (parent, prompts[c][t])
-                if key not in node_of:
-                    node_of[key] = len(at)
-                    at.append((t, prompts[c][t]))
-                    first_visit.append(visited)
-                parent = node_of[key]
-                chain.append(parent)
-                visited += 1
-            path.append(chain)
-            wanted |= {t - 1 - p for t in _context_positions(prompts[c]) if t - 1 >= p}
-        read = sorted(wanted)
-        for i, c in enumerate(classes):
-            for m, t in enumerate(_context_positions(prompts[c])):
-                if t - 1 >= p:
-                    reads[c, m] = row + i * len(read) + read.index(t - 1 - p)
-        row += len(classes) * len(read)
-        order += classes
-        nodes = torch.tensor(path)
-        contiguous = bool((nodes.flatten() == torch.arange(nodes.numel()) + nodes[0, 0]).all())
-        groups.append(Group(nodes, path[0][0] if contiguous else None, torch.tensor(read)))
-    identity = first_visit == list(range(visited))
-    return Chunk(_nodes(at), tuple(groups), None if identity else torch.tensor(first_visit)), order, reads
-
-
-def _nodes(at: list[tuple[int, int]]) -> Nodes:
-    context = [(i, -1 - s) for i, (_, s) in enumerate(at) if s < 0]
-    return Nodes(
-        token=torch.tensor([max(s, 0) for _, s in at], dtype=torch.long),
-        position=torch.tensor([t for t, _ in at], dtype=torch.long),
-        context_node=torch.tensor([i for i, _ in context], dtype=torch.long),
-        context_slot=torch.tensor([s for _, s in context], dtype=torch.long),
+    end = torch.tensor([path_of[c][-1] for c in members])
+    state = torch.tensor([[path_of[c][t] for t in reads[c]] for c in having_states], dtype=torch.long)
+    state = state.view(len(having_states), n_ctx)
+    context_row = (symbol < 0).nonzero()[:, 0]
+    return Chunks(
+        token=symbol.clamp_min(0).view(shape),
+        position=torch.tensor(positions).view(shape),
+        mask=mask,
+        context_row=context_row,
+        context_slot=-1 - symbol[context_row],
+        end=end,
+        state=state,
+        read=torch.cat([end, state.flatten()]),
     )
-
-
-def _to(value, device):
-    """The same structure with its tensors on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to(v, device) for v in value)
-    if hasattr(value, "__dataclass_fields__"):
-        return type(value)(**{name: _to(getattr(value, name), device) for name in value.__dataclass_fields__})
-    return value

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from plpp_reg.clip.blocks import attend, residual
 from plpp_reg.errors import InputError
 
 
@@ -81,7 +81,8 @@ class ImageTower(nn.Module):
             if 0 < layer <= len(deep):
                 rows = deep[layer - 1]
                 x = torch.cat([x[:, : -len(rows)], _for_each_image(rows, x)], 1)
-            x = _block(block, x, 1 if layer == last else x.shape[1])
+            rows = 1 if layer == last else x.shape[1]
+            x = residual(block, x[:, :rows], attend(block, x, rows=rows))
         x = v.ln_post(x[:, 0])
         return x if v.proj is None else x @ v.proj
 
@@ -89,19 +90,3 @@ class ImageTower(nn.Module):
 def _for_each_image(rows: Tensor, x: Tensor) -> Tensor:
     """(M, width) -> (B, M, width) in x's dtype."""
     return rows.to(x.dtype).expand(len(x), -1, -1)
-
-
-def _block(block: nn.Module, x: Tensor, rows: int) -> Tensor:
-    """A residual attention block, of whose output the first ``rows`` positions are wanted: (B, N, D) -> (B, rows, D)."""
-    attn = block.attn
-    y = block.ln_1(x)
-    if rows == x.shape[1]:
-        q, k, v = F.linear(y, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
-    else:
-        d = y.shape[-1]
-        q = F.linear(y[:, :rows], attn.in_proj_weight[:d], attn.in_proj_bias[:d])
-        k, v = F.linear(y, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).chunk(2, -1)
-        x = x[:, :rows]
-    q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    x = x + attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    return x + block.mlp(block.ln_2(x))
