@@ -240,7 +240,7 @@ def test_one_long_chunk_or_many_short_ones_by_what_attention_costs():
     prompts = [[8, 0, name, 9] for name in range(40)]
     wide, narrow = build_tree(prompts, 0, 512), build_tree(prompts, 0, 1)
     assert wide.positions <= 2 + 2 * 40 + 4  # SOS and the word stand once or twice
-    assert narrow.positions > 2 * wide.positions and narrow.parts[0].token.shape[1] < 10
+    assert narrow.positions > 1.4 * wide.positions and narrow.parts[0].token.shape[1] < 10
 
 
 def test_an_accelerators_chunks_are_longer_and_suit_its_kernels():

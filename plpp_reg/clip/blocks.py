@@ -35,8 +35,8 @@ def attend(block: nn.Module, x: Tensor, mask: Tensor | None = None, rows: int | 
 def residual(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     """What follows attention in a block, row by row: x, attended (..., D) -> (..., D).
 
-    QuickGELU is ``y sigmoid(a y) = silu(a y) / a`` with a = 1.702. Both factors become part of the linear maps' products and of
-    the sum, so that an MLP is three operations instead of five, and autograd keeps one tensor (..., 4 D) of it instead of three.
+    QuickGELU is ``y sigmoid(a y) = silu(a y) / a`` with a = 1.702. Both factors become part of the linear maps' products and
+    of the sum, so that an MLP is three operations instead of five, and autograd keeps one tensor (..., 4 D) instead of three.
     """
     x = x + block.attn.out_proj(attended)
     y, mlp = block.ln_2(x), block.mlp
