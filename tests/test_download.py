@@ -23,6 +23,7 @@ from plpp_reg.data.download import HUB, REPOSITORY, TORCHVISION, Remote, fetch
 from plpp_reg.data.readers import read_own_files, split_text
 from plpp_reg.errors import InputError
 
+from hostile_archives import EVIL
 from miniature import make
 
 
@@ -202,7 +203,7 @@ def test_addresses_and_checksums_are_torchvisions() -> None:
     assert TORCHVISION["DescribableTextures"] == ((tv.DTD._URL, tv.DTD._MD5),)
     assert TORCHVISION["Food101"] == ((tv.Food101._URL, tv.Food101._MD5),)
     assert TORCHVISION["SUN397"] == ((tv.SUN397._DATASET_URL, tv.SUN397._DATASET_MD5),)
-    assert TORCHVISION["FGVCAircraft"] == ((tv.FGVCAircraft._URL, ""),)
+    assert [url for url, _ in TORCHVISION["FGVCAircraft"]] == [tv.FGVCAircraft._URL]
     assert TORCHVISION["OxfordPets"] == tv.OxfordIIITPet._RESOURCES
     names = tv.Flowers102._file_dict
     expected = [(tv.Flowers102._download_url_prefix + names[k][0], names[k][1]) for k in ("image", "label")]
@@ -329,32 +330,42 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_has(server: Server, tmp_p
     assert not list(tmp_path.rglob("a.jpg")) and not (tmp_path / "eurosat").exists()
 
 
-@pytest.mark.parametrize("evil", ["../../../../evil", "absolute", "link"])
-def test_an_archive_that_reaches_outside(evil: str, server: Server, tmp_path: Path, monkeypatch, capsys) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        info = tarfile.TarInfo(str(tmp_path / "evil") if evil == "absolute" else evil)
-        if evil == "link":
-            info.type, info.linkname = tarfile.SYMTYPE, str(tmp_path)
-        archive.addfile(info, io.BytesIO())
-    server.files["/dtd.tar.gz"] = buffer.getvalue()
-    digest = hashlib.md5(buffer.getvalue()).hexdigest()
-    monkeypatch.setitem(TORCHVISION, "DescribableTextures", ((f"{server.url}/dtd.tar.gz", digest),))
+def test_every_source_has_a_checksum() -> None:
+    assert all(len(md5) == 32 and int(md5, 16) for files in TORCHVISION.values() for _, md5 in files)
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_a_hostile_archive(evil: str, server: Server, tmp_path: Path, monkeypatch, capsys) -> None:
+    content, reason = EVIL[evil](tmp_path / "victim")
+    name = "dtd.zip" if content.startswith(b"PK") else "dtd.tar.gz"
+    server.files[f"/{name}"] = content
+    monkeypatch.setitem(TORCHVISION, "DescribableTextures", ((f"{server.url}/{name}", hashlib.md5(content).hexdigest()),))
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "mine").write_text("mine")
     root = tmp_path / "a" / "b"
     line = refused(capsys, "dtd", "--root", str(root), "--source", "torchvision")
-    assert "expected an archive that" in line
-    assert not list(tmp_path.rglob("*evil*")) and not (root / "dtd").exists()
+    assert reason in line
+    assert tree(tmp_path / "victim") == {"mine": b"mine"}
+    below = [p.relative_to(root / download.PLACE / "dtd-torchvision") for p in root.rglob("*") if p.is_file()]
+    assert {str(p) for p in below} <= {name, ".lock"}  # what was fetched stays, nothing of what was unpacked does
 
 
-def test_an_archive_cut_short_without_a_checksum_is_got_again(server: Server, tmp_path: Path, monkeypatch, capsys) -> None:
-    (whole,) = published(tmp_path, "FGVCAircraft").values()
-    server.files["/a.tar.gz"] = whole[: len(whole) // 2]
-    monkeypatch.setitem(TORCHVISION, "FGVCAircraft", ((f"{server.url}/a.tar.gz", ""),))
-    argv = ["fgvc_aircraft", "--root", str(tmp_path / "root"), "--source", "torchvision"]
-    assert "EOFError" in refused(capsys, *argv)
-    assert not (tmp_path / "root" / "fgvc_aircraft").exists()
-    server.files["/a.tar.gz"] = whole
-    assert main(["data", "get", *argv]) == 0
+def test_what_a_killed_process_left_of_a_data_set_that_is_there_goes(
+    server: Server, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    server.put_on_hub("eurosat.zip", hub_archive(tmp_path, "EuroSAT"))
+    root = tmp_path / "root"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))  # once all is in its place
+        download.get(["eurosat"], root)
+    left = root / download.PLACE / "eurosat-hub"
+    assert (root / "eurosat" / "2750").is_dir() and (left / "eurosat.zip").is_file()
+    (root / download.PLACE / "eurosat-torchvision").mkdir()  # and of the other source
+    sizes = load_dataset("EuroSAT", root)
+    sizes = (len(sizes.classnames), len(sizes.train), len(sizes.val), len(sizes.test))
+    monkeypatch.setitem(DATASETS, "EuroSAT", dataclasses.replace(DATASETS["EuroSAT"], sizes=sizes))
+    assert main(["data", "get", "eurosat", "--root", str(root)]) == 0
+    assert not list((root / download.PLACE).iterdir())
 
 
 def test_another_archive_than_the_data_sets(server: Server, tmp_path: Path, capsys) -> None:

@@ -12,10 +12,7 @@ import hashlib
 import os
 import re
 import shutil
-import tarfile
 import time
-import zipfile
-import zlib
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -30,6 +27,7 @@ from plpp_reg.data.check import READY, check, look
 from plpp_reg.data.own import own_kind
 from plpp_reg.data.table import Layout
 from plpp_reg.errors import InputError, install, unknown
+from plpp_reg.io.archives import check_room, is_archive, unpack
 from plpp_reg.io.files import locked
 
 SOURCES = ("hub", "torchvision")
@@ -52,7 +50,7 @@ HUB = {
 }
 _OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
 _EUROSAT = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip"
-# Addresses and MD5 sums as torchvision 0.29 has them; "": it has none.
+# Addresses and MD5 sums as torchvision 0.29 has them; of FGVCAircraft's archive, whose sum it has not, its publisher's.
 TORCHVISION: dict[str, tuple[tuple[str, str], ...]] = {
     "Caltech101": (("https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip", "3138e1922a9193bfa496528edbbc45d0"),),
     "OxfordPets": (
@@ -64,7 +62,7 @@ TORCHVISION: dict[str, tuple[tuple[str, str], ...]] = {
         (_OXFORD + "flowers/102/imagelabels.mat", "e0620be6f572b9609742df49c70aed4d"),
     ),
     "Food101": (("http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87"),),
-    "FGVCAircraft": ((_OXFORD + "fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", ""),),
+    "FGVCAircraft": ((_OXFORD + "fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", "d4acdd33327262359767eeaa97a4f732"),),
     "SUN397": (("http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz", "8ca2778205c41d23104230ba66911c7a"),),
     "DescribableTextures": ((_OXFORD + "dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1"),),
     "EuroSAT": ((_EUROSAT, "c8fa014336c82ac7804f0398fcb19387"),),
@@ -78,7 +76,7 @@ GIB = 2**30
 
 
 class Remote(NamedTuple):
-    """A file to get. ``size`` in bytes, None where the server does not say; ``digest`` by ``algorithm``, "" where unknown."""
+    """A file to get. ``size`` in bytes, None where the server does not say; ``digest`` by ``algorithm``."""
 
     url: str
     name: str
@@ -105,7 +103,18 @@ def get(names: Sequence[str], root: str | Path, source: str = "hub") -> int:
     for name in names:
         if look(name, root).state != READY:
             _get(name, root, source)
+        _clear(name, root)
     return check(root, names)
+
+
+def _clear(name: str, root: Path) -> None:
+    """What is left of getting a data set that is there now: of a killed process, or from the other source."""
+    for source in SOURCES:
+        place = root / PLACE / f"{short_name(name)}-{source}"
+        if place.is_dir():
+            with locked(place):
+                pass  # nobody is at work in it
+            _remove(place)
 
 
 def _check_offered(name: str, source: str) -> None:
@@ -119,9 +128,11 @@ def _check_offered(name: str, source: str) -> None:
 def _get(name: str, root: Path, source: str) -> None:
     layout = DATASETS[name].layout
     target, place = root / layout.folder, root / PLACE / f"{short_name(name)}-{source}"
+    if os.path.lexists(target):
+        raise InputError(f"{str(target)!r}: something is there (see plpp data check); move it away, it is not overwritten")
     with locked(place):
         if os.path.lexists(target):
-            raise InputError(f"{str(target)!r}: something is there (see plpp data check); move it away, it is not overwritten")
+            return  # another process has got it meanwhile
         files = [_on_hub(HUB[name])] if source == "hub" else [_published(*file) for file in TORCHVISION[name]]
         _check_room(place, files)
         archives = [fetch(file, place) for file in files]
@@ -135,7 +146,6 @@ def _get(name: str, root: Path, source: str) -> None:
             _remove(unpacked)
         for archive in archives:
             archive.unlink()
-    _remove(place)
 
 
 # ---- what is there -----------------------------------------------------------------------------------------------------
@@ -175,7 +185,7 @@ def _open(url: str, start: int = 0):
 
 def _part(file: Remote, place: Path) -> Path:
     """Where a file is before it is whole; by its checksum, so that another version of it is not added to."""
-    return place / f"{file.name}.{file.digest[:12] or 'unchecked'}.part"
+    return place / f"{file.name}.{file.digest[:12]}.part"
 
 
 def _size(path: Path) -> int:
@@ -185,13 +195,7 @@ def _size(path: Path) -> int:
 def _check_room(place: Path, files: Sequence[Remote]) -> None:
     total = sum(file.size or 0 for file in files)
     there = sum(_size(place / file.name) or _size(_part(file, place)) for file in files)
-    _need(place, total - there + UNPACKED * total, f"{total / GIB:.2f} GiB of archives, and what they hold")
-
-
-def _need(place: Path, size: float, what: str) -> None:
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise InputError(f"{str(place)!r}: expected {size / GIB:.2f} GiB free for {what}, got {free / GIB:.2f}")
+    check_room(place, total - there + UNPACKED * total, f"{total / GIB:.2f} GiB of archives, and what they hold")
 
 
 # ---- one file ----------------------------------------------------------------------------------------------------------
@@ -249,8 +253,6 @@ def _write(answer, part: Path, mode: str, file: Remote, start: int) -> None:
 
 
 def _verify(file: Remote, part: Path) -> None:
-    if not file.digest:
-        return
     digest = hashlib.new(file.algorithm, usedforsecurity=False)
     with part.open("rb") as opened:
         while block := opened.read(BLOCK):
@@ -268,29 +270,16 @@ def _verify(file: Remote, part: Path) -> None:
 def _unpack(archive: Path, folder: Path, file: Remote) -> None:
     """Into ``folder``, nothing outside it; an archive within it too (Caltech101's). What is no archive is copied."""
     try:
-        folder.mkdir(exist_ok=True)
-        _extract(archive, folder)
+        if not is_archive(archive):
+            folder.mkdir(exist_ok=True)
+            shutil.copy2(archive, folder / archive.name)
+            return
+        unpack(archive, folder)
         for inner in sorted(folder.rglob("*.tar.gz")):
-            _extract(inner, inner.parent)
+            unpack(inner, inner.parent)
             inner.unlink()
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, OSError) as e:
-        if not file.digest:
-            archive.unlink()  # nothing else said whether it is whole
-        raise InputError(f"{file.url}: expected an archive that can be unpacked, got {type(e).__name__}: {e}") from e
-
-
-def _extract(archive: Path, folder: Path) -> None:
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as opened:
-            _need(folder, sum(member.file_size for member in opened.infolist()), f"what {archive.name} holds")
-            opened.extractall(folder)  # which takes the .. out of names, and makes no links
-    elif archive.name.endswith((".tar.gz", ".tgz")):
-        if not hasattr(tarfile, "data_filter"):
-            raise InputError("to unpack a tar archive safely: expected Python 3.10.12, 3.11.4 or newer")
-        with tarfile.open(archive) as opened:
-            opened.extractall(folder, filter="data")
-    else:
-        shutil.copy2(archive, folder / archive.name)
+    except (InputError, OSError) as e:
+        raise InputError(f"{file.url}: {e}") from e
 
 
 def _laid_out(unpacked: Path, layout: Layout) -> Path:
