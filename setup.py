@@ -21,7 +21,7 @@ train = [
     "numpy",
     "pillow",
     "safetensors",  # the embedded weights: a format that cannot run code
-    "filelock",
+    "filelock>=3.20.1",  # before, a link in place of .lock was followed, and what it leads to emptied
     "tqdm",
     "tensorboard",
     "scipy",  # Student's t of the tables' paired intervals, the label files of StanfordCars and Flowers102

@@ -235,9 +235,12 @@ def test_the_command_shows_what_is_kept_and_clears_it(data: DataSplit, own_cache
     kept = sorted(own_cache.iterdir())
     capsys.readouterr()
     (own_cache / ".a.safetensors.1-2.tmp").write_bytes(bytes(2**20))
+    (own_cache.parent / "openmoji").mkdir()
+    (own_cache.parent / "openmoji" / ".1F600.png.tmp").write_bytes(b"half")
     assert cli.main(["cache"]) == 0
     first, half, last = capsys.readouterr().out.splitlines()
     assert first == f"{own_cache}: {len(kept)} files, {sum(p.stat().st_size for p in kept) / 2**20:.1f} MiB"
     assert half.endswith("1, 1.0 MiB") and "last used 0.0 (the oldest) to 0.0 days ago" in last
     assert cli.main(["cache", "--clear"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"removed {len(kept)}" and list(own_cache.iterdir()) == []
+    assert list((own_cache.parent / "openmoji").iterdir()) == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -135,7 +137,8 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(
     (bad / "prompt_learner" / "model-best.pth.tar").unlink()
     path = bad / "prompt_learner" / f"model.pth.tar-{EPOCHS}"
     damage(path, how, trap)
-    spoilt = path.read_bytes()
+    before = {p: p.read_bytes() for p in bad.rglob("*") if p.is_file()}
+    assert bad / "result.json" in before
     more = {
         "go on": [],
         "resume": ["--resume", str(bad)],
@@ -147,7 +150,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(
     assert error.count("\n") == 1 and str(path) in error, error
     assert "\x1b" not in error and "weights_only=False" not in error  # torch's advice is to run the file
     assert not trap.exists()
-    assert path.read_bytes() == spoilt  # neither skipped nor written over
+    assert {p: p.read_bytes() for p in bad.rglob("*") if p.is_file()} == before  # the finished run's result too
     if way != "go on":
         assert not (tmp_path / "out").exists()
 
@@ -204,6 +207,80 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
         files.write_atomically(path, write)
     assert helpers.files_below(tmp_path) == (["folder", "folder/file"] if there else ["folder"])
     assert not there or path.read_text() == "old"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from plpp_reg.io import files
+
+def write(temporary):
+    temporary.write_text("half")
+    if len(sys.argv) > 2:
+        print(temporary, flush=True)
+        sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+files.write_atomically(Path(sys.argv[1]), write)
+"""
+POSIX = pytest.mark.skipif(os.name == "nt", reason="files that are being written cannot be locked there")
+
+
+@POSIX
+def test_what_a_killed_process_left_is_told_from_what_another_one_writes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    assert subprocess.run(**helpers.python(KILLED, str(path))).returncode == -signal.SIGKILL
+    assert helpers.files_below(tmp_path) == [".file.tmp"] and files.left_behind(tmp_path) == [tmp_path / ".file.tmp"]
+    files.write_text(path, "whole")  # written over by the next
+    assert helpers.files_below(tmp_path) == ["file"]
+    writer = subprocess.Popen(**helpers.python(KILLED, str(path), "wait", stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    try:
+        busy = Path(writer.stdout.readline().strip())
+        assert files.left_behind(tmp_path) == [] and files.clear_left_behind(tmp_path) == 0
+        files.write_text(path, "in between")  # under another name, and without waiting
+        assert busy.read_text() == "half" and path.read_text() == "in between"
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert files.clear_left_behind(tmp_path) == 1 and helpers.files_below(tmp_path) == ["file"]
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_stands_in_place_of_a_temporary_file_is_not_written_through(tmp_path: Path, kind: str) -> None:
+    place, other = tmp_path / ".file.tmp", tmp_path / "other"
+    other.write_text("mine")
+    {"link": lambda: place.symlink_to(other), "pipe": lambda: os.mkfifo(place), "folder": place.mkdir}[kind]()
+    files.write_text(tmp_path / "file", "whole")
+    assert other.read_text() == "mine" and (tmp_path / "file").read_text() == "whole"
+    assert helpers.files_below(tmp_path) == [".file.tmp", "file", "other"]
+
+
+@POSIX
+def test_the_next_run_clears_what_a_killed_one_left(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "whole", tmp_path / "out")
+    for name in (".result.json.tmp", ".config.yaml.0123abcd.tmp", "prompt_learner/.model.pth.tar-9.tmp"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    quietly(arguments(world, tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["log.txt", ".lock"])
+def test_a_link_in_place_of_a_log_is_not_followed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    shutil.copytree(world / "whole", tmp_path / "out")
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out" / name).unlink(missing_ok=True)
+    (tmp_path / "out" / name).symlink_to(tmp_path / "mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert cli.main(command(world, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path / "out") in error
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before | (
+        {} if name == ".lock" else {tmp_path / "out" / ".lock": b""}
+    )
 
 
 def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:

@@ -161,6 +161,22 @@ def test_a_finished_run_is_tested_again_and_not_trained(world: Path, tmp_path: P
     assert_as_uninterrupted(world, tmp_path / "out")
 
 
+@pytest.mark.parametrize("place", ["before rename", "test"])
+def test_a_finished_run_that_is_started_again_and_killed_keeps_its_result(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    shutil.copytree(world / "whole", tmp_path / "out")
+    before = (tmp_path / "out" / "result.json").read_bytes()
+    with monkeypatch.context() as patch:
+        if place == "test":
+            patch.setattr(PromptTrainer, "test", lambda *args: (_ for _ in ()).throw(Killed))
+        else:
+            kill_at(patch, place, 2)
+        with pytest.raises(Killed):
+            quietly(arguments(world, tmp_path / "out"))
+    assert (tmp_path / "out" / "result.json").read_bytes() == before
+
+
 def test_random_streams_come_back() -> None:
     torch.manual_seed(1), random.seed(2), np.random.seed(3)
     random.gauss(0, 1), np.random.standard_normal()  # both keep a second draw in store

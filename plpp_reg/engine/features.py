@@ -28,6 +28,7 @@ from plpp_reg.data import Datum
 from plpp_reg.data.augmentation import build_transform
 from plpp_reg.data.emoji import cache_folder
 from plpp_reg.data.loaders import ImageDataset, file_state, image_seed_of, read_ahead, view_of
+from plpp_reg.io.files import clear_left_behind
 from plpp_reg.io.store import Entry, TensorStore
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def show_store(clear: bool = False) -> None:
         print(f"last used {days[0]} (the oldest) to {days[1]} days ago; FEATURES.MAX_GIB bounds them, --clear removes them")
     if clear:
         print(f"removed {store.clear()}")
+        for folder in (store.folder.parent, *filter(Path.is_dir, store.folder.parent.glob("*"))):
+            clear_left_behind(folder)  # half-drawn pictures of the embedded data set
 
 
 def _mib(entries: Sequence[Entry]) -> str:

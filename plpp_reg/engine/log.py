@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
+
+from plpp_reg.errors import InputError
 
 
 class RunLog:
@@ -23,8 +26,15 @@ class RunLog:
         self._writer: Any = None
 
     def open(self, folder: str | Path) -> None:
-        """Log into ``folder``/log.txt from here on (appending: a resumed run goes on in its file), and to tensorboard/."""
-        self._path = Path(folder) / "log.txt"
+        """Log into ``folder``/log.txt from here on (appending: a resumed run goes on in its file), and to tensorboard/.
+
+        Raises:
+            InputError: log.txt is a link, which would be written through.
+        """
+        path = Path(folder) / "log.txt"
+        if path.is_symlink():
+            raise InputError(f"{str(path)!r}: expected a file to add lines to, got a symbolic link to {os.readlink(path)!r}")
+        self._path = path
         early, self._early = self._early or [], None
         self._append("".join(line + "\n" for line in early))
         try:
@@ -47,7 +57,7 @@ class RunLog:
 
     def _append(self, text: str) -> None:
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", opener=_no_link) as file:
                 file.write(text)
 
     def progress(self, items: Iterable, what: str, initial: int = 0, total: int | None = None) -> tqdm:
@@ -62,6 +72,10 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 class Meters:

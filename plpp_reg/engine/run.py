@@ -22,7 +22,7 @@ from plpp_reg.engine import distributed as ranks
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
-from plpp_reg.io.files import locked, write_text
+from plpp_reg.io.files import clear_left_behind, locked, write_text
 from plpp_reg.results import record as results
 
 DEFAULT_TRAINER = "CoOp_PLPP"
@@ -192,6 +192,9 @@ def run(
         place = folder if processes.first else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(locked(place))
         _check_folders(cfg, folder)  # once more: another run may have come and gone while this one was loading
+        _go_on(place, folder, trainer, args)
+        for left in (place, trainer.saving.folder):
+            clear_left_behind(left)
         log.open(place)
         stack.callback(log.close)
         return _run_in(place, folder, trainer, args, after_epoch, further, note), trainer
@@ -237,6 +240,24 @@ def _test_further(folder: Path, trainer: PromptTrainer, test: FurtherTest) -> di
     }
 
 
+def _go_on(folder: Path, resumed: Path, trainer: PromptTrainer, args: RunArguments) -> None:
+    """Take up what lies in the run's folder. Nothing is written before that is found to be good.
+
+    Raises:
+        UnusableCheckpoint: it cannot be gone on from, and stays as it is; a result beside it too.
+    """
+    trainer.output_dir = folder
+    if args.eval_only or args.no_train:
+        return
+    if not (trainer.cfg.RESUME and trainer.epoch):  # that one is loaded
+        try:
+            trainer.saving.resume(resumed)
+        except InputError as e:
+            raise UnusableCheckpoint(str(e)) from e
+    if not trainer.ranks.all_agree(trainer.ranks.of_the_first(trainer.epoch) == trainer.epoch):
+        raise InputError("expected the same checkpoint on every process: is --output-dir on a disk that all of them share?")
+
+
 def _run_in(
     folder: Path,
     resumed: Path,
@@ -247,26 +268,16 @@ def _run_in(
     note: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     cfg, log = trainer.cfg, trainer.log
-    trainer.output_dir = folder
     if not args.eval_only:
-        if args.no_train:
-            write_text(folder / "config.yaml", config.to_yaml(cfg))
-            return record(trainer, {})
-        (folder / results.RESULT).unlink(missing_ok=True)
         write_text(folder / "config.yaml", config.to_yaml(cfg))
+        if args.no_train:
+            return record(trainer, {})
         if cfg.DATASET.NUM_SHOTS > 0:
             write_text(folder / results.FEW_SHOT, trainer.data.sampled_json())
-        if cfg.RESUME and trainer.epoch:
+        if cfg.RESUME and trainer.epoch and not checkpoint.newest(resumed / trainer.model_name):
             checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.saving.folder)
-        else:
-            try:
-                trainer.saving.resume(resumed)
-            except InputError as e:
-                raise UnusableCheckpoint(str(e)) from e
-            if folder != resumed and (resumed / trainer.model_name).is_dir():
-                shutil.copytree(resumed / trainer.model_name, trainer.saving.folder, dirs_exist_ok=True)
-        if not trainer.ranks.all_agree(trainer.ranks.of_the_first(trainer.epoch) == trainer.epoch):
-            raise InputError("expected the same checkpoint on every process: is --output-dir on a disk that all of them share?")
+        elif folder != resumed and (resumed / trainer.model_name).is_dir():
+            shutil.copytree(resumed / trainer.model_name, trainer.saving.folder, dirs_exist_ok=True)
         trainer.train(folder, after_epoch)
         if cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
             log("Deploy the model with the best val performance")

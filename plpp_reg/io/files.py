@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,20 +15,91 @@ from torch import Tensor
 
 from plpp_reg.errors import InputError, InUse
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+A_DAY = 24 * 3600.0  # seconds: no file is being written that long
+TEMPORARY = ".tmp"  # what the name of a file that is not whole ends in; it begins with a dot
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """``write`` to a temporary file beside ``path``, then rename it: at any moment the old file or the new one is there."""
+    """``write`` to a temporary file beside ``path``, then rename it: at any moment the old file or the new one is there.
+
+    What a killed process left of the same file is written over.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not mkstemp: its files are unreadable to one's group; not the process number alone: two machines may share a disk
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    with _temporary(path) as temporary:
+        try:
+            write(temporary)
+            with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` that this process alone writes to: always the same one, another one where that is being written.
+
+    Its file is locked until it is whole, so that what a killed process left is told from what another one is writing.
+    """
+    place = path.with_name(f".{path.name}{TEMPORARY}")
+    lock = _lock(place, os.O_CREAT)
+    if lock is None:
+        place = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+        lock = _lock(place, os.O_CREAT | os.O_EXCL)
     try:
-        write(temporary)
-        with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield place
     finally:
-        temporary.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(path: Path, flags: int) -> int | None:
+    """The file, open and locked; None where another process has it, where it is no plain file, or where there are no locks."""
+    if fcntl is None:
+        return None
+    lock = None
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        here, there = os.fstat(lock), os.stat(path, follow_symlinks=False)  # it may have been renamed in between
+        if stat.S_ISREG(here.st_mode) and (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+            return lock
+    except OSError:
+        pass
+    if lock is not None:
+        os.close(lock)
+    return None
+
+
+def left_behind(folder: str | Path) -> list[Path]:
+    """The temporary files in a folder that no process is writing."""
+    with contextlib.suppress(OSError):
+        return [path for path in Path(folder).glob(f".*{TEMPORARY}") if _abandoned(path)]
+    return []
+
+
+def clear_left_behind(folder: str | Path) -> int:
+    """Remove what killed processes left half-written in a folder, not below it; how many files there were."""
+    paths = left_behind(folder)
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return len(paths)
+
+
+def _abandoned(path: Path) -> bool:
+    if (lock := _lock(path, 0)) is not None:
+        os.close(lock)
+        return True
+    with contextlib.suppress(OSError):
+        return time.time() - path.lstat().st_mtime >= A_DAY  # what cannot be locked tells nothing but its age
+    return False
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -47,11 +120,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, wait: float = 0.0) -> Iterator[None]:
-    """The folder, made if need be, for this process alone; the operating system frees it when the process dies.
+    """The folder, made if need be, for this thread alone, which may ask again; the system frees it when the process dies.
 
     ``wait``: seconds until another process must have left it.
     """
-    lock = FileLock(Path(folder) / ".lock")
+    lock = FileLock(os.path.abspath(Path(folder) / ".lock"), is_singleton=True)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait)

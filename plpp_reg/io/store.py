@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor
 
 from plpp_reg.errors import InputError
-from plpp_reg.io.files import write_tensors
+from plpp_reg.io.files import TEMPORARY, clear_left_behind, write_tensors
 
 SUFFIX = ".safetensors"
-A_DAY = 24 * 3600.0  # seconds: no file is being written that long
 
 
 class Entry(NamedTuple):
@@ -84,7 +82,7 @@ class TensorStore:
 
     def halves(self) -> list[Entry]:
         """What is being written, and what killed processes left half-written."""
-        return list(self._files(f".*{SUFFIX}.*.tmp"))
+        return list(self._files(f".*{SUFFIX}*{TEMPORARY}"))
 
     def _files(self, pattern: str) -> Iterator[Entry]:
         for path in self.folder.glob(pattern):
@@ -93,10 +91,8 @@ class TensorStore:
                 yield Entry(path, stat.st_size, stat.st_mtime)
 
     def trim(self, keep: Path | None = None) -> None:
-        """Remove the longest unused files until the bound holds; ``keep`` stays, and so does what may still be written."""
-        for half in self.halves():
-            if time.time() - half.used >= A_DAY:
-                _remove(half.path)
+        """Remove the longest unused files until the bound holds; ``keep`` stays, and so does what is being written."""
+        clear_left_behind(self.folder)
         entries = self.entries()
         excess = sum(entry.size for entry in (*entries, *self.halves())) - self.max_bytes
         for entry in entries:
@@ -107,8 +103,7 @@ class TensorStore:
 
     def clear(self) -> int:
         """Remove every file, also what a killed process left half-written; how many whole ones there were."""
-        for half in self.halves():
-            _remove(half.path)
+        clear_left_behind(self.folder)
         return sum(_remove(entry.path) for entry in self.entries())
 
 
