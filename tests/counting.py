@@ -1,10 +1,13 @@
-"""What torch itself counts: operations, bytes that autograd keeps, bytes that live at once."""
+"""What torch itself counts: operations, values that the host waits for, bytes that autograd keeps, bytes that live at once."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,6 +39,82 @@ def kept_bytes(run, model) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(size for size, _ in kept.values())
+
+
+class Operations(TorchDispatchMode):
+    """The operations that are not views, forward and backward, by name.
+
+    >>> with Operations() as operations:
+    ...     torch.ones(3).view(3, 1).sum().item()
+    3.0
+    >>> operations.by_name
+    Counter({'ones': 1, 'sum': 1, '_local_scalar_dense': 1})
+    """
+
+    VIEWS = {"detach", "_unsafe_view", "lift_fresh"}  # beside those that torch calls so
+    NOTES = {"_record_function_enter_new", "_record_function_exit"}  # an optimizer's, for a profiler
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_name.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in self.VIEWS | self.NOTES:
+            self.by_name[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _CopiedToTheHost(TorchFunctionMode):
+    """Calls that copy a tensor to the host: on a CPU there is nothing to copy, so the dispatcher does not see them."""
+
+    COPIES = {"tolist", "cpu", "numpy", "__array__"}
+
+    def __init__(self, by_name: Counter[str]) -> None:
+        super().__init__()
+        self.by_name = by_name
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.COPIES:
+            self.by_name[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """Where the host would wait for an accelerator: for a value, for a size that depends on values, for a copy.
+
+    >>> with Waits() as waits:
+    ...     torch.ones(2).tolist(), bool(torch.ones(()) > 0), len(torch.ones(3).nonzero())
+    ([1.0, 1.0], True, 3)
+    >>> waits.by_name
+    Counter({'tolist': 1, '_local_scalar_dense': 1, 'nonzero': 1})
+    """
+
+    TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+        self._copies = _CopiedToTheHost(self.by_name)
+
+    def __enter__(self):
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        self._copies.__exit__(*raised)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name != "index" or any(i is not None and i.dtype == torch.bool for i in args[1])
+        if self.TAGS & set(func.tags) and by_mask:
+            self.by_name[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Living(TorchDispatchMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,10 +109,10 @@ class _WithPLPP:
             return {}
         # where every class has vectors of its own, the perplexity costs a pass over the vocabulary for each: once an epoch
         parts = handle.last if handle.rows <= handle.regularizer.chunk_size or last_batch else handle.losses
-        figures = {f"loss_{name}": loss.item() for name, loss in handle.regularizer.terms(parts).items()}
-        if parts.perplexity.isfinite():
-            figures["perplexity"] = parts.perplexity.item()
-        return figures
+        figures = {f"loss_{name}": loss for name, loss in handle.regularizer.terms(parts).items()}
+        figures["perplexity"] = parts.perplexity
+        values = torch.stack([figure.detach() for figure in figures.values()]).tolist()  # in one transfer
+        return {name: v for name, v in zip(figures, values, strict=True) if name != "perplexity" or math.isfinite(v)}
 
     def _plpp_model(self) -> nn.Module:
         model = getattr(self, "model", None)

@@ -43,13 +43,14 @@ class Ranks(NamedTuple):
                 dist.all_reduce(tensor)
                 tensor /= self.size
 
-    def average_values(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean over the ranks of plain numbers; an inf or nan of one is everyone's."""
-        if self.size == 1:
-            return values
-        mean = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
-        self.average([mean])
-        return dict(zip(values, mean.tolist(), strict=True))
+    @torch.no_grad()
+    def mean_values(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """Scalar tensors as plain numbers, the mean over the ranks, in one transfer; a rank's inf or nan is everyone's."""
+        values = torch.stack([scalar.reshape(()) for scalar in scalars.values()])
+        if self.size > 1:
+            values = values.to(_device(), torch.float64)
+            self.average([values])
+        return dict(zip(scalars, values.tolist(), strict=True))
 
     def total(self, counts: Tensor) -> Tensor:
         """The sum over the ranks."""

@@ -160,7 +160,7 @@ class PromptTrainer:
 
     def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
         """Mean cross-entropy in float32; notes the batch accuracy for the log."""
-        self.metrics["acc"] = 100 * (logits.argmax(1) == label).float().mean().item()
+        self.metrics["acc"] = 100 * (logits.argmax(1) == label).float().mean()
         return F.cross_entropy(logits.float(), label)
 
     @staticmethod
@@ -200,7 +200,7 @@ class PromptTrainer:
         check_input(cfg, clip_model)
         self.tower = TextTower(clip_model, cfg.MODEL.TEXT_MEMORY_MIB)
         self.image_tower = ImageTower(clip_model)
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, Tensor] = {}  # scalars that the log shows beside the losses
         self.plpp_reads: tuple[Tensor, Tensor | None] | None = None  # context and states of the last text pass
         self.regularizer: PerplexityRegularizer | None = None
         random.seed(cfg.SEED)  # whatever was drawn before, the run starts the same
@@ -276,7 +276,8 @@ class PromptTrainer:
         for _ in epochs:
             start = time.perf_counter()
             means = self.train_epoch()
-            if not all(p.isfinite().all() for p in self.trained()):  # a finite loss can have a gradient that is not
+            # a finite loss can have a gradient that is not
+            if not torch.stack([p.isfinite().all() for p in self.trained()]).all():
                 raise NonFiniteLoss(
                     f"the trained parameters are not finite after epoch {self.epoch + 1}: training stopped, "
                     f"{self.saving.last_good()}"
@@ -311,12 +312,18 @@ class PromptTrainer:
         return self.optimizer.param_groups[0]["lr"]
 
     def step(self, batch: dict[str, Tensor], index: int = 0, with_perplexity: bool = False) -> dict[str, float]:
-        """One update; every loss by its name, their sum as ``loss``, and the metrics."""
+        """One update; every loss by its name, their sum as ``loss``, and the metrics.
+
+        The host waits for the device once, where all of them come over (a gradient scaler waits for its own verdict).
+        """
         self.metrics = {}
         with self.computing():
             losses = self.compute_losses(batch)
             losses.update(self._plpp_losses(with_perplexity))
-        values = self.ranks.average_values({**self.metrics, **{name: value.item() for name, value in losses.items()}})
+        values = self.ranks.mean_values({**self.metrics, **losses})
+        if values.get("log_perplexity", math.inf) < MOST_LOG_PERPLEXITY:
+            values["perplexity"] = math.exp(values["log_perplexity"])
+        values.pop("log_perplexity", None)
         values = {"loss": sum(values[name] for name in losses), **values}
         self.loss_names = ["loss", *losses]
         for name in losses:
@@ -346,9 +353,7 @@ class PromptTrainer:
         parts = self.regularizer.components(*reads, with_perplexity)
         terms, share = self.regularizer.terms(parts), self._share_of_prompts()
         if with_perplexity or self.regularizer.normalize_over == "vocabulary":  # the same on every rank
-            log = self.ranks.average_values({"log": share * parts.perplexity.log().item()})["log"]
-            if math.isfinite(log) and log < MOST_LOG_PERPLEXITY:
-                self.metrics["perplexity"] = math.exp(log)
+            self.metrics["log_perplexity"] = share * parts.perplexity.log()
         return terms if share == 1 else {name: share * term for name, term in terms.items()}
 
     def _share_of_prompts(self) -> float:
