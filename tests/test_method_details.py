@@ -207,21 +207,21 @@ def test_cocoop_of_32_images_is_the_mean_of_two_of_16() -> None:
     assert_same_step(with_gradients(trainer, batch), (mean_values, mean_grads))
 
 
-def test_cocoop_in_chunks_of_classes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[list[int]] = []  # for each text pass the nodes of its chunks
+def test_cocoop_in_parts_of_the_classes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[int]] = []  # for each text pass the rows of its parts
     original = TextTower.forward
 
     def forward(self, tree, context, *args, **kwargs):
-        ran.append([len(chunk.nodes.token) for chunk in tree.chunks])
+        ran.append([part.token.numel() for part in tree.parts])
         return original(self, tree, context, *args, **kwargs)
 
     monkeypatch.setattr(TextTower, "forward", forward)
     (batch,) = helpers.fixed_batches(1, size=5)
-    whole, chunked = build("CoCoOp", plpp=True), build("CoCoOp", "MODEL.TEXT_MEMORY_MIB", 1, plpp=True)
-    assert_same_step(with_gradients(chunked, batch), with_gradients(whole, batch))
-    chunks, all_at_once = ran
-    assert len(all_at_once) == 1 < len(chunks) and max(chunks) <= chunked.tower.max_rows(5) < chunked.tower.max_rows(1)
-    assert max(chunks) < max(all_at_once)
+    whole, parted = build("CoCoOp", plpp=True), build("CoCoOp", "MODEL.TEXT_MEMORY_MIB", 1, plpp=True)
+    assert_same_step(with_gradients(parted, batch), with_gradients(whole, batch))
+    parts, all_at_once = ran
+    assert len(all_at_once) == 1 < len(parts) and max(parts) <= parted.tower.max_rows(5) < parted.tower.max_rows(1)
+    assert max(parts) < max(all_at_once)
 
 
 def test_cocoop_tests_as_many_images_at_once_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:

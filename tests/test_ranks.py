@@ -33,7 +33,7 @@ def watch(cls, name, note):
         return result
     setattr(cls, name, watched)
 
-watch(TextTower, "forward", lambda _, tree, contexts, *more: seen["prompts"].append(len(contexts) * len(tree.order)))
+watch(TextTower, "forward", lambda _, tree, contexts, *more: seen["prompts"].append(len(contexts) * sum(len(p.end) for p in tree.parts)))
 watch(ImageTower, "forward", lambda _, images, *more: seen["images"].append(len(images)))
 watch(PromptTrainer, "step", lambda values, *more: seen["steps"].append(values))
 for line in json.load(open(sys.argv[1])):
