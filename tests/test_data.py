@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -171,6 +174,52 @@ def test_split_groups_holds_its_minima_and_keeps_groups_whole_at_the_smallest_si
         parts = emoji.split_groups(groups, random.Random(1))
         assert {part: len(codes) for part, codes in parts.items()} == {"train": 16, "val": 4, "test": 8}
         assert all(len({p for p, codes in parts.items() if set(codes) & set(g)}) == 1 for g in groups.values())
+
+
+CODES = [code for code, _, _ in emoji.table()[:12]]
+
+
+def drawn(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_pictures_are_the_same_however_many_threads_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setenv("PLPP_REG_CACHE", str(tmp_path / str(threads)))
+        monkeypatch.setattr(emoji, "THREADS", threads)
+        found.append(drawn(emoji.rasterise(CODES)))
+    assert sorted(found[0]) == sorted(f"{code}.png" for code in CODES)
+    assert found[0] == found[1] == found[2]
+
+
+def test_pictures_whose_drawing_was_killed_are_whole_or_drawn_again(tmp_path: Path) -> None:
+    """A process that is killed at its fifth file, half of it written: the next one draws what is missing, over it."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from plpp_reg.data import emoji
+from PIL import Image
+save, count = Image.Image.save, iter(range(9))
+def dying(self, path, **kwargs):
+    save(self, path, **kwargs)
+    if next(count) == 4:
+        os.truncate(path, 100)
+        os.kill(os.getpid(), signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+Image.Image.save = dying
+emoji.THREADS = 1
+emoji.rasterise(sys.argv[1:])
+"""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with mock.patch.dict(os.environ, PLPP_REG_CACHE=str(whole)):
+        expected = drawn(emoji.rasterise(CODES))
+    with mock.patch.dict(os.environ, PLPP_REG_CACHE=str(cut)):
+        subprocess.run(**helpers.python(code, *CODES), check=False, timeout=120)
+        (folder,) = cut.iterdir()
+        (half,) = folder.glob(".*.tmp")
+        assert len(list(folder.glob("*.png"))) == 4
+        assert half.stat().st_size == 100
+        assert drawn(emoji.rasterise(CODES)) == expected
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------------

@@ -120,6 +120,17 @@ def test_each_benchmark_measures_what_it_says(name: str, tmp_path: Path) -> None
     assert all(map(holds, rows)), rows
 
 
+def test_the_phases_of_a_cold_run_are_its_whole_time(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    program = [sys.executable, str(ROOT / "benchmarks" / "cold_start.py"), "--quick", "--json", str(out)]
+    subprocess.run(program, check=True, timeout=480)
+    (row,) = json.loads(out.read_text())["rows"]
+    for key in ("seconds", "cpu_seconds"):
+        seconds = [row["phases"][phase][key] for phase in ("imports", "pictures", "features", "steps", "test", "rest")]
+        assert row["case"] == "cold" and row[key] == pytest.approx(sum(seconds))
+        assert all(seconds[:4])
+
+
 def test_steps_over_processes_are_timed_by_the_wall_and_end_where_losses_differ(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     common, ranks = importlib.import_module("common"), importlib.import_module("ranks")

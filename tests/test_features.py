@@ -23,6 +23,7 @@ from plpp_reg.trainers.ivlp import IVLP
 from plpp_reg.trainers.promptsrc import PromptSRC
 
 import engine_helpers as helpers
+from resume_helpers import Killed
 
 
 @pytest.fixture
@@ -157,6 +158,31 @@ def test_a_small_set_has_the_same_bits_off_cold_warm_and_with_any_number_of_work
     found = [helpers.make_trainer(small, *opts).frozen_features.of("train", 1) for opts in ways]
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert encoded == [count] * 4  # not of the warm one
+
+
+def test_a_fill_that_was_killed_leaves_whole_views_alone(
+    data: DataSplit, encoded: list[int], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "BATCH", 4)
+    on = ("FEATURES.MAX_GIB", 1.0, "INPUT.VIEWS", 2)
+    expected = [helpers.make_trainer(data).frozen_features.of("train", view) for view in range(2)]
+    killed = helpers.make_trainer(data, *on)
+    killed.frozen_features.of("train", 0)
+    original, left = killed.encode_frozen, iter(range(3))
+
+    def dying(images: torch.Tensor) -> torch.Tensor:
+        if next(left, None) is None:
+            raise Killed
+        return original(images)
+
+    monkeypatch.setattr(killed, "encode_frozen", dying)
+    with pytest.raises(Killed):
+        killed.frozen_features.of("train", 1)
+    assert len(list(own_cache.iterdir())) == 1
+    encoded.clear()
+    after = helpers.make_trainer(data, *on).frozen_features
+    assert torch.equal(after.of("train", 0), expected[0]) and encoded == []
+    assert torch.equal(after.of("train", 1), expected[1]) and sum(encoded) == len(data.train)
 
 
 def test_epochs_differ_and_evaluation_does_not(data: DataSplit) -> None:

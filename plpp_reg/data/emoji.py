@@ -156,12 +156,7 @@ def rasterise(codes: Iterable[str]) -> Path:
         write_atomically(folder / f"{code}.png", functools.partial(picture.save, format="PNG"))
 
     with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            for _ in pool.map(draw, missing):
-                pass
-        except BaseException:  # a full disk, Ctrl-C: what was not begun is not
-            pool.shutdown(cancel_futures=True)
-            raise
+        list(pool.map(draw, missing))  # an error, or Ctrl-C, cancels what is not begun
     return folder
 
 
