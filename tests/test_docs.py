@@ -14,6 +14,7 @@ from plpp_reg.commands import cli
 from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.experiments.protocols import Choice, plan
+from plpp_reg.loss import SUFFIX
 from plpp_reg.loss.regularizer import settings_defaults
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def test_every_configuration_file_merges(file):
 def test_every_trainer_resolves_without_a_file(name, backbone):
     cfg, _ = resolve(RunArguments(trainer=name, backbone=backbone))
     assert cfg.TRAINER.NAME == name and "normalize" in cfg.INPUT.TRANSFORMS
-    assert cfg.TRAINER.PLPP.ENABLED == name.endswith(registry.SUFFIX)
+    assert cfg.TRAINER.PLPP.ENABLED == name.endswith(SUFFIX)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

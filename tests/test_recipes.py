@@ -12,6 +12,7 @@ from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, resolve, shipped_config
 from plpp_reg.errors import InputError
 from plpp_reg.experiments.protocols import Choice, plan, protocol_names
+from plpp_reg.loss import SUFFIX
 from plpp_reg.trainers import TRAINERS
 
 FOLDER = Path(str(shipped_config("trainers")))
@@ -210,7 +211,7 @@ def test_every_protocol_has_a_recipe_for_every_method(protocol: str, name: str, 
     for root, datasets in (("DATA", ["imagenet", "dtd"]), ("", [])):
         jobs = plan(protocol, Choice(methods=[name], datasets=datasets, seeds=[1], root=root), tmp_path)
         assert {job.note["method"] for job in jobs} == {name}
-        assert {Path(job.arguments.config_file).parent.name for job in jobs} == {name.removesuffix(registry.SUFFIX)}
+        assert {Path(job.arguments.config_file).parent.name for job in jobs} == {name.removesuffix(SUFFIX)}
         assert {Path(job.arguments.config_file).stem == "embedded" for job in jobs} == {root == ""}
 
 

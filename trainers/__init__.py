@@ -12,3 +12,19 @@ TRAINERS = {
     "VPT": "plpp_reg.trainers.vpt:VPT",
     "PromptSRC": "plpp_reg.trainers.promptsrc:PromptSRC",
 }
+
+# What a table of results must know of a method that it does not import: the node below TRAINER that it reads (some share one,
+# as upstream has it), and whether it learns nothing.
+NODES = {
+    "ZeroshotCLIP": "ZEROSHOT",
+    "ZeroshotCLIP2": "ZEROSHOT",
+    "CoOp": "COOP",
+    "CoCoOp": "COCOOP",
+    "KgCoOp": "COOP",
+    "ProGrad": "COOP",
+    "MaPLe": "MAPLE",
+    "IVLP": "IVLP",
+    "VPT": "VPT",
+    "PromptSRC": "PROMPTSRC",
+}
+UNTRAINED = ("ZeroshotCLIP", "ZeroshotCLIP2")

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from plpp_reg.attachment import Handle, attach, contexts
 from plpp_reg.errors import InputError
+from plpp_reg.loss import SUFFIX
 from plpp_reg.loss.regularizer import PerplexityRegularizer, settings_defaults
-
-SUFFIX = "_PLPP"
 
 
 def with_plpp(

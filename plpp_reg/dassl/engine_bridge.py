@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plpp_reg.errors import InputError
+from plpp_reg.loss import SUFFIX
 
 
 @functools.cache
@@ -67,15 +68,15 @@ class OurTrainer:
         from plpp_reg.engine.log import RunLog
 
         enabled = "PLPP" in cfg.TRAINER and cfg.TRAINER.PLPP.ENABLED
-        plain = type(self).__name__.removesuffix(registry.SUFFIX)
-        cls, plain, with_plpp = registry.find_trainer(plain + registry.SUFFIX if enabled else type(self).__name__)
+        plain = type(self).__name__.removesuffix(SUFFIX)
+        cls, plain, with_plpp = registry.find_trainer(plain + SUFFIX if enabled else type(self).__name__)
         self.cfg = config.get_cfg_default(cls)
         known = config.flat(self.cfg)
         for key, value in config.flat(cfg).items():
             if key in known:
                 config.set_value(self.cfg, key, value)
         self.cfg.TRAINER.PLPP.ENABLED = with_plpp
-        self.cfg.TRAINER.NAME = plain + (registry.SUFFIX if with_plpp else "")
+        self.cfg.TRAINER.NAME = plain + (SUFFIX if with_plpp else "")
         self.trainer = cls(self.cfg, data=split_of(cfg), log=RunLog())
 
     def train(self) -> None:

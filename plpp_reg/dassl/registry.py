@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from plpp_reg.attachment.with_plpp import SUFFIX, with_plpp
+from plpp_reg.attachment.with_plpp import with_plpp
 from plpp_reg.errors import InputError, unknown
+from plpp_reg.loss import SUFFIX
 from plpp_reg.loss.regularizer import settings_defaults
 
 # Where a method runs several backward passes through one forward pass: the one that belongs to the task's loss.

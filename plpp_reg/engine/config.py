@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from plpp_reg.engine import registry
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.loss.regularizer import settings_defaults
+from plpp_reg.results.record import NOT_IN_THE_RESULT
 
 # Dassl's keys and defaults, as far as this engine honours them. Where ours differ, the comment says so.
 DEFAULTS = {
@@ -85,20 +86,6 @@ DEFAULTS = {
     "FEATURES": {"MAX_GIB": 10.0},  # bound on the kept features of the frozen image tower, for all runs together; 0: none
     "LOSS": {"T": 1.0, "LAMBDA": 1.0},  # ProGrad's, where its own code has them
     "TRAINER": {"NAME": ""},
-}
-
-# Two runs that differ in these alone give the same result, so one may resume the other.
-NOT_IN_THE_RESULT = {
-    "OUTPUT_DIR",
-    "RESUME",
-    "VERSION",
-    "DATASET.ROOT",
-    "DATALOADER.NUM_WORKERS",
-    "TRAIN.CHECKPOINT_FREQ",
-    "TRAIN.PRINT_FREQ",
-    "TEST.PER_CLASS_RESULT",
-    "TEST.COMPUTE_CMAT",
-    "FEATURES.MAX_GIB",
 }
 
 # Dassl's keys that name a choice of which this engine has one: accepted as they are, so that configuration files merge.

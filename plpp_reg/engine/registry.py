@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import TYPE_CHECKING
 
 from plpp_reg.errors import InputError, unknown
+from plpp_reg.loss import SUFFIX
 from plpp_reg.trainers import TRAINERS
 
 if TYPE_CHECKING:
     from plpp_reg.engine.trainer import PromptTrainer
-
-SUFFIX = "_PLPP"
 
 
 def trainer_names() -> list[str]:
@@ -50,13 +48,6 @@ def find_trainer(name: str) -> tuple[type[PromptTrainer], str, bool]:
     if with_plpp and not cls.learns_text_context:
         raise InputError(f"{name}: {plain} learns no text context, so PLPP has nothing to act on: use {plain}")
     return cls, plain, with_plpp
-
-
-@functools.cache
-def shipped(name: str) -> type[PromptTrainer] | None:
-    """The class of a trainer of ours, X or X_PLPP. None for another name: a record is no reason to import it."""
-    place = TRAINERS.get(name.removesuffix(SUFFIX))
-    return _load(place) if place else None
 
 
 def _load(place: str) -> type[PromptTrainer]:

@@ -23,6 +23,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import clear_left_behind, locked, write_text
+from plpp_reg.loss import SUFFIX
 from plpp_reg.results import record as results
 
 DEFAULT_TRAINER = "CoOp_PLPP"
@@ -87,8 +88,8 @@ def resolve(args: RunArguments) -> tuple[CfgNode, type[PromptTrainer]]:
     if with_plpp:
         cfg.TRAINER.PLPP.ENABLED = True
     elif cfg.TRAINER.PLPP.ENABLED:
-        registry.find_trainer(plain + registry.SUFFIX)  # refused for the same reason by either spelling
-    cfg.TRAINER.NAME = plain + (registry.SUFFIX if cfg.TRAINER.PLPP.ENABLED else "")
+        registry.find_trainer(plain + SUFFIX)  # refused for the same reason by either spelling
+    cfg.TRAINER.NAME = plain + (SUFFIX if cfg.TRAINER.PLPP.ENABLED else "")
     cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME or EMBEDDED
     if cfg.SEED < 0:
         cfg.SEED = secrets.randbelow(2**31)

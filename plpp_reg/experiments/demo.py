@@ -13,11 +13,12 @@ from torch import nn
 from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.vocabulary import candidate_ids, nearest_words
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.registry import SUFFIX, trainer_names
+from plpp_reg.engine.registry import trainer_names
 from plpp_reg.engine.run import RunArguments, run
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.io.files import write_atomically, write_text
+from plpp_reg.loss import SUFFIX
 from plpp_reg.results.record import Paired, harmonic_mean, paired, summary
 from plpp_reg.trainers import TRAINERS
 

@@ -20,8 +20,9 @@ from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, further_config, resolve, shipped_config
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError, unknown
-
-TABLES = ("halves", "targets", "shots")
+from plpp_reg.loss import SUFFIX
+from plpp_reg.results.job import TABLES, run_label
+from plpp_reg.results.record import NOT_IN_THE_RESULT
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,6 @@ class Job(NamedTuple):
     @property
     def label(self) -> str:
         return run_label(self.note)
-
-
-def shots_text(shots: int) -> str:
-    """``1 shot``, ``16 shots``."""
-    return f"{shots} shot{'' if shots == 1 else 's'}"
-
-
-def run_label(note: Mapping[str, Any]) -> str:
-    """``base_to_new: dtd, 16 shots, CoOp_PLPP TOP_K=3, seed 1``."""
-    variant = f" {note['variant']}" if note["variant"] else ""
-    return f"{note['name']}: {note['dataset']}, {shots_text(note['shots'])}, {note['method']}{variant}, seed {note['seed']}"
 
 
 def protocol_names() -> list[str]:
@@ -195,7 +185,7 @@ def plan(name: str, choice: Choice, output: str | Path) -> list[Job]:
 def _variants(protocol: Protocol, method: str) -> dict[str, Mapping[str, object]]:
     """Name -> settings; the first, "", is the method as its recipe has it."""
     found: dict[str, Mapping[str, object]] = {"": {}}
-    if method.endswith(registry.SUFFIX):
+    if method.endswith(SUFFIX):
         defaults = config.flat(config.get_cfg_default(registry.find_trainer(method)[0]))
         for key, values in protocol.vary.items():
             for value in values:
@@ -206,9 +196,9 @@ def _variants(protocol: Protocol, method: str) -> dict[str, Mapping[str, object]
 
 
 def _applies(rule: Mapping[str, Any], method: str, dataset: str, shots: int) -> bool:
-    plain = method.removesuffix(registry.SUFFIX)
+    plain = method.removesuffix(SUFFIX)
     return (
-        plain in [m.removesuffix(registry.SUFFIX) for m in rule.get("methods", [plain])]
+        plain in [m.removesuffix(SUFFIX) for m in rule.get("methods", [plain])]
         and dataset in map(full_name, rule.get("datasets", [dataset]))
         and shots in rule.get("shots", [shots])
     )
@@ -283,7 +273,7 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
 
 def _key(cfg: CfgNode, tests: Mapping[str, Sequence[str]]) -> str:
     """What a result depends on, in short: two runs of one key differ in nothing but machine and data folder."""
-    settings = {k: v for k, v in config.flat(cfg).items() if k not in config.NOT_IN_THE_RESULT}
+    settings = {k: v for k, v in config.flat(cfg).items() if k not in NOT_IN_THE_RESULT}
     return hashlib.sha256(json.dumps([settings, tests], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -296,7 +286,7 @@ def _as_folder(variant: str) -> str:
 
 
 def _recipe_file(names: Sequence[str], method: str, dataset: str, shots: int) -> Path:
-    plain = method.removesuffix(registry.SUFFIX)
+    plain = method.removesuffix(SUFFIX)
     registry.find_trainer(method)
     place = shipped_config("trainers", plain)
     tried = [name.format(dataset=short_name(dataset), shots=shots) for name in names]

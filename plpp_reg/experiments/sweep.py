@@ -26,10 +26,8 @@ from plpp_reg.errors import InputError, InUse
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.io.files import locked, write_text
 from plpp_reg.results import record as results
+from plpp_reg.results.job import FAILED, JOB, SUPERSEDED
 
-JOB = "job.json"  # what is planned in a folder; without a result beside it that fits, the run is missing
-FAILED = "failed.json"
-SUPERSEDED = "superseded"  # results of other settings, set aside: never counted, never deleted
 DYING = 5.0  # seconds: a worker that died may not have left its folder yet when that is known
 TAIL = 8  # lines of a failed run's log that are shown
 

@@ -9,11 +9,14 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from plpp_reg.errors import InputError, InUse
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl

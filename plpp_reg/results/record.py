@@ -17,6 +17,20 @@ from plpp_reg.io.files import write_text
 RESULT = "result.json"
 FEW_SHOT = "few_shot.json"  # which images a run was trained on
 
+# Two runs that differ in these alone give the same result, so one may resume the other.
+NOT_IN_THE_RESULT = {
+    "OUTPUT_DIR",
+    "RESUME",
+    "VERSION",
+    "DATASET.ROOT",
+    "DATALOADER.NUM_WORKERS",
+    "TRAIN.CHECKPOINT_FREQ",
+    "TRAIN.PRINT_FREQ",
+    "TEST.PER_CLASS_RESULT",
+    "TEST.COMPUTE_CMAT",
+    "FEATURES.MAX_GIB",
+}
+
 
 class Summary(NamedTuple):
     """Mean and sample standard deviation (ddof 1; nan for one value) of n values."""

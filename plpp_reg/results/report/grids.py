@@ -6,8 +6,8 @@ import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from plpp_reg.experiments.protocols import shots_text
 from plpp_reg.results import plots
+from plpp_reg.results.job import shots_text
 from plpp_reg.results.plots import Bar, Line, Picture, file_name
 from plpp_reg.results.tables.rows import AVERAGE_OF, Row, Table, title_of
 from plpp_reg.results.tables.series import MEAN_H, Figure

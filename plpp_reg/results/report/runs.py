@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plpp_reg.engine.registry import SUFFIX, shipped
-from plpp_reg.experiments.protocols import learns, run_label
-from plpp_reg.experiments.sweep import FAILED
+from plpp_reg.loss import SUFFIX
+from plpp_reg.results.job import FAILED, run_label
 from plpp_reg.results.record import duration
 from plpp_reg.results.report.grids import Cell, Grid, TableRow
 from plpp_reg.results.tables.records import Found, Record
 from plpp_reg.results.tables.rows import dataset_order, title_of
 from plpp_reg.results.tables.settings import Made, Settings, pair, relevant, tell_apart
+from plpp_reg.trainers import UNTRAINED
 
 
 class Run(NamedTuple):
@@ -64,7 +64,7 @@ def _outside_of_a_protocol(found: Found) -> Run | None:
     )
     section = ("", "", str(result.get("backbone", "")))
     method = str(result.get("trainer", ""))
-    learning = shipped(method) is None or learns(method.removesuffix(SUFFIX))  # not known of a trainer of one's own
+    learning = method.removesuffix(SUFFIX) not in UNTRAINED  # a trainer of one's own is taken to learn
     settings = relevant(result["config"], method, learning)
     return Run(found, section, str(result.get("dataset", "")), shots, method, seed, settings)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from plpp_reg.errors import InputError
-from plpp_reg.experiments.protocols import shots_text
 from plpp_reg.results import plots
+from plpp_reg.results.job import shots_text
 from plpp_reg.results.plots import Line, Picture, file_name
 from plpp_reg.results.report.grids import plain_forms
 from plpp_reg.results.report.learned import PromptReader, Prompts, history

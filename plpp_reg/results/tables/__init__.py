@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
-from plpp_reg.experiments.protocols import shots_text
 from plpp_reg.io.files import write_text
+from plpp_reg.results.job import shots_text
 from plpp_reg.results.tables.literature import published_rows
 from plpp_reg.results.tables.notes import doubled, lacking, uncompared, unnamed, varying
 from plpp_reg.results.tables.records import Record, Runs, read_runs

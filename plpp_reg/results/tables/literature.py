@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from plpp_reg.engine.registry import SUFFIX
+from plpp_reg.loss import SUFFIX
 from plpp_reg.results.tables.rows import Row, title_of
 from plpp_reg.results.tables.series import AVERAGE, Figure, H
 

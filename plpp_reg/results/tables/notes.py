@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from plpp_reg.experiments.protocols import shots_text
+from plpp_reg.results.job import shots_text
 from plpp_reg.results.tables.records import Record
 from plpp_reg.results.tables.rows import title_of
 from plpp_reg.results.tables.settings import Kinds, differing, written

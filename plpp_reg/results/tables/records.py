@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plpp_reg.errors import InputError
-from plpp_reg.experiments.protocols import TABLES, run_label
-from plpp_reg.experiments.sweep import FAILED, JOB, SUPERSEDED
 from plpp_reg.results import record as results
+from plpp_reg.results.job import FAILED, JOB, NOTE, SUPERSEDED, TABLES, run_label
 from plpp_reg.results.tables.settings import Made, Settings, relevant, tell_apart
-
-NOTE = {"name": str, "table": str, "dataset": str, "shots": int, "method": str, "variant": str, "backbone": str, "test": str}
-NOTE |= {"learns": bool, "seed": int}
 
 
 class Record(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from plpp_reg.data import full_name, paper_name
-from plpp_reg.engine.registry import SUFFIX
 from plpp_reg.errors import InputError
+from plpp_reg.loss import SUFFIX
 from plpp_reg.results.tables.series import Figure
 from plpp_reg.results.tables.settings import method_of
 

@@ -12,8 +12,9 @@ import functools
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from plpp_reg.engine.config import NOT_IN_THE_RESULT
-from plpp_reg.engine.registry import SUFFIX, shipped
+from plpp_reg.loss import SUFFIX
+from plpp_reg.results.record import NOT_IN_THE_RESULT
+from plpp_reg.trainers import NODES
 
 Settings = Mapping[str, Any]
 Kinds = Mapping[str, Mapping[Hashable, Settings]]  # of each row, by its name: what its runs of a cell were made with
@@ -47,8 +48,8 @@ def relevant(config: object, method: str, learns: bool = True) -> Settings:
 def _relevant_keys(keys: tuple[str, ...], method: str, learns: bool) -> tuple[str, ...]:
     idle = (*(() if method.endswith(SUFFIX) else (OF_PLPP,)), *(() if learns else OF_TRAINING))
     # A configuration has the keys of every method. Which of them a trainer of one's own reads is not known: all count.
-    own = shipped(method)
-    read = (OF_PLPP, f"{OF_METHODS}{own.config_node}.") if own else (OF_METHODS,)
+    node = NODES.get(method.removesuffix(SUFFIX))
+    read = (OF_PLPP, f"{OF_METHODS}{node}.") if node else (OF_METHODS,)
     return tuple(
         key
         for key in keys
