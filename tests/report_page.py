@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from plpp_reg.prompts.recorded import PromptReader
 from plpp_reg.results import report
 
 VOID = {"meta", "link", "br", "img", "input", "wbr", "hr"}
@@ -79,5 +80,5 @@ def check_page(html: str, folder: Path) -> Page:
 
 
 def report_of(folder: Path, **options) -> Page:
-    path = report.write_report(folder, say=lambda line: None, **options)
+    path = report.write_report(folder, say=lambda line: None, reader=PromptReader, **options)
     return check_page(path.read_text(encoding="utf-8"), path.parent)

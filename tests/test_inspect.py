@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from plpp_reg.clip.prompts import encode
+from plpp_reg.clip.reading import SAMPLE
 from plpp_reg.commands.cli import main
 from plpp_reg.engine.log import RunLog
 from plpp_reg.errors import InputError
 from plpp_reg.prompts.inspect import as_json, as_text, inspect_prompts
-from plpp_reg.prompts.reading import SAMPLE
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.maple import MaPLe
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from plpp_reg.commands.cli import main
+from plpp_reg.prompts.recorded import PromptReader
 from plpp_reg.results import plots, tables
-from plpp_reg.results.report import learned
 from plpp_reg.results.report.grids import plain_forms
 from plpp_reg.results.report.runs import pairs_of, runs_of
 from plpp_reg.results.tables import records
@@ -124,7 +124,9 @@ def test_figures_are_drawn_of_the_right_numbers(sweep: tuple[Path, Page], monkey
     assert f"4 shots {row.cells['4'].value:.2f} ± {row.cells['4'].spread:.2f}" in alt
     _, lines, *_ = drawn["DTD, 16 shots: perplexity of the context"]
     assert [x.label for x in lines] == ["CoOp_PLPP"]  # nothing else logs it
-    histories = [learned.history(path.parent) for path in sorted(folder.glob("base_to_new/dtd/*/CoOp_PLPP/*/result.json"))]
+    histories = [
+        PromptReader().history(path.parent) for path in sorted(folder.glob("base_to_new/dtd/*/CoOp_PLPP/*/result.json"))
+    ]
     assert len(histories) == 3
     second = [epochs[1]["perplexity"] for epochs in histories]
     assert lines[0].y[1] == pytest.approx(sum(second) / 3)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,9 @@ from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.vocabulary import candidate_ids, nearest_words
 from plpp_reg.commands.cli import main
 from plpp_reg.errors import InputError
-from plpp_reg.results.report import learned
+from plpp_reg.prompts import recorded
+from plpp_reg.results.learned import Learned, no_reader
+from plpp_reg.results.tables import records
 
 from report_page import report_of
 
@@ -34,6 +40,49 @@ def run_of(folder: Path, method: str) -> Path:
     return next(path.parent for path in folder.rglob("result.json") if path.parent.parent.name == method)
 
 
+def as_of_the_first_version(folder: Path) -> None:
+    """Runs of version 0.1 recorded neither the figures of each epoch nor words."""
+    for path in folder.rglob("result.json"):
+        result = json.loads(path.read_text())
+        del result["history"], result["learned"]
+        path.write_text(json.dumps(result))
+
+
+def test_a_record_says_what_the_checkpoint_does(trained: Path) -> None:
+    reader = recorded.PromptReader()
+    for found in records.find_runs(trained):
+        told = Learned(no_reader)
+        read, said = reader.read(found.place), told.prompts(found)
+        assert told.history(found) == reader.history(found.place)
+        assert said.of_class == read.of_class
+        assert said.perplexity == pytest.approx(read.perplexity, rel=1e-4)
+        for ours, theirs in ((said.before, read.before), (said.after, read.after)):
+            assert [[word for word, _ in row] for row in ours] == [[word for word, _ in row] for row in theirs]
+            assert [[c for _, c in row] for row in ours] == [pytest.approx([c for _, c in row], abs=1e-5) for row in theirs]
+
+
+def test_tables_and_reports_of_finished_runs_load_no_torch(trained: Path, tmp_path: Path) -> None:
+    for words in (["table", str(trained)], ["report", str(trained), "--output", str(tmp_path / "page.html")]):
+        code = "import sys; from plpp_reg.commands.cli import main; status = main(sys.argv[1:]); "
+        code += "print(status, sorted({n.partition('.')[0] for n in sys.modules} & {'torch', 'torchvision'}), file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        assert done.stderr.split("\n")[-2] == "0 []", done.stderr
+    assert ": perplexity " in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("value", [{}, {"before": 1}, {"before": {"perplexity": "x"}}, [1]])
+def test_a_record_that_is_something_else_loses_its_words_alone(trained: Path, tmp_path: Path, value: object) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    path = run_of(folder, "CoOp_PLPP") / "result.json"
+    result = json.loads(path.read_text())
+    result["learned"] = result["history"] = value
+    path.write_text(json.dumps(result))
+    page = report_of(folder)
+    assert "CoOp_PLPP, seed 3: not read. its result.json: expected the words of its prompts" in page.text
+    assert any(text.startswith("CoOp, seed 3: perplexity") for _, text in page.of("summary"))
+
+
 def test_words_before_and_after_are_those_of_the_run(trained: Path) -> None:
     place = run_of(trained, "CoOp_PLPP")
     model = load_clip()
@@ -43,18 +92,23 @@ def test_words_before_and_after_are_those_of_the_run(trained: Path) -> None:
     torch.manual_seed(11)
     expected = torch.rand(1)
     torch.manual_seed(11)
-    prompts = learned.PromptReader().read(place)
+    prompts = recorded.PromptReader().read(place)
     assert torch.equal(torch.rand(1), expected)  # the caller's random stream is as it was
     for found, context in ((prompts.before, first), (prompts.after, last)):
         wanted = nearest_words(context, model.token_embedding.weight, 3, candidate_ids(model))
         assert [[w.word for w in row] for row in found] == [[w.word for w in row] for row in wanted]
     assert prompts.before != prompts.after and prompts.of_class == ""
-    logged = learned.history(place)[0]["perplexity"]  # of the first epoch's only batch, before its step
+    logged = recorded.PromptReader().history(place)[0]["perplexity"]  # of the first epoch's only batch, before its step
     assert prompts.perplexity[0] == pytest.approx(logged, rel=1e-4) and prompts.perplexity[1] < logged
 
 
-def test_the_page_of_real_runs(trained: Path) -> None:
-    page = report_of(trained)
+@pytest.mark.parametrize("old", [False, True])
+def test_the_page_of_real_runs(trained: Path, tmp_path: Path, old: bool) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    if old:
+        as_of_the_first_version(folder)
+    page = report_of(folder)
     words = [text for _, text in page.of("summary") if ": perplexity " in text]
     assert [text.split(":")[0] for text in words] == ["CoOp, seed 3", "CoOp_PLPP, seed 3", "CoOp, seed 1"]
     assert "The context of the class " in page.text and "Runs outside a protocol" in page.text
@@ -68,10 +122,9 @@ def test_the_page_of_real_runs(trained: Path) -> None:
 
 
 def test_a_broken_checkpoint_loses_its_curves_alone(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
+    as_of_the_first_version(folder)
     place = run_of(folder, "CoOp_PLPP") / "prompt_learner" / "model.pth.tar-2"
     place.write_bytes(place.read_bytes()[:1000])
     page = report_of(folder)
@@ -82,8 +135,6 @@ def test_a_broken_checkpoint_loses_its_curves_alone(trained: Path, tmp_path: Pat
 def test_nothing_of_a_folder_is_run_and_nothing_downloaded(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     (tmp_path / "evil_trainer.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     for change, words in (
@@ -92,13 +143,14 @@ def test_nothing_of_a_folder_is_run_and_nothing_downloaded(
     ):
         folder = tmp_path / words[-7:]
         shutil.copytree(run_of(trained, "CoOp_PLPP"), folder)
+        as_of_the_first_version(folder)
         path = folder / "config.yaml"
         assert change[0] in path.read_text()
         path.write_text(path.read_text().replace(*change))
         monkeypatch.setattr(load, "cache_folder", lambda: tmp_path / "no cache")
         monkeypatch.setattr(load, "_download", lambda name: pytest.fail("downloads"))
         with pytest.raises(InputError, match=words):
-            learned.PromptReader().read(folder)
+            recorded.PromptReader().read(folder)
         assert words in report_of(folder).text
     assert not (tmp_path / "ran").exists()
 
@@ -106,11 +158,10 @@ def test_nothing_of_a_folder_is_run_and_nothing_downloaded(
 @pytest.mark.parametrize("name", ["{}", "open_clip:ViT-B-16/{}"])
 def test_a_report_loads_no_torchscript(trained: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code could be run, and a report needs weights alone."""
-    import shutil
-
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "m.pt")
     folder = tmp_path / "runs"
     shutil.copytree(run_of(trained, "CoOp_PLPP"), folder)
+    as_of_the_first_version(folder)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("NAME: embedded", f"NAME: '{name.format(tmp_path / 'm.pt')}'"))
     monkeypatch.setattr(load, "load_clip", lambda name: pytest.fail("loads it"))
@@ -123,4 +174,4 @@ def test_a_file_named_as_one_of_openais_models_is_not_one(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "cache_folder", lambda: tmp_path / "no cache")
     with pytest.raises(InputError, match="not on this machine"):
-        learned.without_download("RN50")
+        recorded.without_download("RN50")

@@ -14,6 +14,7 @@ from plpp_reg.errors import InputError, install, unknown
 
 if TYPE_CHECKING:
     from plpp_reg.engine.run import RunArguments
+    from plpp_reg.results.learned import Reader
 
 # torch's threads (GNU OpenMP) wait for each other in a long busy loop: with small tensors, and another process on one of two
 # cores, a step takes 60 times as long. A short loop costs nothing where the machine is quiet, and 2.5 times where it is not.
@@ -220,7 +221,12 @@ def _table(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from plpp_reg.results.report import write_report
 
-    write_report(args.dir, args.output, published=not args.no_published)
+    def reader() -> Reader:
+        from plpp_reg.prompts.recorded import PromptReader
+
+        return PromptReader()
+
+    write_report(args.dir, args.output, published=not args.no_published, reader=reader)
 
 
 def _data(args: argparse.Namespace) -> int:

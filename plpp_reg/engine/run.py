@@ -19,6 +19,7 @@ from plpp_reg.data import DataSplit, short_name
 from plpp_reg.data.loaders import load_data, part_of
 from plpp_reg.engine import checkpoint, config, registry
 from plpp_reg.engine import distributed as ranks
+from plpp_reg.engine.learned import in_words, learned
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
@@ -178,6 +179,7 @@ def run(
     _check_folders(cfg, folder)
     log(f"Setting fixed seed: {cfg.SEED}")
     trainer = cls(cfg, clip_model=clip_model, log=log)
+    before = in_words(trainer) if processes.first and not (args.eval_only or args.no_train) else None
     if args.eval_only:
         if args.model_dir:
             trainer.saving.load_model(args.model_dir, args.load_epoch)
@@ -198,7 +200,7 @@ def run(
             clear_left_behind(left)
         log.open(place)
         stack.callback(log.close)
-        return _run_in(place, folder, trainer, args, after_epoch, further, note), trainer
+        return _run_in(place, folder, trainer, args, after_epoch, further, note, before), trainer
 
 
 def _parts_needed(trainer: PromptTrainer, args: RunArguments) -> set[str]:
@@ -267,6 +269,7 @@ def _run_in(
     after_epoch: Callable[[PromptTrainer], None] | None,
     further: Sequence[FurtherTest] = (),
     note: Mapping[str, Any] | None = None,
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     cfg, log = trainer.cfg, trainer.log
     if not args.eval_only:
@@ -286,7 +289,7 @@ def _run_in(
         else:
             log("Deploy the last-epoch model")
     metrics = {} if cfg.TEST.NO_TEST else trainer.test(cfg.TEST.SPLIT)
-    result = record(trainer, metrics)
+    result = record(trainer, metrics, learned(before, trainer))
     if further:
         result["tests"] = {test.name: _test_further(folder, trainer, test) for test in further}
     if note is not None:
@@ -298,8 +301,8 @@ def _run_in(
     return result
 
 
-def record(trainer: PromptTrainer, metrics: dict[str, float]) -> dict[str, Any]:
-    """A run's figures in full precision, with everything that they depend on."""
+def record(trainer: PromptTrainer, metrics: dict[str, float], learned: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A run's figures in full precision, with everything that they depend on, and what its prompts became."""
     cfg = trainer.cfg
     return {
         "trainer": cfg.TRAINER.NAME,
@@ -308,6 +311,8 @@ def record(trainer: PromptTrainer, metrics: dict[str, float]) -> dict[str, Any]:
         "seed": cfg.SEED,
         "metrics": metrics,
         "losses": {name: trainer.history[-1][name] for name in trainer.loss_names} if trainer.history else {},
+        "history": trainer.history,
+        "learned": learned,
         "seconds": trainer.seconds,
         "config": config.flat(cfg),
         "versions": {**results.versions(), "device": trainer.device.type, "precision": trainer.precision},

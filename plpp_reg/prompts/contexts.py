@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from plpp_reg.clip.load import EMBEDDED, load_clip
 from plpp_reg.clip.prompts import POSITIONS, PromptLearner, encode, eot_token, tokenizer
+from plpp_reg.clip.reading import States
 from plpp_reg.clip.text import TextTower
 from plpp_reg.data import DataSplit
 from plpp_reg.engine import checkpoint, config
@@ -23,13 +24,6 @@ from plpp_reg.errors import InputError, unknown
 from plpp_reg.loss import functional as PF
 
 DEEP = (r"(?:prompt_learner\.)?compound_prompts_text\.(\d+)", r"text_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow")
-
-
-class States(NamedTuple):
-    """Context vectors as they stand somewhere: v (1 or P, M, D) and the states before them, h (1 or P, M, D)."""
-
-    context: Tensor
-    hidden: Tensor
 
 
 def of_run(folder: Path) -> tuple[CfgNode, type[PromptTrainer]]:
@@ -93,7 +87,7 @@ class OurRun:
         return self._states()
 
     def _states(self) -> States:
-        return _copies(*self._model.context_states())
+        return States.of(*self._model.context_states())
 
     def logged(self, content: dict[str, Any], path: Path) -> dict[int, float]:
         """The perplexity that the training logged, its mean over each epoch."""
@@ -153,7 +147,7 @@ class Upstream:
         with torch.no_grad():
             learner.ctx.copy_(context)
             rows = [d.float().expand(len(context), -1, -1) if specific else d.float() for d in deep]
-            return _copies(learner.ctx, learner(self._tower, deep=rows).hidden)
+            return States.of(learner.ctx, learner(self._tower, deep=rows).hidden)
 
     def logged(self, content: dict[str, Any], path: Path) -> dict[int, float]:
         """Upstream logs no perplexity."""
@@ -212,9 +206,3 @@ def class_names(content: dict[str, Any], path: Path, table: Tensor) -> list[str]
             raise InputError(f"--backbone: expected the CLIP whose word vectors are in {str(path)!r}, got another")
         names.append(tokenizer().decode(tokens[: end - 1]).strip())  # without the full stop
     return names
-
-
-def _copies(context: Tensor, hidden: Tensor) -> States:
-    """In three dimensions; copies, since the next checkpoint is loaded into the same tensors."""
-    context = context.detach().float().clone()
-    return States(context if context.dim() == 3 else context.unsqueeze(0), hidden.detach().float().clone())

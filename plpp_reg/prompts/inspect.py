@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plpp_reg.clip.reading import Reading, Typical, Vector, Vocabulary
 from plpp_reg.engine import checkpoint
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.io.files import write_atomically
 from plpp_reg.prompts import contexts
 from plpp_reg.prompts.contexts import OurRun, Upstream
-from plpp_reg.prompts.reading import Reading, Typical, Vector, Vocabulary
 
 NARROWEST = 80  # columns of a terminal
 NO_BREAK = "\N{NO-BREAK SPACE}"  # between a word and its figure, which stay on one line

@@ -16,9 +16,9 @@ from plpp_reg import __version__
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import write_atomically, write_text
 from plpp_reg.results import plots
+from plpp_reg.results.learned import Learned, Reader, no_reader
 from plpp_reg.results.plots import Picture, file_name
 from plpp_reg.results.report.grids import Cell, Grid, TableRow, difference_bars, full, overview, shot_curves
-from plpp_reg.results.report.learned import PromptReader
 from plpp_reg.results.report.runs import (
     Run,
     RunCard,
@@ -58,9 +58,20 @@ class Section(NamedTuple):
 
 
 def write_report(
-    folder: str | Path, output: str | Path = "", published: bool = True, say: Callable[[str], None] = print
+    folder: str | Path,
+    output: str | Path = "",
+    published: bool = True,
+    say: Callable[[str], None] = print,
+    reader: Callable[[], Reader] = no_reader,
 ) -> Path:
     """Write the page, by default ``folder``/report.html, and the figures into a folder ``<its name>_files`` beside it.
+
+    Args:
+        folder: the runs.
+        output: the page.
+        published: whether tables have rows of published figures.
+        say: where lines go.
+        reader: makes what reads the runs of version 0.1 out of their checkpoints, if there are some.
 
     Raises:
         InputError: no such folder, no run in it, or a place that cannot be written to.
@@ -72,7 +83,7 @@ def write_report(
     if path.is_dir():
         raise InputError(f"--output {str(path)!r}: expected the name of a file, got a folder")
     say(f"{len(found)} runs in {folder}")
-    content = page(Path(folder), found, published, f"{path.stem}_files")
+    content = page(Path(folder), found, published, f"{path.stem}_files", Learned(reader))
     pictures = [p for s in content["sections"] for p in (*s.results, *(q for t in s.training for q in t.pictures))]
     html = render(content)
     try:
@@ -95,15 +106,14 @@ def render(content: Mapping[str, Any]) -> str:
     return environment.from_string(template).render(content).encode("utf-8", "replace").decode()
 
 
-def page(folder: Path, found: Sequence[Found], published: bool, files: str) -> dict[str, Any]:
+def page(folder: Path, found: Sequence[Found], published: bool, files: str, learned: Learned) -> dict[str, Any]:
     """What the template shows of these runs."""
     recorded = records.as_runs(found)
     runs = runs_of(found, recorded.records)
     made = make_tables(recorded, published=published)
-    reader = PromptReader()
-    sections = [_protocol(table, _of(runs, table), reader) for table in made]
+    sections = [_protocol(table, _of(runs, table), learned) for table in made]
     if others := [run for run in runs if not run.found.note]:
-        sections.append(_outside(folder, others, reader))
+        sections.append(_outside(folder, others, learned))
     cards: dict[str, list[RunCard]] = {}
     for run in found:
         cards.setdefault(card_group(run), []).append(card_of(folder, run))
@@ -130,7 +140,7 @@ def _of(runs: Iterable[Run], table: Table) -> list[Run]:
 # ---- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _protocol(table: Table, runs: Sequence[Run], reader: PromptReader) -> Section:
+def _protocol(table: Table, runs: Sequence[Run], learned: Learned) -> Section:
     form = runs[0].section[1]
     title = f"{table.protocol} ({table.backbone})"
     name = file_name(title)
@@ -143,12 +153,12 @@ def _protocol(table: Table, runs: Sequence[Run], reader: PromptReader) -> Sectio
         legend=LEGEND + (LEGEND_H if H in table.columns else ""),
         notes=table.notes,
         results=drawn,
-        training=training(runs, name),
-        words=words(runs, reader),
+        training=training(runs, name, learned),
+        words=words(runs, learned),
     )
 
 
-def _outside(folder: Path, runs: Sequence[Run], reader: PromptReader) -> Section:
+def _outside(folder: Path, runs: Sequence[Run], learned: Learned) -> Section:
     """Runs of ``plpp train`` or others: each by itself, no mean of them."""
     lines = []
     for run in runs:
@@ -167,6 +177,6 @@ def _outside(folder: Path, runs: Sequence[Run], reader: PromptReader) -> Section
         legend="Accuracy in percent, of the test that the run itself made; nothing is averaged.",
         notes=[],
         results=[],
-        training=training(runs, "outside"),
-        words=words(runs, reader),
+        training=training(runs, "outside", learned),
+        words=words(runs, learned),
     )

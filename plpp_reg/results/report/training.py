@@ -9,9 +9,9 @@ from typing import NamedTuple
 from plpp_reg.errors import InputError
 from plpp_reg.results import plots
 from plpp_reg.results.job import shots_text
+from plpp_reg.results.learned import Learned, Prompts
 from plpp_reg.results.plots import Line, Picture, file_name
 from plpp_reg.results.report.grids import plain_forms
-from plpp_reg.results.report.learned import PromptReader, Prompts, history
 from plpp_reg.results.report.runs import Run, pairs_of
 from plpp_reg.results.tables.rows import method_order, title_of
 
@@ -34,7 +34,7 @@ class Words(NamedTuple):
     why: str = ""
 
 
-def training(runs: Sequence[Run], name: str) -> list[Training]:
+def training(runs: Sequence[Run], name: str, learned: Learned) -> list[Training]:
     """Perplexity and every loss over epochs, a part a data set, at the most shots that it was run with."""
     parts = []
     pairs = pairs_of(runs)
@@ -46,7 +46,7 @@ def training(runs: Sequence[Run], name: str) -> list[Training]:
             if run.shots != most or run.found.note.get("learns") is False:
                 continue
             try:
-                epochs, why = history(run.found.place), "no checkpoint with its history"
+                epochs, why = learned.history(run.found), "no figures of its epochs"
             except InputError as e:
                 epochs, why = [], str(e)
             if epochs:
@@ -96,7 +96,7 @@ def _means(each: Iterable[Sequence[float]]) -> list[float]:
     return [statistics.fmean(values) for values in each]
 
 
-def words(runs: Sequence[Run], reader: PromptReader) -> list[tuple[str, list[Words]]]:
+def words(runs: Sequence[Run], learned: Learned) -> list[tuple[str, list[Words]]]:
     """By data set, of each method the run with the lowest seed, at the most shots."""
     parts = []
     for dataset, of_dataset in _grouped(runs, lambda run: run.dataset).items():
@@ -107,7 +107,7 @@ def words(runs: Sequence[Run], reader: PromptReader) -> list[tuple[str, list[Wor
             run = min(of_method, key=lambda run: run.seed)
             label = f"{method}, seed {run.seed}"
             try:
-                shown.append(Words(label, reader.read(run.found.place)))
+                shown.append(Words(label, learned.prompts(run.found)))
             except InputError as e:
                 shown.append(Words(label, None, str(e)))
             except Exception as e:  # a file that nobody foresaw loses its words, not the page

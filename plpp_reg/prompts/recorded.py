@@ -1,46 +1,21 @@
-"""What recorded runs learned, as a report shows it: figures of each epoch, and context vectors as words.
+"""What runs learned whose record does not say so (those of version 0.1): figures of each epoch, context vectors as words.
 
-What a run's folder says is neither run nor does it fetch anything: a report is of folders that may be anybody's.
+They are read out of checkpoints. What a run's folder says is neither run nor does it fetch anything: a report is of folders
+that may be anybody's.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import nn
 
 from plpp_reg.clip import load
-from plpp_reg.clip.vocabulary import NearWord
+from plpp_reg.clip.reading import Vocabulary
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.errors import InputError
 from plpp_reg.prompts import contexts
-from plpp_reg.prompts.reading import Vocabulary
-
-
-class Prompts(NamedTuple):
-    """The words nearest to each context vector and the prompts' perplexity, before and after the training.
-
-    ``of_class``: where every class has a context of its own, the class whose vectors these are.
-    """
-
-    before: list[list[NearWord]]
-    after: list[list[NearWord]]
-    perplexity: tuple[float, float]
-    of_class: str = ""
-
-
-def history(place: str | Path) -> list[dict[str, float]]:
-    """The means of each epoch, by name, that a run's newest checkpoint holds; empty where there is no checkpoint of ours.
-
-    Raises:
-        InputError: the checkpoint is cut short or something else.
-    """
-    for folder in sorted(path for path in Path(place).iterdir() if path.is_dir()):
-        path = checkpoint.newest(folder)
-        if path is not None:
-            return contexts.history_of(checkpoint.load(path), path)
-    return []
+from plpp_reg.results.learned import NEAREST, Prompts
 
 
 def without_download(backbone: str) -> str:
@@ -66,7 +41,7 @@ def without_download(backbone: str) -> str:
 class PromptReader:
     """Reads the prompts of many runs; the backbone is loaded once, and once are its words looked at."""
 
-    def __init__(self, k: int = 3) -> None:
+    def __init__(self, k: int = NEAREST) -> None:
         self.k = k
         self._name = ""
         self._model: nn.Module | None = None
@@ -102,3 +77,15 @@ class PromptReader:
         words = [self._vocabulary.nearest(states.context[0]) for states in (before, after)]
         figures = self._vocabulary.perplexity(before), self._vocabulary.perplexity(after)
         return Prompts(words[0], words[1], figures, run.first_class)
+
+    def history(self, place: str | Path) -> list[dict[str, float]]:
+        """The means of each epoch, by name, that a run's newest checkpoint holds; empty where there is no checkpoint of ours.
+
+        Raises:
+            InputError: the checkpoint is cut short or something else.
+        """
+        for folder in sorted(path for path in Path(place).iterdir() if path.is_dir()):
+            path = checkpoint.newest(folder)
+            if path is not None:
+                return contexts.history_of(checkpoint.load(path), path)
+        return []

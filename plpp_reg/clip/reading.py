@@ -12,10 +12,22 @@ from torch import Tensor, nn
 from plpp_reg.clip.prompts import tokenizer
 from plpp_reg.clip.vocabulary import NearWord, candidate_ids, nearest_words
 from plpp_reg.loss import functional as PF
-from plpp_reg.prompts.contexts import States
 
 SAMPLE = 512  # words whose nearest other word tells how far words lie from each other
 ROWS = 128  # rows that meet the vocabulary at once
+
+
+class States(NamedTuple):
+    """Context vectors as they stand somewhere: v (1 or P, M, D) and the states before them, h (1 or P, M, D)."""
+
+    context: Tensor
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, context: Tensor, hidden: Tensor) -> States:
+        """In three dimensions and float32; copies, since other weights may be loaded into the same tensors."""
+        context = context.detach().float().clone()
+        return cls(context if context.dim() == 3 else context.unsqueeze(0), hidden.detach().float().clone())
 
 
 class Vector(NamedTuple):
