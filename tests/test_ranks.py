@@ -33,7 +33,11 @@ def watch(cls, name, note):
         return result
     setattr(cls, name, watched)
 
+<<<<<<< HEAD
 watch(TextTower, "forward", lambda _, tree, contexts, *more: seen["prompts"].append(len(contexts) * sum(len(p.end) for p in tree.parts)))
+=======
+watch(TextTower, "forward", lambda out, *more: seen["prompts"].append(out.features.shape[:-1].numel()))
+>>>>>>> bc01f16 (A run's record says what it learned of the first class where one says it all; docs and CHANGELOG say so)
 watch(ImageTower, "forward", lambda _, images, *more: seen["images"].append(len(images)))
 watch(PromptTrainer, "step", lambda values, *more: seen["steps"].append(values))
 for line in json.load(open(sys.argv[1])):
@@ -118,6 +122,9 @@ def test_each_process_encodes_its_share(runs: Path, case: str) -> None:
     alone, *shares = seen(runs / f"{case}-1"), *(seen(runs / f"{case}-2", rank) for rank in (0, 1))
     taught = [1] if case in ("kgcoop", "prograd", "promptsrc") else []
     an_item = len(helpers.CLASSNAMES) if case == "cocoop" else 1
+    in_words = len(helpers.CLASSNAMES) if case in ("class-specific", "middle") else 1  # the context, before and after
+    for one in (alone, *shares):
+        assert [one["prompts"].pop(0), one["prompts"].pop()] == [in_words, in_words]  # the same for every process
     assert len(alone["prompts"]) - len(taught) >= 9  # the steps', and the test's
     for number, (whole, *parts) in enumerate(zip(alone["prompts"], *(share["prompts"] for share in shares), strict=True)):
         if number in taught:

@@ -179,7 +179,7 @@ def run(
     _check_folders(cfg, folder)
     log(f"Setting fixed seed: {cfg.SEED}")
     trainer = cls(cfg, clip_model=clip_model, log=log)
-    before = in_words(trainer) if processes.first and not (args.eval_only or args.no_train) else None
+    before = None if args.eval_only or args.no_train else in_words(trainer)
     if args.eval_only:
         if args.model_dir:
             trainer.saving.load_model(args.model_dir, args.load_epoch)
