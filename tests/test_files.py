@@ -312,11 +312,12 @@ def test_the_pointer_never_names_a_file_that_is_not_whole(tmp_path: Path, monkey
     content = {"state_dict": {}, "epoch": 1}
     checkpoint.save(tmp_path, content)
 
-    def half(content, path):
-        Path(path).write_bytes(b"PK")
+    def half(path, content):
+        with path.open("wb") as file:
+            file.write(content[:9])
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.torch, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(tmp_path, {**content, "epoch": 2})
     assert checkpoint.newest(tmp_path).name == "model.pth.tar-1"
@@ -334,3 +335,37 @@ def test_find_takes_the_epoch_then_the_best_then_the_newest(tmp_path: Path) -> N
     checkpoint.save(inside, {"state_dict": {}, "epoch": 2}, best=True)
     assert checkpoint.find(tmp_path, "prompt_learner", None).name == "model-best.pth.tar"
     assert (inside / "checkpoint").read_text() == "model.pth.tar-10\n"
+
+
+class Program(torch.nn.Module):
+    """What torch.jit.save makes an archive of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("kind", ["TorchScript", "pickle"])
+@pytest.mark.parametrize("use", ["checkpoint", "initial weights", "backbone"])
+def test_a_program_or_a_plain_pickle_is_refused_in_our_own_words(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str, use: str
+) -> None:
+    # The backbone's own TorchScript is read: OpenAI's weights are one. This one holds no weights.
+    shutil.copytree(world / "whole", tmp_path / "run")
+    folder = tmp_path / "run" / "prompt_learner"
+    (folder / "model-best.pth.tar").unlink()
+    path = folder / f"model.pth.tar-{EPOCHS}" if use == "checkpoint" else tmp_path / "weights.pt"
+    if kind == "TorchScript":
+        torch.jit.save(torch.jit.script(Program()), str(path))
+    else:
+        path.write_bytes(pickle.dumps({"ctx": [1.0]}))
+    more = {
+        "checkpoint": ["--eval-only", "--model-dir", str(tmp_path / "run")],
+        "initial weights": ["MODEL.INIT_WEIGHTS", str(path)],
+        "backbone": ["--backbone", str(path)],
+    }[use]
+    assert cli.main(command(world, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error, error
+    assert "weights_only" not in error and "torch.load" not in error and "trust" not in error, error
+    reason = "TorchScript archive" if kind == "TorchScript" else "more than tensors and plain values"
+    assert reason in error or (use, kind) == ("backbone", "TorchScript"), error

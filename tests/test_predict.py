@@ -217,7 +217,7 @@ def test_classes_of_one_name_are_told_apart(
     (found,) = predict(trainer, [picture])
     assert set(found.probabilities) == {"cat (class 0)", "tea (class 1)", "tea (class 2)", "cat (class 3)", "map"}
     assert list(found.probabilities.values()) == pytest.approx(list(plain.probabilities.values()))
-    monkeypatch.setattr("plpp_reg.prompts.predict.load_run", lambda *_: trainer)
+    monkeypatch.setattr("plpp_reg.prompts.predict.load_run", lambda *_, **__: trainer)
     capsys.readouterr()
     assert cli.main(["predict", str(world / "CoOp"), picture, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)

@@ -9,7 +9,6 @@ import os
 import sys
 import urllib.error
 import warnings
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from plpp_reg.errors import InputError, install, unknown
+from plpp_reg.io.safe_reading import is_torchscript, read_tensors, read_torchscript
 
 EMBEDDED = "embedded"
 OPEN_CLIP = "open_clip:"  # what the names of open_clip's models begin with
@@ -165,52 +165,14 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
             loaded = load_file(path)
         elif is_torchscript(path):
-            _refuse_code(path)
-            check_zip(path)
-            loaded = torch.jit.load(str(path), map_location="cpu").state_dict()
+            loaded = read_torchscript(path)
         else:
-            check_zip(path)
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = read_tensors(path)
     except Exception as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
-        raise InputError(f"{path}: expected CLIP weights (JIT archive, state_dict or safetensors), got {first}") from e
+        raise InputError(f"{path}: expected CLIP weights (JIT archive, state_dict or safetensors), refused ({first})") from e
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
         raise InputError(f"{path}: expected tensors by name, got {type(loaded).__name__}")
     return loaded
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether ``torch.jit.load`` would read a file; ``torch.load``, weights only, refuses those."""
-    try:
-        return zipfile.is_zipfile(path) and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
-    except RuntimeError:  # not an archive of torch's
-        return False
-
-
-def _refuse_code(path: Path) -> None:
-    """Refuse an archive with the one method that runs while it is loaded.
-
-    Asked of torch's own reader: it ignores the case of names, and where an archive is ambiguous Python's may see another one.
-    """
-    reader = torch._C.PyTorchFileReader(str(path))
-    names = reader.get_all_records()
-    if len({name.casefold() for name in names}) < len(names):  # which of them is loaded is not said
-        raise ValueError("an archive with two records of one name")
-    for name in names:
-        # .debug_pkl: where in its writer's sources the code stood; it is never run
-        if not name.endswith(".debug_pkl") and b"__setstate__" in reader.get_record(name):
-            raise ValueError("an archive that runs code when it is loaded")
-
-
-def check_zip(path: str | Path) -> None:
-    """torch does not compare the checksums of a file's records; a changed number would pass unseen.
-
-    Raises:
-        ValueError: a record is not what was written.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if (record := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {record} is wrong")

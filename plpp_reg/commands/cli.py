@@ -164,6 +164,8 @@ def _parser() -> _Parser:
     inspect.add_argument("--words", type=int, default=5, help="how many words to show (default: 5)")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     inspect.add_argument("--out", default="", metavar="PNG", help="draw the perplexity over the epochs")
+    for command in (predict, export, inspect):
+        command.add_argument("--trainer", default="", help="of a run of a trainer of your own: package.module:Class, imported")
     for command in (doctor, inspect):
         command.set_defaults(opts=())
     return parser
@@ -242,13 +244,13 @@ def _data(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> None:
     from plpp_reg.prompts.predict import show
 
-    show(args.run, args.images, args.classes, args.load_epoch, args.top, args.json)
+    show(args.run, args.images, args.classes, args.load_epoch, args.top, args.json, args.trainer)
 
 
 def _export(args: argparse.Namespace) -> None:
     from plpp_reg.prompts.predict import show_export
 
-    show_export(args.run, args.file, args.classes, args.load_epoch)
+    show_export(args.run, args.file, args.classes, args.load_epoch, args.trainer)
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -270,7 +272,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
     from plpp_reg.prompts import inspect as inspection
 
-    found = inspection.inspect_prompts(args.source, args.backbone, args.load_epoch, args.position, args.init, args.words)
+    found = inspection.inspect_prompts(
+        args.source, args.backbone, args.load_epoch, args.position, args.init, args.words, args.trainer
+    )
     print(inspection.as_json(found) if args.json else inspection.as_text(found))
     if args.out:
         inspection.draw(found, Path(args.out))

@@ -7,7 +7,7 @@ the newest file. Loading never runs anything: ``weights_only=True`` always.
 
 from __future__ import annotations
 
-import pickle
+import io
 import random
 import re
 import shutil
@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from plpp_reg.clip.load import check_zip
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import write_atomically, write_text
-from plpp_reg.io.safe_reading import objects_as_data
+from plpp_reg.io.safe_reading import objects_as_data, read_tensors
 
 BEST = "model-best.pth.tar"
 NEWEST = "checkpoint"
@@ -64,7 +63,9 @@ def save(folder: str | Path, content: dict[str, Any], best: bool = False) -> Pat
     """Write one checkpoint whole, then point ``checkpoint`` at it (not for the best-on-validation copy)."""
     folder = Path(folder)
     path = folder / (BEST if best else f"model.pth.tar-{content['epoch']}")
-    write_atomically(path, lambda p: torch.save(content, p))
+    whole = io.BytesIO()  # torch's own writer says "unexpected pos" of a full disk, and keeps the system's error to itself
+    torch.save(content, whole)
+    write_atomically(path, lambda p: p.write_bytes(whole.getbuffer()))
     if not best:
         write_text(folder / NEWEST, path.name + "\n")
     return path
@@ -124,14 +125,10 @@ def load(path: str | Path) -> dict[str, Any]:
         InputError: missing, cut short, not a checkpoint, or one that would run code.
     """
     try:
-        check_zip(path)
         with objects_as_data(UPSTREAM_OBJECTS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        # not torch's own words on an unpickling error: they advise to run the file
-        kind = isinstance(e, pickle.UnpicklingError)
-        reason = "it is cut short, or holds more than tensors and plain values" if kind else str(e).split("\n")[0]
-        raise InputError(f"checkpoint {str(path)!r}: expected a whole file of tensors, refused ({reason})") from e
+            content = read_tensors(path)
+    except (ValueError, OSError) as e:
+        raise InputError(f"checkpoint {str(path)!r}: expected a whole file of tensors, refused ({e})") from e
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "epoch" not in content:
         raise InputError(f"checkpoint {str(path)!r}: expected keys state_dict and epoch")
     return content

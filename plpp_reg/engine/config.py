@@ -228,17 +228,22 @@ def from_yaml(path: str | Path) -> dict[str, object]:
     return dict(_flat_file(path, loaded))
 
 
-def of_run(folder: str | Path) -> tuple[CfgNode, type]:
+def of_run(folder: str | Path, trainer: str = "") -> tuple[CfgNode, type]:
     """The configuration that a run's folder records, and the class of its trainer.
+
+    ``trainer``: the run's, where it is not of ours (package.module:Class): that file does not name what is imported.
 
     Raises:
         InputError: no configuration, an unknown trainer, a key or a value that this version does not know.
     """
     path = Path(folder) / "config.yaml"
-    trainer, *_ = registry.find_trainer(str(from_yaml(path).get("TRAINER.NAME", "")))
-    cfg = get_cfg_default(trainer)
+    recorded = str(from_yaml(path).get("TRAINER.NAME", ""))
+    if trainer and trainer.removesuffix(registry.SUFFIX) != recorded.removesuffix(registry.SUFFIX):
+        raise InputError(f"--trainer {trainer!r}: expected the run's own, {recorded!r} (in {str(path)!r})")
+    cls, *_ = registry.find_trainer(trainer) if trainer else registry.find_named_by_file(recorded, str(path), "--trainer")
+    cfg = get_cfg_default(cls)
     merge_file(cfg, path)
-    return cfg, trainer
+    return cfg, cls
 
 
 def _read_yaml(path: str | Path) -> dict[str, object]:

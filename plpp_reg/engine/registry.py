@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from plpp_reg.errors import InputError, unknown
@@ -48,6 +49,25 @@ def find_trainer(name: str) -> tuple[type[PromptTrainer], str, bool]:
     if with_plpp and not cls.learns_text_context:
         raise InputError(f"{name}: {plain} learns no text context, so PLPP has nothing to act on: use {plain}")
     return cls, plain, with_plpp
+
+
+def find_named_by_file(name: str, where: str, flag: str) -> tuple[type[PromptTrainer], str, bool]:
+    """As :func:`find_trainer`, of a name that stands in a file: one of ours, or in a module that this process has imported.
+
+    Args:
+        name: of the trainer.
+        where: the file, as a message names it.
+        flag: of the command line, by which a user may name another.
+
+    Raises:
+        InputError: another name, for a file is no reason to import code; or what :func:`find_trainer` refuses.
+    """
+    module, colon, cls = name.removesuffix(SUFFIX).partition(":")
+    if colon and cls not in getattr(sys.modules.get(module), "__dict__", {}):
+        raise InputError(
+            f"{where}: expected a trainer of plpp-reg's own, got {name!r}: {flag} {name} imports it, a file does not"
+        )
+    return find_trainer(name)
 
 
 def _load(place: str) -> type[PromptTrainer]:

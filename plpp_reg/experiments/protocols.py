@@ -148,6 +148,9 @@ def choose(name: str, choice: Choice) -> Protocol:
         changed["where"] = [{k: v for k, v in rule.items() if k != "recipe"} for rule in protocol.where]
     if choice.backbone:
         changed["backbone"] = choice.backbone
+    if not choice.methods:
+        for method in protocol.methods:
+            registry.find_named_by_file(str(method), f"protocol {name!r}", "--methods")
     protocol = dataclasses.replace(protocol, **changed)
     for key in ("methods", "datasets", "targets", "seeds", "shots"):
         values = [full_name(v) if key in ("datasets", "targets") else v for v in getattr(protocol, key)]

@@ -26,13 +26,15 @@ from plpp_reg.loss import functional as PF
 DEEP = (r"(?:prompt_learner\.)?compound_prompts_text\.(\d+)", r"text_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow")
 
 
-def of_run(folder: Path) -> tuple[CfgNode, type[PromptTrainer]]:
+def of_run(folder: Path, trainer: str = "") -> tuple[CfgNode, type[PromptTrainer]]:
     """The configuration of a run's folder and its trainer's class, if that is one that learns context vectors.
+
+    ``trainer``: as in :func:`plpp_reg.engine.config.of_run`.
 
     Raises:
         InputError: it is not, or there is no configuration that can be read.
     """
-    cfg, cls = config.of_run(folder)
+    cfg, cls = config.of_run(folder, trainer)
     if not cls.learns_text_context:
         raise InputError(f"run {str(folder)!r}: {cfg.TRAINER.NAME} learns no text context")
     return cfg, cls

@@ -36,7 +36,13 @@ class Inspection(NamedTuple):
 
 
 def inspect_prompts(
-    source: str | Path, backbone: str = "", epoch: int | None = None, position: str = "end", init: str = "", k: int = 5
+    source: str | Path,
+    backbone: str = "",
+    epoch: int | None = None,
+    position: str = "end",
+    init: str = "",
+    k: int = 5,
+    trainer: str = "",
 ) -> Inspection:
     """Read a run's folder or a checkpoint file. Nothing in it is run: ``weights_only``.
 
@@ -47,6 +53,7 @@ def inspect_prompts(
         position: where the class name stands, for a checkpoint of upstream's, which does not say.
         init: the words that the context began with, for the same reason; empty: unknown.
         k: how many words.
+        trainer: of a run whose trainer is not one of ours, package.module:Class, which is imported.
 
     Raises:
         InputError: no such file, no context in it, a backbone that does not fit.
@@ -58,7 +65,7 @@ def inspect_prompts(
     run = path.parent.parent
     prompts: OurRun | Upstream
     if isinstance(content.get("plpp_reg"), dict) and (run / "config.yaml").is_file():
-        cfg, cls = contexts.of_run(run)
+        cfg, cls = contexts.of_run(run, trainer)
         cfg.MODEL.BACKBONE.NAME = backbone or cfg.MODEL.BACKBONE.NAME
         prompts = OurRun(cfg, cls, content, path)
     else:

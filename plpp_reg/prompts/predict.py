@@ -35,7 +35,11 @@ class Prediction(NamedTuple):
 
 
 def load_run(
-    folder: str | Path, classes: Sequence[str] = (), epoch: int | None = None, clip_model: nn.Module | None = None
+    folder: str | Path,
+    classes: Sequence[str] = (),
+    epoch: int | None = None,
+    clip_model: nn.Module | None = None,
+    trainer: str = "",
 ) -> PromptTrainer:
     """The trainer of a run's folder, ready to predict: its prompts around ``classes``, or around those it was trained on.
 
@@ -44,6 +48,7 @@ def load_run(
         classes: class names; none: the run's own.
         epoch: which checkpoint; None: the best on validation if there is one, else the newest.
         clip_model: the run's backbone, if it is loaded already.
+        trainer: of a run whose trainer is not one of ours, package.module:Class, which is imported.
 
     Raises:
         InputError: not a run's folder, empty class names or one given twice, or prompts that belong to their classes.
@@ -52,7 +57,7 @@ def load_run(
     if not (folder / "config.yaml").is_file():
         raise InputError(f"run {str(folder)!r}: expected a run's folder with its config.yaml")
     _check_names(classes)
-    cfg, cls = config.of_run(folder)
+    cfg, cls = config.of_run(folder, trainer)
     cfg.MODEL.INIT_WEIGHTS = ""
     cfg.TRAINER.PLPP.ENABLED = False  # of no effect on a prediction
     if not (folder / cls.model_name).is_dir():
@@ -66,9 +71,9 @@ def load_run(
     if classes:
         cfg.DATASET.SUBSAMPLE_CLASSES = "all"
     data = DataSplit([], [], [], list(classes or trained_on))
-    trainer = cls(cfg, data=data, clip_model=clip_model, log=RunLog(quiet=True))
-    trainer.saving.load_weights(path)
-    return trainer
+    loaded = cls(cfg, data=data, clip_model=clip_model, log=RunLog(quiet=True))
+    loaded.saving.load_weights(path)
+    return loaded
 
 
 def _check_names(classes: Sequence[str]) -> None:
@@ -187,9 +192,9 @@ def _not_exported(method: type[PromptTrainer]) -> str:
     return ""
 
 
-def show_export(run: str | Path, file: str | Path, classes: Sequence[str], epoch: int | None) -> None:
+def show_export(run: str | Path, file: str | Path, classes: Sequence[str], epoch: int | None, method: str = "") -> None:
     """``plpp export``: write the file, and say what is in it."""
-    trainer = load_run(run, classes, epoch)
+    trainer = load_run(run, classes, epoch, trainer=method)
     left_out = export(trainer, file)
     print(f"Exported: {file} ({len(trainer.data.classnames)} classes, {trainer.cfg.MODEL.BACKBONE.NAME})")
     if left_out:
@@ -197,13 +202,19 @@ def show_export(run: str | Path, file: str | Path, classes: Sequence[str], epoch
 
 
 def show(
-    run: str | Path, places: Sequence[str | Path], classes: Sequence[str], epoch: int | None, top: int, as_json: bool
+    run: str | Path,
+    places: Sequence[str | Path],
+    classes: Sequence[str],
+    epoch: int | None,
+    top: int,
+    as_json: bool,
+    method: str = "",
 ) -> None:
     """``plpp predict``: print the predictions, a line an image or as one JSON list."""
     if top < 1:
         raise InputError(f"--top: expected a number >= 1, got {top}")
     images = find_images(places)
-    predictions = predict(load_run(run, classes, epoch), images)
+    predictions = predict(load_run(run, classes, epoch, trainer=method), images)
     if as_json:
         print(json.dumps([p._asdict() for p in predictions], indent=1))
         return

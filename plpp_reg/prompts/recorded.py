@@ -14,6 +14,7 @@ from plpp_reg.clip import load
 from plpp_reg.clip.reading import Vocabulary
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.errors import InputError
+from plpp_reg.io.safe_reading import is_torchscript
 from plpp_reg.prompts import contexts
 from plpp_reg.results.learned import NEAREST, Prompts
 
@@ -31,7 +32,7 @@ def without_download(backbone: str) -> str:
             return str(kept)
     else:
         file = Path(backbone.partition("/")[2] if backbone.startswith(load.OPEN_CLIP) else backbone)
-        if file.is_file() and load.is_torchscript(file):
+        if file.is_file() and is_torchscript(file):
             raise InputError(f"backbone {backbone!r}: expected weights alone, got a TorchScript archive: a report runs no code")
         if file.is_file():
             return backbone
