@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,6 @@ from plpp_reg.engine.run import run as run_once
 from plpp_reg.errors import InputError
 from plpp_reg.experiments import sweep
 from plpp_reg.experiments.protocols import Choice, Job, plan
-from plpp_reg.io.files import locked
 from plpp_reg.results import tables
 from plpp_reg.results.record import read_result
 from plpp_reg.trainers.coop import CoOp
@@ -196,15 +197,85 @@ def test_a_failed_run_is_passed_named_and_mended(bench: Bench, capsys: pytest.Ca
     assert "Missing" not in bench.tables()["markdown"] and not list(bench.output.rglob("failed.json"))
 
 
+HOLDER = """
+import sys
+from plpp_reg.io.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen]:
+    """Another process works in a folder."""
+    holder = subprocess.Popen(**helpers.python(HOLDER, str(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    try:
+        assert holder.stdout.readline() == "held\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
 def test_a_folder_that_another_process_works_in_is_left_alone(copy: Bench) -> None:
     job = copy.plan(opts=["OPTIM.LR", "0.01"])[1]
     before = helpers.files_below(job.folder)
-    with locked(job.folder):
+    with held_elsewhere(job.folder):
         outcome = sweep.execute(job)
         sweep.failure(job, RuntimeError("its worker died"), 1.0)  # which this process hears of later than the other one
-    assert outcome.result is None and "another process is working in it" in outcome.error
+    assert outcome.result is None and outcome.busy and "another process is working in it" in outcome.error
     assert {*helpers.files_below(job.folder), ".lock"} == {*before, ".lock"}  # no failed.json: a running run has not failed
     assert not (copy.output / "superseded").exists()
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_what_another_process_is_running_is_waited_for(copy: Bench, monkeypatch: pytest.MonkeyPatch, finishes: bool) -> None:
+    jobs = copy.plan(methods=["CoOp"])
+    result = (jobs[0].folder / "result.json").read_bytes()
+    for job in jobs:
+        (job.folder / "result.json").unlink()
+    said: list[str] = []
+    with held_elsewhere(jobs[0].folder) as holder:
+
+        def say(line: str) -> None:
+            said.append(line)
+            if line.startswith("Waiting"):
+                if finishes:
+                    (jobs[0].folder / "result.json").write_bytes(result)
+                holder.kill()
+
+        assert sweep.sweep(jobs, say=say) == []
+    assert jobs[1].label in said[0] and said[1].startswith("Waiting for another process, which has 1 of the runs: small: tiny")
+    assert jobs[0].label in said[2] and ("(run by another process" in said[2]) == finishes and len(said) == 3
+    assert all(sweep.finished(job) for job in jobs)
+
+
+def sweep_of_two(jobs: list[Job], barrier, out) -> None:
+    said: list[str] = []
+    barrier.wait(60)
+    failed = sweep.sweep(jobs, say=said.append)
+    out.put((len(failed), said))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, so that the sweeps begin at once")
+def test_sweeps_that_share_a_folder_do_nothing_twice(done: Bench, bench: Bench) -> None:
+    bench.images, bench.backbone, bench.recipe = done.images, done.backbone, done.recipe
+    bench.write()
+    jobs, fork = bench.plan(), multiprocessing.get_context("fork")
+    barrier, out = fork.Barrier(3), fork.Queue()
+    sweeps = [fork.Process(target=sweep_of_two, args=(jobs, barrier, out)) for _ in range(3)]
+    for process in sweeps:
+        process.start()
+    ended = [out.get(timeout=120) for _ in sweeps]
+    for process in sweeps:
+        process.join(60)
+    assert [failed for failed, _ in ended] == [0, 0, 0]
+    for job in jobs:
+        assert (job.folder / "log.txt").read_text().count("Result: ") == 1
+    ran = [line for _, said in ended for line in said if line.startswith("[") and "by another process" not in line]
+    assert len(ran) == len(jobs)
+    assert bench.tables() == done.tables() and not (bench.output / "superseded").exists()
 
 
 def test_setting_aside_can_be_killed_anywhere(copy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

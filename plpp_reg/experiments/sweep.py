@@ -6,6 +6,7 @@ A run is :func:`execute`: a pure function of its job, in the job's own folder. :
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -29,11 +30,15 @@ from plpp_reg.results import record as results
 from plpp_reg.results.job import FAILED, JOB, SUPERSEDED
 
 DYING = 5.0  # seconds: a worker that died may not have left its folder yet when that is known
+POLL = 0.5  # seconds between looks at what other processes have
 TAIL = 8  # lines of a failed run's log that are shown
 
 
 class Outcome(NamedTuple):
-    """How a run ended: its result, or what went wrong and the last lines of its log. ``aside``: where an older run went."""
+    """How a run ended: its result, or what went wrong and the last lines of its log.
+
+    ``aside``: where an older run went; ``elsewhere``: another process has made the result; ``busy``: one is in the folder.
+    """
 
     job: Job
     result: dict[str, Any] | None
@@ -41,6 +46,8 @@ class Outcome(NamedTuple):
     error: str = ""
     log: tuple[str, ...] = ()
     aside: Path | None = None
+    elsewhere: bool = False
+    busy: bool = False
 
 
 Say = Callable[[str], None]
@@ -76,22 +83,27 @@ def finished(job: Job, hashes: Hashes | None = None) -> bool:
 
 
 def execute(job: Job, models: Models | None = None) -> Outcome:
-    """Run one job to its result.json, going on from its last checkpoint; an exception becomes an outcome with an error."""
+    """Run one job to its result.json, going on from its last checkpoint; an exception becomes an outcome with an error.
+
+    The folder is held from the first look at it to the result: what another process has finished meanwhile is not done again.
+    """
     start = time.perf_counter()
     models = models if models is not None else Models()
     aside = None
     try:
         with locked(job.folder):
+            hashes = Hashes()
+            if finished(job, hashes):
+                return Outcome(job, results.read_result(job.folder), 0.0, elsewhere=True)
             (job.folder / FAILED).unlink(missing_ok=True)
-            _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
-            if _other_settings(job):
+            _write_if_new(job.folder / JOB, _note_text(job))
+            if _other_settings(job, hashes):
                 aside = set_aside(job)
-        try:
-            result = _run(job, models)
-        except UnusableCheckpoint:
-            with locked(job.folder):
+            try:
+                result = _run(job, models)
+            except UnusableCheckpoint:
                 aside = set_aside(job)
-            result = _run(job, models)
+                result = _run(job, models)
         return Outcome(job, result, time.perf_counter() - start, aside=aside)
     except Exception as e:
         return failure(job, e, time.perf_counter() - start)._replace(aside=aside)
@@ -122,7 +134,7 @@ def failure(job: Job, error: Exception, seconds: float) -> Outcome:
     """The outcome of a run that ended with ``error``, noted in the run's folder too."""
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, InUse):  # the folder, its log and what becomes of the run are another process's
-        return Outcome(job, None, seconds, message)
+        return Outcome(job, None, seconds, message, busy=True)
     log = job.folder / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if log.is_file() else []
     if not isinstance(error, InputError):  # a fault of a program: where it was
@@ -161,6 +173,10 @@ def set_aside(job: Job) -> Path:
     return target
 
 
+def _note_text(job: Job) -> str:
+    return json.dumps(job.note, indent=1) + "\n"
+
+
 def _write_if_new(path: Path, text: str) -> None:
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
@@ -179,33 +195,89 @@ def one_after_another(jobs: Sequence[Job]) -> Iterator[Outcome]:
 def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_another) -> list[Outcome]:
     """Run what is not finished; the outcomes of what failed.
 
-    Each job's folder is told what is planned in it first, so that a table names what is missing however this ends.
+    Each job's folder is told what is planned in it first, so that a table names what is missing however this ends. What another
+    process is running is waited for, and run here where that one leaves it unfinished.
     """
     hashes = Hashes()
     left = [job for job in jobs if not finished(job, hashes)]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
     for job in left:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        _write_if_new(job.folder / JOB, json.dumps(job.note, indent=1) + "\n")
-    failed: list[Outcome] = []
-    start, done, total = time.perf_counter(), 0.0, sum(job.cost for job in left)
-    outcomes = runner(left)
+        with (
+            contextlib.suppress(InputError, OSError),
+            locked(job.folder),
+        ):  # who is in it has told it
+            _write_if_new(job.folder / JOB, _note_text(job))
+    progress = _Progress(left, say)
+    busy = _run_all(left, runner, progress)
+    while busy:
+        say(f"Waiting for another process, which has {len(busy)} of the runs: {busy[0].label}{', …' if busy[1:] else ''}")
+        free = _wait_for_one(busy)
+        busy = [job for job in busy if job not in free]
+        hashes, unfinished = Hashes(), []
+        for job in free:
+            if finished(job, hashes):
+                progress.add(Outcome(job, results.read_result(job.folder), 0.0, elsewhere=True))
+            else:
+                unfinished.append(job)
+        busy += _run_all(unfinished, runner, progress) if unfinished else []
+    return progress.failed
+
+
+class _Progress:
+    """What a sweep says of each outcome, and what failed."""
+
+    def __init__(self, jobs: Sequence[Job], say: Say) -> None:
+        self.jobs, self.say, self.failed = jobs, say, []
+        self.number, self.done, self.total = 0, 0.0, sum(job.cost for job in jobs)
+        self.start = time.perf_counter()
+
+    def add(self, outcome: Outcome) -> None:
+        self.number += 1
+        self.done += outcome.job.cost
+        if outcome.aside is not None:
+            self.say(f"{outcome.job.label}: the run that was there had other settings or files; it is now {outcome.aside}")
+        left = (time.perf_counter() - self.start) * (self.total - self.done) / self.done
+        remaining = f", about {results.duration(left)} left" if self.number < len(self.jobs) else ""
+        what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
+        took = "run by another process" if outcome.elsewhere else results.duration(outcome.seconds)
+        self.say(f"[{self.number}/{len(self.jobs)}] {outcome.job.label}: {what} ({took}{remaining})")
+        if outcome.result is None:
+            self.failed.append(outcome)
+
+
+def _run_all(jobs: Sequence[Job], runner: Runner, progress: _Progress) -> list[Job]:
+    """Run these; those that other processes are in."""
+    busy = []
+    outcomes = runner(jobs)
     try:
-        for number, outcome in enumerate(outcomes, start=1):
-            done += outcome.job.cost
-            if outcome.aside is not None:
-                say(f"{outcome.job.label}: the run that was there had other settings or files; it is now {outcome.aside}")
-            spent = time.perf_counter() - start
-            remaining = f", about {results.duration(spent * (total - done) / done)} left" if number < len(left) else ""
-            what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
-            say(f"[{number}/{len(left)}] {outcome.job.label}: {what} ({results.duration(outcome.seconds)}{remaining})")
-            if outcome.result is None:
-                failed.append(outcome)
+        for outcome in outcomes:
+            if outcome.busy:
+                busy.append(outcome.job)
+            else:
+                progress.add(outcome)
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()  # Ctrl-C may come here: a runner ends its workers before anything else goes on
-    return failed
+    return busy
+
+
+def _wait_for_one(jobs: Sequence[Job]) -> list[Job]:
+    """Those of the jobs whose folders other processes have left, once there is one."""
+    while True:
+        if free := [job for job in jobs if not _in_use(job.folder)]:
+            return free
+        time.sleep(POLL)
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        with locked(folder):
+            return False
+    except InUse:
+        return True
+    except InputError:  # it cannot be written to: the run will say so
+        return False
 
 
 def figures(result: dict[str, Any]) -> str:
