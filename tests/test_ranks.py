@@ -33,11 +33,7 @@ def watch(cls, name, note):
         return result
     setattr(cls, name, watched)
 
-<<<<<<< HEAD
-watch(TextTower, "forward", lambda _, tree, contexts, *more: seen["prompts"].append(len(contexts) * sum(len(p.end) for p in tree.parts)))
-=======
 watch(TextTower, "forward", lambda out, *more: seen["prompts"].append(out.features.shape[:-1].numel()))
->>>>>>> bc01f16 (A run's record says what it learned of the first class where one says it all; docs and CHANGELOG say so)
 watch(ImageTower, "forward", lambda _, images, *more: seen["images"].append(len(images)))
 watch(PromptTrainer, "step", lambda values, *more: seen["steps"].append(values))
 for line in json.load(open(sys.argv[1])):
