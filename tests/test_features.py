@@ -16,6 +16,7 @@ from plpp_reg.clip.vision import ImageTower
 from plpp_reg.commands import cli
 from plpp_reg.data import DataSplit
 from plpp_reg.engine import features
+from plpp_reg.engine.distributed import Ranks
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.trainers.cocoop import CoCoOp
 from plpp_reg.trainers.coop import CoOp
@@ -158,6 +159,28 @@ def test_a_small_set_has_the_same_bits_off_cold_warm_and_with_any_number_of_work
     found = [helpers.make_trainer(small, *opts).frozen_features.of("train", 1) for opts in ways]
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert encoded == [count] * 4  # not of the warm one
+
+
+@pytest.mark.parametrize(("count", "size"), [(25, 2), (25, 3), (10, 2), (3, 2)])
+def test_processes_share_canonical_batches_and_get_the_bits_of_one(
+    data: DataSplit, monkeypatch: pytest.MonkeyPatch, count: int, size: int
+) -> None:
+    """Also where the last batch is a small one, and where there are fewer batches than processes."""
+    monkeypatch.setattr(features, "BATCH", 4)
+    some = dataclasses.replace(data, train=data.train[:count])
+    alone = helpers.make_trainer(some).frozen_features.of("train", 1)
+    batches = -(-count // 4)
+    whole, shares = torch.full((batches, 4, alone.shape[1]), torch.nan), []
+    monkeypatch.setattr(Ranks, "all_agree", lambda ranks, this: this)
+    monkeypatch.setattr(Ranks, "gather_rows", lambda ranks, share, total: shares.append((share, total)) or whole)
+    for rank in range(size):
+        trainer = helpers.make_trainer(some)
+        trainer.ranks = Ranks(rank, size)
+        trainer.frozen_features.of("train", 1)
+        share, total = shares[rank]
+        assert total == batches
+        whole[rank::size] = share  # as the processes exchange them
+    assert torch.equal(whole.flatten(0, 1)[:count], alone)
 
 
 def test_a_fill_that_was_killed_leaves_whole_views_alone(

@@ -4,7 +4,8 @@ What an image looks like in an epoch is a function of (seed, epoch, index), so t
 is computed ahead for a whole epoch, and kept (:class:`plpp_reg.io.store.TensorStore`) for the next method or prompt.
 A feature's last bits depend on where in which batch its image stands. So images are encoded in canonical batches
 (:func:`canonical_batches`), which their number alone decides: kept or not, cold or warm, by however many processes and threads,
-the features are the same to the bit. While one batch is encoded, threads read and augment the next.
+the features are the same to the bit. While one batch is encoded, DATALOADER.NUM_WORKERS threads, at least one, read and augment
+the next.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 BATCH = 64  # images of a canonical batch at most
 DECODED_MIB = 64  # of a part's pictures that are kept decoded from one view to the next
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
-VERSION = 2  # of what is computed: raise it when the image tower or the transforms change by a bit
+VERSION = 3  # of what is computed: raise it when the image tower or the transforms change by a bit
 
 
 def canonical_batches(images: int) -> list[range]:
