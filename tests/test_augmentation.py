@@ -150,16 +150,23 @@ def test_a_picture_that_cannot_be_read_ends_reading_ahead_with_its_name(tmp_path
         list(reading)
 
 
-def test_pictures_are_decoded_once_as_far_as_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_pictures_are_decoded_once_and_large_ones_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
-        picture((10, 10), i).save(path)
+        picture((10, 10 + i // 2), i).save(path)
     opened, original = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
-    pictures = Pictures(max_bytes=2 * 300)
+    pictures = Pictures(largest=300)
     for _ in range(2):
         for path in paths:
             pictures.open(str(path))
     assert opened == [*map(str, paths), str(paths[2])]
     picture((10, 10), 7).save(paths[0])  # a changed file is another picture
     assert np.array_equal(np.asarray(pictures.open(str(paths[0]))), np.asarray(picture((10, 10), 7)))
+
+
+def test_decoded_pictures_are_kept_where_all_of_them_fit(tmp_path: Path) -> None:
+    images = dataset(tmp_path)
+    largest = 3 * max(width * height for width, height in SIZES)
+    assert dataset(tmp_path, largest * len(images)).pictures.largest == largest
+    assert images.pictures.largest == 0

@@ -22,6 +22,7 @@ from plpp_reg.engine.distributed import Ranks
 from plpp_reg.errors import InputError
 
 ONE = Ranks()  # a run in one process
+DECODED_BYTES = 64 * 2**20  # of a part's pictures, kept decoded from one view to the next
 BATCHES_AHEAD = 1  # of pictures, made while the one before is encoded
 
 
@@ -40,15 +41,15 @@ def view_of(epoch: int, views: int) -> int:
 
 
 class Pictures:
-    """Opens pictures, and keeps the first ones as they come in memory: small ones are not decoded anew for each view.
+    """Opens pictures, and keeps small ones in memory: they are not decoded anew for each view.
 
     Args:
-        max_bytes: bound on the pixels that are kept.
+        largest: bytes of decoded pixels, of a picture that is kept.
     """
 
-    def __init__(self, max_bytes: int = 0) -> None:
-        self.left = max_bytes
-        self._kept: dict[tuple, Image.Image] = {}
+    def __init__(self, largest: int = 0) -> None:
+        self.largest = largest
+        self._kept: dict[str, tuple[tuple[int, ...], Image.Image]] = {}  # with the state of its file
 
     def open(self, path: str) -> Image.Image:
         """In three channels.
@@ -56,17 +57,16 @@ class Pictures:
         Raises:
             InputError: it cannot be read.
         """
-        key = (path, *file_state(path))
-        if (image := self._kept.get(key)) is None:
+        state = file_state(path)
+        kept, image = self._kept.get(path, (None, None))
+        if kept != state:
             try:
                 with Image.open(path) as file:
                     image = rgb(file)
             except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # broken PNG chunks are a SyntaxError
                 raise InputError(f"image {path}: expected a readable picture, got {e}") from e
-            size = 3 * image.width * image.height
-            if size <= self.left:
-                self.left -= size
-                self._kept[key] = image
+            if 3 * image.width * image.height <= self.largest:
+                self._kept[path] = state, image
         return image
 
 
@@ -90,12 +90,12 @@ class ImageDataset(Dataset):
         items: the images.
         transform: what they become.
         seed: of the views.
-        max_bytes: of decoded pictures that are kept for their next view.
+        max_bytes: of decoded pictures that are kept for their next view; large ones, of which not all would fit, are not.
     """
 
     def __init__(self, items: Sequence[Datum], transform: Transform, seed: int, max_bytes: int = 0) -> None:
         self.items, self.transform, self.seed = items, transform, seed
-        self.pictures = Pictures(max_bytes)
+        self.pictures = Pictures(max_bytes // max(1, len(items)))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -190,7 +190,8 @@ def build_loader(
     if cfg.DATALOADER.NUM_WORKERS < 0:
         raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer >= 0, got {cfg.DATALOADER.NUM_WORKERS}")
     workers = cfg.DATALOADER.NUM_WORKERS if pixels else 0
-    images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg))
+    kept = 0 if workers else DECODED_BYTES  # or each worker would keep its own
+    images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg), kept)
     return DataLoader(
         images if pixels else Labels(items),
         batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train, ranks, cfg.INPUT.VIEWS),

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from plpp_reg.data import Datum
 from plpp_reg.data.augmentation import build_transform
 from plpp_reg.data.emoji import cache_folder
-from plpp_reg.data.loaders import ImageDataset, file_state, image_seed_of, read_ahead, view_of
+from plpp_reg.data.loaders import DECODED_BYTES, ImageDataset, file_state, image_seed_of, read_ahead, view_of
 from plpp_reg.io.files import clear_left_behind
 from plpp_reg.io.store import Entry, TensorStore
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from plpp_reg.engine.trainer import PromptTrainer
 
 BATCH = 64  # images of a canonical batch at most
-DECODED_MIB = 64  # of a part's pictures that are kept decoded from one view to the next
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
 VERSION = 3  # of what is computed: raise it when the image tower or the transforms change by a bit
 
@@ -108,7 +107,7 @@ class FrozenFeatures:
         if split not in self._images:
             cfg = self.trainer.cfg
             transform, items = build_transform(cfg, split == "train"), getattr(self.trainer.data, split)
-            self._images[split] = ImageDataset(items, transform, image_seed_of(cfg), DECODED_MIB * 2**20)
+            self._images[split] = ImageDataset(items, transform, image_seed_of(cfg), DECODED_BYTES)
         return self._images[split]
 
     def _described(self, split: str, view: int) -> dict[str, Any]:
