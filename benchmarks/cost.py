@@ -78,7 +78,6 @@ def measure(name: str, classes: int, images: int, size: Size) -> dict[str, Any]:
         "method": name,
         "classes": classes,
         "batch": images,
-        "positions": said.positions,
         "seconds": took,
         "predicted_seconds": said.step.seconds,
         "seconds_ratio": said.step.seconds / took,

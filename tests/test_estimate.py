@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from plpp_reg.clip import load
 from plpp_reg.clip.architectures import OPENAI, clip_without_weights, random_clip, without_weights
-from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.commands import cli
 from plpp_reg.data import DataSplit
@@ -23,13 +21,11 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError, install
-from plpp_reg.estimate.estimate import LIBRARIES_MIB, Estimate, _part, _rates, estimate, typical_names
-from plpp_reg.estimate.operations import Cost, image_cost
-from plpp_reg.estimate.throughput import Machine, Throughput
-from plpp_reg.estimate.trace import Pass, Passes, passes_of
+from plpp_reg.estimate.estimate import LIBRARIES_MIB, Estimate, estimate, swapped_parameters, typical_names
+from plpp_reg.estimate.trace import ALL, IMAGE, OTHER, PLPP, TEXT, Passes, Tracer, passes_of
 from plpp_reg.loss import SUFFIX
 
-from counting import NAMES, kept_bytes
+from counting import NAMES
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,47 +40,57 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operation takes a second: what is tested does not depend on the machine."""
-
-    def one(tower, *shape) -> Throughput:  # of what does not learn no more is timed than really would be
-        return Throughput(1.0, 1.0, 1.0) if shape[-1] else Throughput(1.0)
-
-    monkeypatch.setattr("plpp_reg.estimate.estimate.text_throughput", one)
-    monkeypatch.setattr("plpp_reg.estimate.estimate.image_throughput", one)
+    """A floating-point operation takes a second: what is tested does not depend on the machine."""
+    monkeypatch.setattr(
+        "plpp_reg.estimate.estimate.operation_seconds", lambda operations, _: {op: float(op.flops) for op in operations}
+    )
+    monkeypatch.setattr("plpp_reg.estimate.estimate.overhead", lambda _: 0.0)
     monkeypatch.setattr("plpp_reg.estimate.estimate.plpp_seconds", lambda *_: 1.0)
 
 
 def without_numbers(name: str) -> PromptTrainer:
     cfg, cls = resolve(RunArguments(trainer=name, backbone="ViT-B/16"))
     data = DataSplit([], [], [], typical_names(5))
-    return cls(cfg, data=data, clip_model=clip_without_weights("ViT-B/16"), log=RunLog(quiet=True))
+    with swapped_parameters():
+        return cls(cfg, data=data, clip_model=clip_without_weights("ViT-B/16"), log=RunLog(quiet=True))
 
 
 def passes(name: str) -> Passes:
-    return passes_of(without_numbers(name), 4, 10)
+    return passes_of(without_numbers(name), {"train": 4, "test": 10}, {"train": 64, "test": 64})
+
+
+def flops_of_images(count: int) -> int:
+    tower, pixels = ImageTower(without_weights(OPENAI["ViT-B/16"])), torch.empty(count, 3, 224, 224, device="meta")
+    return Tracer().of(lambda: tower(pixels)).flops()
 
 
 def test_the_passes_are_the_method_s_own():
     of = {name: passes(name) for name in ("CoOp_PLPP", "CoCoOp_PLPP", "ProGrad", "PromptSRC", "VPT", "ZeroshotCLIP")}
-    shape = {name: [(p.tower, p.together, p.prompts, p.backwards) for p in made.step] for name, made in of.items()}
-    assert shape == {
-        "CoOp_PLPP": [("text", 1, 0, 1)],
-        "CoCoOp_PLPP": [("text", 4, 0, 1)],  # each image has its own context
-        "ProGrad": [("text", 1, 0, 2)],  # two gradients
-        "PromptSRC": [("text", 1, 0, 1), ("image", 4, 4, 1)],
-        "VPT": [("image", 4, 8, 1)],
-        "ZeroshotCLIP": [],
-    }
-    assert [p.tower for p in of["PromptSRC"].once] == ["text"] and not of["CoOp_PLPP"].once
-    assert of["PromptSRC"].once[0].positions > 20 * of["PromptSRC"].step[0].positions  # 60 templates
-    assert of["CoOp_PLPP"].plpp == (16, 16, False) and of["CoCoOp_PLPP"].plpp == (16, 16, True) and of["VPT"].plpp is None
-    assert [p.together for p in of["CoCoOp_PLPP"].batch] == [10] and not of["CoCoOp_PLPP"].classes
+    text, image = ({name: made.step.flops(tower) for name, made in of.items()} for tower in (TEXT, IMAGE))
+    assert 2 * text["CoOp_PLPP"] < 1.01 * text["CoCoOp_PLPP"]  # each of the four images has its own context
+    assert text["ProGrad"] == pytest.approx(1.5 * text["CoOp_PLPP"], rel=0.05)  # one way there, two back
+    assert text["VPT"] == text["ZeroshotCLIP"] == image["CoOp_PLPP"] == image["CoCoOp_PLPP"] == image["ZeroshotCLIP"] == 0
+    assert image["VPT"] > 2 * image["PromptSRC"] / 3 > flops_of_images(4)
+    once = of["PromptSRC"].once
+    assert once.flops(TEXT) == once.flops() > 5 * text["PromptSRC"] and not of["CoOp_PLPP"].once.flops()  # 60 templates
+    plpp = {name: made.plpp for name, made in of.items()}
+    assert plpp["CoOp_PLPP"] == ((1, 16, 512), (1, 16, 512)) and plpp["VPT"] is None
+    assert plpp["CoCoOp_PLPP"] == ((4, 4, 512), (4, 4, 512))
+    assert of["CoOp_PLPP"].step.flops(PLPP) == 2 * 16 * 512 * 49408  # each vector meets each word
+    test = of["CoCoOp_PLPP"]
+    assert not test.classes.flops() and test.batch.flops(TEXT) > 2 * test.few.flops(TEXT)  # ten images, and four
+    assert of["ZeroshotCLIP"].frozen["test"].flops() == flops_of_images(64) == 16 * of["ZeroshotCLIP"].few_frozen.flops()
 
 
-def test_positions_are_the_tree_s():
-    cost = estimate(RunArguments(trainer="CoOp", backbone="ViT-B/16"), classes=9)
+def test_each_tower_has_its_own_way_back():
+    step = passes("MaPLe_PLPP").step
     model = without_weights(OPENAI["ViT-B/16"])
-    assert cost.positions == PromptLearner(model, typical_names(9), 16).tree().positions
+    rows = [torch.randn(2, 768, device="meta", requires_grad=True) for _ in range(9)]
+    pixels, tower = torch.empty(4, 3, 224, 224, device="meta"), ImageTower(model)
+    alone = Tracer().of(lambda: tower(pixels, rows[0], rows[1:]).sum().backward()).flops()
+    assert step.flops(IMAGE) == pytest.approx(alone, rel=1e-3)  # MaPLe's maps to the visual prompts beside
+    assert step.flops() == sum(step.flops(tower) for tower in (TEXT, IMAGE, PLPP, OTHER))
+    assert step.flops(OTHER) < 1e-3 * step.flops() < step.flops(TEXT) < step.flops(IMAGE)
 
 
 def test_twice_the_classes_take_about_twice_the_text_part():
@@ -97,14 +103,14 @@ def test_twice_the_classes_take_about_twice_the_text_part():
 def test_a_batch_takes_its_images_part():
     opts = ("DATALOADER.TRAIN_X.BATCH_SIZE", "8")
     four, eight = (estimate(RunArguments(trainer="MaPLe", backbone="ViT-B/16", opts=o), classes=4) for o in ((), opts))
-    assert eight.image.operations == pytest.approx(2 * four.image.operations) and eight.text == four.text
+    assert eight.image.operations == pytest.approx(2 * four.image.operations, rel=1e-3) and eight.text == four.text
 
 
 def test_a_run_is_its_steps_and_its_images():
     opts = ("OPTIM.MAX_EPOCH", "3", "DATASET.NUM_SHOTS", "4", "DATALOADER.TRAIN_X.BATCH_SIZE", "8")
     cost = estimate(RunArguments(trainer="CoOp", backbone="ViT-B/16", opts=opts), classes=5)
     assert (cost.steps, cost.epochs, cost.batch) == (2, 3, 8)  # 20 images, encoded as one batch
-    an_image = image_cost(ImageTower(without_weights(OPENAI["ViT-B/16"])), 1).forward
+    an_image = flops_of_images(1)
     assert cost.ahead.operations == cost.ahead.seconds == pytest.approx(20 * an_image)
     assert cost.test.operations == pytest.approx(cost.text.operations / 2 + 1000 * an_image, rel=0.01)
     assert cost.run_seconds == pytest.approx(3 * (2 * cost.step.seconds + cost.ahead.seconds))
@@ -223,8 +229,6 @@ def test_the_peak_is_the_most_of_a_step_the_features_and_a_test(name):
 def test_what_torch_itself_holds_is_in_each_part_of_the_peak(monkeypatch):
     run = RunArguments(trainer="CoOp_PLPP", backbone="ViT-B/16")
     plain = estimate(run, classes=10)
-    features = 20 * 4 * 64 * 197 * 768 / 2**20  # 20 widths a row of float32, 64 images of 197 positions
-    assert plain.ahead.mib == plain.test.mib == pytest.approx(20 + features)
     monkeypatch.setitem(LIBRARIES_MIB, "cpu", 50.0)
     more = estimate(run, classes=10)
     for part in ("step", "ahead", "test"):
@@ -234,36 +238,34 @@ def test_what_torch_itself_holds_is_in_each_part_of_the_peak(monkeypatch):
 def test_a_chunk_is_made_again_when_the_images_are_freed():
     """Of many classes the text tower runs in chunks, before the images: the two never live at once."""
     for name in ("MaPLe", "PromptSRC"):
-        few, many = (estimate(RunArguments(trainer=name, backbone="ViT-B/16"), classes=n) for n in (100, 1000))
+        few, many = (estimate(RunArguments(trainer=name, backbone="ViT-B/16"), classes=n) for n in (100, 3000))
         assert few.step.mib > few.text.mib + few.image.mib
         assert many.text.mib < many.step.mib < 0.8 * (many.text.mib + many.image.mib)
 
 
-def test_a_step_s_memory_is_what_autograd_keeps_gradients_and_a_layer_at_work():
+@pytest.mark.parametrize("name", ["CoOp", "CoCoOp", "MaPLe", "PromptSRC"])
+def test_a_step_s_memory_is_what_lives_in_a_real_one(name):
     names = DataSplit([], [], [], NAMES)
-    run = RunArguments(trainer="CoOp_PLPP", backbone="ViT-B/16", opts=("INPUT.SIZE", "(32,32)"))
+    run = RunArguments(trainer=name, backbone="ViT-B/16", opts=("INPUT.SIZE", "(32,32)"))
     sizes = OPENAI["ViT-B/16"]._replace(
-        embed_dim=32, resolution=32, vision_layers=1, vision_width=64, width=128, heads=2, layers=4
+        embed_dim=32, resolution=32, vision_layers=9, vision_width=64, width=128, heads=2, layers=9
     )
     cost = estimate(run, data=names, clip_model=without_weights(sizes))
     cfg, cls = resolve(run)
     trainer = cls(cfg, data=names, clip_model=random_clip(sizes), log=RunLog(quiet=True))
-    batch = {"features": trainer.normalize(torch.randn(4, 32)), "label": torch.zeros(4, dtype=torch.long)}
-    kept = kept_bytes(lambda: trainer.compute_losses(batch), nn.ModuleList([trainer.clip_model, trainer.regularizer])) / 2**20
-    assert kept < cost.text.mib + cost.plpp.mib < 1.25 * kept  # PLPP's is an upper bound
-    gradients = 2 * 4 * 16 * 128 / 2**20
-    tree = PromptLearner(trainer.clip_model, NAMES, 16).tree()
-    rows = max(tree.prefix_length, *(len(chunk.nodes.token) for chunk in tree.chunks))
-    working = max(15 * 4 * 128 * rows, 4 * 16 * (49408 + 4 * 10 * 128)) / 2**20
-    assert cost.step.mib == pytest.approx(20 + cost.text.mib + cost.plpp.mib + gradients + working, rel=0.01)
 
+    def step() -> None:
+        count = cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+        batch = {"label": torch.zeros(count, dtype=torch.long)}
+        if trainer.sees_pixels:
+            batch["img"] = torch.randn(count, 3, 32, 32)
+        if trainer.sees_frozen_features:
+            batch["features"] = trainer.normalize(torch.randn(count, 32))
+        trainer.step(batch)
 
-def test_a_tower_whose_first_pass_is_frozen_is_timed_as_one_that_learns():
-    one = Cost(forward=3.0, backward=4.0)
-    step = [Pass(tower, one, 1, 5, learns=learns, backwards=learns) for tower in ("text", "image") for learns in (False, True)]
-    rates = _rates(without_numbers("MaPLe"), Passes(step, [], [], [], None), Machine(torch.device("cpu")))
-    for tower in ("text", "image"):
-        assert _part(rates, [p for p in step if p.tower == tower]).seconds == 3 + 3 + 4
+    tracer = Tracer()
+    tracer.of(step)
+    assert cost.step.mib - LIBRARIES_MIB["cpu"] == pytest.approx(tracer.of(step).most[ALL] / 2**20, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,7 @@ def test_only_what_shapes_cannot_do_is_told_so(error, raised, message, monkeypat
     trainer = without_numbers("CoOp")
     monkeypatch.setattr(trainer, "compute_losses", fails)
     with pytest.raises(raised, match=message):
-        passes_of(trainer, 4, 10)
+        passes_of(trainer, {"train": 4, "test": 10}, {"train": 64, "test": 64})
 
 
 def test_open_clip_that_is_missing_is_installed_from_the_clone(monkeypatch):
@@ -306,5 +308,5 @@ def test_the_benchmark_measures_and_predicts(tmp_path):
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     (row,) = json.loads(out.read_text())["rows"]
     assert row["seconds"] > 0 and row["predicted_mib"] > 0
-    assert row["predicted_seconds"] == pytest.approx(sum(row["predicted_parts"].values()))
+    assert row["predicted_seconds"] >= sum(row["predicted_parts"].values())
     assert row["predicted_parts"]["text"] > 0 and row["predicted_parts"]["plpp"] > 0

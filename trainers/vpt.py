@@ -26,7 +26,7 @@ class VPT(PromptTrainer):
         cfg = self.method_cfg
         pattern = cfg.CTX_INIT.replace("_", " ") + " {}."
         self.fixed_text = self.normalize(template_features(self.tower, [pattern], classnames)[0])  # (C, embed_dim)
-        return VisualPrompts(self.image_tower, cfg.N_CTX_VISION, cfg.PROMPT_DEPTH_VISION).to(self.device)
+        return VisualPrompts(self.image_tower, cfg.N_CTX_VISION, cfg.PROMPT_DEPTH_VISION).to(self.fixed_text.device)
 
     def class_features(self) -> Tensor:
         return self.fixed_text

@@ -80,9 +80,11 @@ def build_tree(
         width: D of the text tower, on which it depends how long a chunk may be before attention costs more than sharing saves.
         max_rows: computed together at most (at least one prompt is); None: all.
         states: which state is read for each context vector, one of :data:`STATES`.
-        device: where the tree goes; on an accelerator chunks are longer, and their length suits its kernels.
+        device: where the tree goes; on an accelerator chunks are longer, and their length suits its kernels. On "meta", where
+            nothing is computed, they are as on the device that this machine computes with.
     """
-    on_cpu = torch.device(device).type == "cpu"
+    kind = torch.device(device).type
+    on_cpu = kind == "cpu" or (kind == "meta" and not torch.cuda.is_available())
     row_cost, multiple = (6 * width / ATTENTION_ON_CPU, 1) if on_cpu else (6 * width, 8)
     order = sorted(range(len(prompts)), key=lambda c: tuple(prompts[c]))
     alike = [0, *(_common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False))]

@@ -24,7 +24,7 @@ def as_text(cost: Estimate) -> str:
     for name, part in parts.items():
         share = f"{100 * part.seconds / cost.step.seconds:.0f}%" if cost.step.seconds else ""
         lines.append(f"{name:14}{part.seconds:10.3f}{share:>8}{part.operations / 1e9:10.1f}{part.mib:8.0f}")
-    measured = ", ".join(f"{name} tower {rate['inference']:.0f}" for name, rate in cost.gflop_a_second.items())
+    measured = ", ".join(f"{name} tower {rate:.0f}" for name, rate in cost.gflop_a_second.items())
     lines += [
         f"a run         {duration(cost.run_seconds)}: {cost.epochs} epochs of {cost.steps} steps",
         f"a test        {duration(cost.test.seconds)}: {cost.test_images:,} images",
@@ -35,7 +35,7 @@ def as_text(cost: Estimate) -> str:
             f"in the run    {duration(ahead)} a view, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
             "a (view, image), not at all where they are kept (plpp cache)"
         )
-    lines.append(f"measured here {measured} GFLOP/s forward, on a machine as busy as it was")
+    lines.append(f"measured here {measured} GFLOP/s, on a machine as busy as it was")
     if cost.assumed:
         lines.append(f"assumed       {'; '.join(cost.assumed)}")
     itself = f"the process itself (some {PROCESS_MIB} MiB on a CPU)"

@@ -1,8 +1,8 @@
-"""How fast this machine runs CLIP's blocks: real blocks with random weights, at a run's shapes, timed in a second or two.
+"""Seconds of operations on this machine: each different one is run as it is, at its own shapes, a few times.
 
-A probe is the tower itself with few layers, over so much of the work that a forward pass takes :data:`PROBE` operations: the
-same widths, heads and prefix, and as many rows together as there is room for. Its operations (operations.py) over
-its seconds are a throughput, with everything in it that is not a matrix product.
+What an operation costs does not follow from its floating-point operations alone: a norm has hardly any, and a product of thin
+matrices takes longer than one of square ones. So nothing is assumed of it. A step of a method has some hundred different
+operations, because all layers of a tower are alike, and timing them takes about a second.
 """
 
 from __future__ import annotations
@@ -10,21 +10,26 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from plpp_reg.clip.load import freeze, openai_clip, set_precision
+from plpp_reg.clip.architectures import OPENAI, random_clip, without_weights
+from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
-from plpp_reg.clip.tree import build_tree
-from plpp_reg.clip.vision import ImageTower
-from plpp_reg.estimate.operations import Cost, image_cost, text_cost
+from plpp_reg.estimate.operation import Operation
+from plpp_reg.estimate.trace import Tracer
+from plpp_reg.loss.regularizer import PerplexityRegularizer, settings_defaults
 
-PROBE = {"cpu": 1e10, "cuda": 1e12}  # operations of a probe's forward pass: a tenth of a second on two cores
-LAYERS = 3  # of a probe; of the last one few rows are read, as in the run
+POOL_BYTES = 2**27  # more than a CPU's caches hold
+MOST_SHAPES = 8  # of one operation that are timed, those that take most; the others are in proportion
+LONG = 0.003  # seconds; what is shorter is repeated for as long
 REPEATS = 3
+PLPP_ROWS = 256  # context vectors that are timed; more are in proportion
+TINY = OPENAI["ViT-B/32"]._replace(embed_dim=64, vision_layers=1, vision_width=64, width=64, heads=1, layers=3)
 
 
 class Machine(NamedTuple):
@@ -41,107 +46,75 @@ class Machine(NamedTuple):
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Of the fastest of a few times, after one to warm up: what else the machine does is not the run's."""
-        work()
-        times = []
-        for _ in range(REPEATS):
+
+        def times(count: int) -> float:
             start = self.now()
-            work()
-            times.append(self.now() - start)
-        return min(times)
+            for _ in range(count):
+                work()
+            return (self.now() - start) / count
+
+        first = times(1)
+        count = max(1, min(1000, int(LONG / max(first, 1e-6))))
+        return min(times(count) for _ in range(1 if first > 100 * LONG else REPEATS))
 
 
-class Throughput(NamedTuple):
-    """Operations a second: forward in evaluation, forward that keeps what backward needs, backward. inf: not timed."""
-
-    inference: float
-    forward: float = float("inf")
-    backward: float = float("inf")
-
-    def seconds(self, cost: Cost, backwards: int) -> float:
-        """Of a pass whose gradient is asked for ``backwards`` times.
-
-        Raises:
-            ValueError: there is a backward pass, and none was timed: over inf it would cost nothing.
-        """
-        if not backwards:
-            return cost.forward / self.inference
-        if math.isinf(self.forward) or math.isinf(self.backward):
-            raise ValueError("expected a throughput of passes that learn, got one of inference alone")
-        return cost.forward / self.forward + backwards * cost.backward / self.backward
+def operation_seconds(operations: Mapping[Operation, int], machine: Machine) -> dict[Operation, float]:
+    """Seconds of each of them, once. ``operations``: how often each will run."""
+    alike: dict[Callable, list[Operation]] = defaultdict(list)
+    for operation in operations:
+        alike[operation.function].append(operation)
+    seconds: dict[Operation, float] = {}
+    pool = torch.ones(POOL_BYTES // 4, device=machine.device).view(torch.uint8)
+    with torch.no_grad(), machine.computing():
+        for several in alike.values():
+            several.sort(key=lambda operation: operations[operation] * operation.size, reverse=True)
+            timed = several[:MOST_SHAPES]
+            seconds |= {operation: machine.seconds(operation.on(machine.device, pool)) for operation in timed}
+            for operation in several[MOST_SHAPES:]:
+                nearest = min(timed, key=lambda t: abs(math.log(t.size / operation.size)))
+                seconds[operation] = seconds[nearest] * operation.size / nearest.size
+    return seconds
 
 
-def text_throughput(
-    tower: TextTower, prompts: Sequence[Sequence[int]], n_ctx: int, machine: Machine, groups: int = 1, learns: bool = True
-) -> Throughput:
-    """Of a text tower of ``tower``'s sizes, whose tensors need no numbers.
+def overhead(machine: Machine) -> float:
+    """Seconds that Python and autograd take beside an operation, on average: of a text tower that has hardly any arithmetic."""
 
-    Args:
-        tower: the sizes.
-        prompts: symbols of each prompt, SOS to EOT; evenly spaced ones are run.
-        n_ctx: context vectors a prompt.
-        machine: what is timed.
-        groups: number G of contexts at once.
-        learns: whether forward and backward of a training step are timed as well.
-    """
-    width, heads = tower.ln_final.weight.shape[0], tower.resblocks[0].attn.num_heads
-    layers = min(LAYERS, len(tower.resblocks))
-    room = int(PROBE[machine.device.type] / (24 * width**2 * layers))  # rows
-    whole = build_tree(prompts, n_ctx)
-    own = whole.positions - whole.prefix_length
-    together = min(own, tower.max_nodes(groups))
-    groups = min(groups, max(1, room // together))
-    step = -(-own // max(1, min(room // groups, together)))
-    tree = build_tree(prompts[::step], n_ctx).to(machine.device)
+    def step(model: nn.Module) -> Callable[[], None]:
+        prompts, tower = PromptLearner(model, ["cat", "dog"], n_ctx=2), TextTower(model)
+        return lambda: prompts(tower).features.sum().backward()
 
-    small = nn.Module()
-    small.transformer = openai_clip().model.Transformer(width, layers, heads)
-    small.token_embedding = nn.Embedding.from_pretrained(torch.zeros(tower.token_embedding.weight.shape))
-    small.positional_embedding = nn.Parameter(torch.randn(tower.positional_embedding.shape))
-    small.ln_final = nn.LayerNorm(width)
-    small.text_projection = nn.Parameter(torch.randn(tower.text_projection.shape))
-    probe = TextTower(set_precision(freeze(small), tower.dtype).to(machine.device), float("inf"))
-    slots = 1 + max((-1 - symbol for prompt in prompts for symbol in prompt), default=-1)
-    context = torch.randn(groups, max(slots, 0), width, device=machine.device, requires_grad=learns)
-    cost = text_cost(probe, tree, groups, need_hidden=False)
-    return _timed(lambda: probe(tree, context, need_hidden=False).features, cost, learns, machine)
+    operations = Tracer().of(step(without_weights(TINY))).counts()
+    alone = operation_seconds(operations, machine)
+    both = machine.seconds(step(random_clip(TINY).to(machine.device)))
+    return max(0.0, both - sum(count * alone[operation] for operation, count in operations.items())) / operations.total()
 
 
-def image_throughput(
-    tower: ImageTower, machine: Machine, images: int = 1, prompts: int = 0, learns: bool = False
-) -> Throughput:
-    """Of an image tower of ``tower``'s sizes, whose tensors need no numbers.
+def plpp_seconds(
+    regularizer: PerplexityRegularizer, context: torch.Size, hidden: torch.Size, new_each_step: bool, machine: Machine
+) -> float:
+    """Of PLPP in a usual step, forward and backward: the regularizer with these settings, timed on random vectors.
+
+    It is not timed operation by operation: what it does depends on numbers, for it remembers which words were near.
 
     Args:
-        tower: the sizes. A ResNet's probe has one block a stage.
+        regularizer: the settings and the vocabulary's shape; its tensors need no numbers.
+        context: (1 or P, M, D), the shape of what it reads.
+        hidden: (1 or P, M, D).
+        new_each_step: whether each step has other context vectors, as each image has its own in CoCoOp.
         machine: what is timed.
-        images: number B of images at once, of which as many are run as there is room for.
-        prompts: visual prompts a layer.
-        learns: whether forward and backward of a training step are timed as well; a ResNet has none.
     """
-    visual, model = tower.visual, openai_clip().model
-    out, side = visual.output_dim, visual.input_resolution
-    small = nn.Module()
-    if tower.is_transformer:
-        heads, patch = visual.transformer.resblocks[0].attn.num_heads, visual.conv1.kernel_size[0]
-        small.visual = model.VisionTransformer(side, patch, tower.width, min(LAYERS, tower.depth), heads, out)
-    else:
-        width = visual.layer1[0].conv1.out_channels
-        small.visual = model.ModifiedResNet((1, 1, 1, 1), out, visual.attnpool.num_heads, side, width)
-    probe = ImageTower(set_precision(freeze(small), tower.dtype).to(machine.device))
-    room = PROBE[machine.device.type] / image_cost(probe, 1, prompts).forward
-    images = max(1, min(images, int(room)))
-    pixels = torch.randn(images, 3, side, side, device=machine.device)
-    rows = torch.randn(prompts, tower.width, device=machine.device, requires_grad=learns) if prompts else None
-    return _timed(lambda: probe(pixels, rows), image_cost(probe, images, prompts, learns), learns, machine)
+    settings = {name: getattr(regularizer, name) for name in settings_defaults()}
+    timed = PerplexityRegularizer(torch.rand(regularizer.vocabulary.shape, device=machine.device) - 0.5, **settings)
+    prompts = max(context[0], hidden[0])
+    at_once = min(prompts, max(1, PLPP_ROWS // context[1]))
+    v, h = (
+        torch.randn(min(shape[0], at_once), *shape[1:], device=machine.device, requires_grad=True)
+        for shape in (context, hidden)
+    )
 
+    def term() -> None:
+        if new_each_step:
+            v.data.normal_()
+        timed.components(v, h, with_perplexity=False).total.backward()
 
-def _timed(run: Callable[[], Tensor], cost: Cost, learns: bool, machine: Machine) -> Throughput:
-    with machine.computing():
-        with torch.no_grad():
-            inference = cost.forward / machine.seconds(run)
-        if not learns:
-            return Throughput(inference)
-        forward = machine.seconds(run)
-        both = machine.seconds(lambda: run().sum().backward())
-    # a backward pass that others disturbed less than its forward pass would have no time left
-    return Throughput(inference, cost.forward / forward, cost.backward / max(both - forward, both / 10))
+    return machine.seconds(term) * prompts / at_once

@@ -1,165 +1,256 @@
-"""Which passes through the towers a method makes, read from the method itself: its own step and its own test, on no numbers.
+"""What the parts of a run compute and hold: the method's own step and its own test, run on tensors without numbers.
 
-A trainer is built on a CLIP without weights (plpp_reg/clip/architectures.py), and its towers are replaced by ones that note
-what they are asked and answer with tensors of the right shape. So a method that somebody else wrote is read as ours are.
+A trainer is built on a CLIP without weights (plpp_reg/clip/architectures.py), and what it asks of torch is noted: each
+operation with its shapes, and the bytes of the tensors that are alive at once. No formula says what a tower or a method costs,
+so whatever they become, and methods that somebody else wrote, are read as they are.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from plpp_reg.clip.load import PRECISIONS, set_precision
-from plpp_reg.clip.text import TextOutput, TextTower
-from plpp_reg.clip.tree import PromptTree
-from plpp_reg.clip.vision import ImageTower
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
-from plpp_reg.estimate.operations import Cost, image_cost, text_cost
-from plpp_reg.estimate.plpp_cost import Rows
+from plpp_reg.estimate.operation import ATTENTION, ATTENTION_BACKWARD, Operation, Shape
+from plpp_reg.loss.functional import search_all
+
+TEXT, IMAGE, PLPP, OTHER, ALL = "text", "image", "plpp", "other", "all"
+FEW = 4  # images of the passes that are timed where more would take long: such a pass takes as long as it has images
+
+REAL_ATTENTION = F.scaled_dot_product_attention
 
 
 @dataclass
-class Pass:
-    """One forward pass through a tower, and how often its gradient was asked for."""
+class Work:
+    """What a part of a run does.
 
-    tower: str  # "text" or "image"
-    cost: Cost
-    together: int  # contexts G, or images B
-    positions: int  # of the tree that are computed, or an image's
-    prompts: int = 0  # visual prompts a layer
-    learns: bool = False
-    backwards: int = 0
+    ``operations``: how often it makes each, by tower (:data:`TEXT`, :data:`IMAGE`, :data:`PLPP`, :data:`OTHER`), forward and
+    backward. ``most``: the most bytes of tensors that a tower has made, or :data:`ALL`, and that are alive at once.
+    """
 
-    def follow(self, output: Tensor) -> Tensor:
-        """``output``, whose gradients are counted."""
-        if output.requires_grad:
-            output.register_hook(lambda _: setattr(self, "backwards", self.backwards + 1))
-        return output
+    operations: Counter[tuple[str, Operation]] = field(default_factory=Counter)
+    most: Counter[str] = field(default_factory=Counter)
+
+    def counts(self, *towers: str) -> Counter[Operation]:
+        """How often each operation is made, by these towers, or by all."""
+        counts: Counter[Operation] = Counter()
+        for (tower, operation), count in self.operations.items():
+            if not towers or tower in towers:
+                counts[operation] += count
+        return counts
+
+    def flops(self, *towers: str) -> int:
+        """Floating-point operations as torch's FlopCounterMode has it, of these towers, or of all."""
+        return sum(count * operation.flops for operation, count in self.counts(*towers).items())
 
 
 class Passes(NamedTuple):
-    """What a run of a method is made of.
+    """What a run of a method is made of, on the shapes that it will have.
 
-    ``step``: a training step; ``once``: what the first step makes beside that and the method then keeps; ``classes``: what a
-    test makes before its first batch; ``batch``: a test batch; ``plpp``: what PLPP reads in a step, None where it does not act.
+    ``step``: a training step with its update; ``once``: what the first step makes beside that and the method then keeps;
+    ``frozen``: frozen features of a canonical batch of images, by split; ``classes``: what a test makes before its first batch;
+    ``batch``: a test batch; ``few_frozen`` and ``few``: the same of :data:`FEW` images at most. ``plpp``: the shapes of the
+    context and of the states that PLPP reads in a step, None where it does not act.
     """
 
-    step: list[Pass]
-    once: list[Pass]
-    classes: list[Pass]
-    batch: list[Pass]
-    plpp: Rows | None
+    step: Work
+    once: Work
+    frozen: dict[str, Work]
+    few_frozen: Work
+    classes: Work
+    batch: Work
+    few: Work
+    plpp: tuple[torch.Size, torch.Size] | None
 
 
-class _NotedText(TextTower):
-    def __init__(self, clip_model: nn.Module, memory_mib: float, notes: list[Pass]) -> None:
-        super().__init__(clip_model, memory_mib)
-        self.notes = notes
+class Tracer(TorchDispatchMode):
+    """Notes in ``work`` what is asked of torch while it is entered."""
 
-    def forward(self, tree: PromptTree, context: Tensor, deep: Sequence[Tensor] = (), need_hidden: bool = True) -> TextOutput:
-        groups, (prompts, count) = len(context), tree.before.shape
-        state = _depends_on((context, *deep)).to(self.dtype)
-        learns = state.requires_grad
-        note = Pass("text", text_cost(self, tree, groups, need_hidden, learns), groups, tree.positions, learns=learns)
-        self.notes.append(note)
-        features = note.follow(state.expand(groups, len(tree.order), self.text_projection.shape[1]).clone())
-        hidden = state.new_empty(groups * prompts, count, self.ln_final.weight.shape[0]) if need_hidden else None
-        return TextOutput(features, hidden)
+    def __init__(self) -> None:
+        super().__init__()
+        self.work, self.tower = Work(), OTHER
+        self.alive: dict[int, tuple[str, int]] = {}  # storages that were made here: of which tower, and how large
+        self.bytes: Counter[str] = Counter()
+        self.nodes: set[object] = set()
+
+    def __enter__(self) -> Tracer:
+        F.scaled_dot_product_attention = _attend  # not by a TorchFunctionMode, which is not there in backward
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        F.scaled_dot_product_attention = REAL_ATTENTION
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        called = func, self._frozen(args), tuple((name, self._frozen(value)) for name, value in kwargs.items())
+        out = func(*args, **kwargs)
+        formula = FORMULAS.get(func.overloadpacket)
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        self.work.operations[self.tower, Operation(*called, flops)] += 1
+        given = {_storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for storage in {_storage(t) for t in tree_leaves(out) if isinstance(t, Tensor)}:
+            if storage._cdata not in given and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = self.tower, storage.nbytes()
+                self._add(self.tower, storage.nbytes())
+                weakref.finalize(storage, self._freed, storage._cdata)
+        return out
+
+    def _frozen(self, value: Any) -> Any:
+        """An operation's argument, fit to be a key."""
+        if isinstance(value, Tensor):
+            return Shape(tuple(value.shape), value.stride(), value.dtype, _storage(value)._cdata not in self.alive)
+        return tuple(map(self._frozen, value)) if isinstance(value, (list, tuple)) else value
+
+    def _freed(self, key: int) -> None:
+        tower, size = self.alive.pop(key)
+        self._add(tower, -size)
+
+    def _add(self, tower: str, size: int) -> None:
+        for what in (tower, ALL):
+            self.bytes[what] += size
+            self.work.most[what] = max(self.work.most[what], self.bytes[what])
+
+    def watch(self, module: torch.nn.Module, tower: str) -> None:
+        """What ``module`` does, in either direction, is the tower's."""
+        module.register_forward_pre_hook(lambda *_: setattr(self, "tower", tower))
+
+        def after(_module, _args, out) -> None:
+            self.follow(out, tower)
+            self.tower = OTHER
+
+        module.register_forward_hook(after)
+
+    def follow(self, outputs: Any, tower: str) -> None:
+        """The way back from ``outputs`` is the tower's, as far as it is not another's already."""
+        nodes = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in self.nodes:
+                self.nodes.add(node)
+                node.register_prehook(lambda _: setattr(self, "tower", tower))
+                nodes += [before for before, _ in node.next_functions]
+
+    def of(self, work: Callable[[], object]) -> Work:
+        """What one call of ``work`` does. What it leaves alive counts among the bytes of the next."""
+        self.work, self.tower = Work(most=Counter(self.bytes)), OTHER
+        with self:
+            work()
+        self.nodes.clear()
+        return self.work
 
 
-class _NotedImage(ImageTower):
-    def __init__(self, clip_model: nn.Module, notes: list[Pass]) -> None:
-        super().__init__(clip_model)
-        self.notes = notes
-
-    def forward(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
-        if prompts is not None:
-            self.require_transformer()
-        state = _depends_on(() if prompts is None else (prompts, *deep)).to(self.dtype)
-        count, learns = 0 if prompts is None else len(prompts), state.requires_grad
-        positions = len(self.visual.positional_embedding) + count if self.is_transformer else 0
-        cost = image_cost(self, len(images), count, learns)
-        self.notes.append(Pass("image", cost, len(images), positions, count, learns))
-        return self.notes[-1].follow(state.expand(len(images), self.visual.output_dim).clone())
+def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_) -> Tensor:
+    """Attention in one kernel that keeps no weights, as CPUs and GPUs have it; without numbers torch would take another."""
+    mask = attn_mask if attn_mask is None or attn_mask.is_floating_point() else attn_mask.to(q.dtype)
+    return ATTENTION(q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
 
 
-def _depends_on(learned: Sequence[Tensor]) -> Tensor:
-    """A scalar on "meta" through which gradients reach what is learned there, and which has one if anything learned has.
-
-    Not all of it need be there: ``Module.to`` makes new parameters for "meta", and a method's list may hold the old ones.
-    """
-    learns = torch.is_grad_enabled() and any(rows.requires_grad for rows in learned)
-    root = torch.zeros((), device="meta", requires_grad=learns)
-    return sum((rows.sum() for rows in learned if rows.device.type == "meta"), root)
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
-def passes_of(trainer: PromptTrainer, images: int, test_images: int) -> Passes:
-    """Run a step and a test batch of ``trainer``, which was built on a CLIP without weights; its towers are replaced for good.
+def _attention_backward_flops(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    return sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+
+
+# torch has formulas of a GPU's fused attention alone
+FORMULAS = {**flop_registry, ATTENTION: _attention_flops, ATTENTION_BACKWARD: _attention_backward_flops}
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def passes_of(trainer: PromptTrainer, images: dict[str, int], canonical: dict[str, int]) -> Passes:
+    """Run two steps and a test batch of ``trainer``, which was built on a CLIP without weights.
 
     Args:
-        trainer: the method.
-        images: of a training batch.
-        test_images: of a test batch.
+        trainer: the method; it is of no further use.
+        images: of a batch, of "train" and of "test".
+        canonical: of a canonical batch of each.
 
     Raises:
         InputError: the method reads numbers (``.item()``), which are not there. Its other errors pass as they are.
     """
-    notes: list[Pass] = []
+    tracer = Tracer()
+    tracer.watch(trainer.tower, TEXT)
+    tracer.watch(trainer.image_tower, IMAGE)
     set_precision(trainer.clip_model, PRECISIONS[trainer.precision])
-    trainer.tower = _NotedText(trainer.clip_model, trainer.tower.memory_mib, notes)
-    trainer.image_tower = _NotedImage(trainer.clip_model, notes)
-    trainer.cross_entropy = lambda logits, label: F.cross_entropy(logits.float(), label)  # without the accuracy, a number
     trainer.scaler = torch.amp.GradScaler(enabled=False)
+    if trainer.regularizer is not None:
+        trainer.regularizer.nearest = search_all  # what it remembers are numbers; in a first step all rows meet all words
+    reads: list[tuple[torch.Size, torch.Size]] = []
 
-    def noted(work: Callable[[], object]) -> list[Pass]:
-        notes.clear()
+    def step() -> None:
+        losses = dict(trainer.compute_losses(_batch(trainer, "train", images["train"])))
+        if trainer.plpp_acts:
+            (v, h), trainer.plpp_reads = trainer.plpp_reads, None
+            reads.append(tuple((t if t.dim() == 3 else t.unsqueeze(0)).shape for t in (v, h)))
+            tracer.tower = PLPP
+            terms = trainer.regularizer.terms(trainer.regularizer.components(v, h, with_perplexity=False))
+            tracer.follow(terms, PLPP)
+            tracer.tower = OTHER
+            losses |= terms
+        tracer.follow(losses, OTHER)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.backward(losses)
+        tracer.tower = OTHER
+        trainer.optimizer.step()
+
+    def noted(work: Callable[[], object]) -> Work:
         try:
-            work()
+            return tracer.of(work)
         except RuntimeError as e:  # torch says NotImplementedError, which is one, or names the device "meta"
             if not isinstance(e, NotImplementedError) and not re.search(r"\bmeta\b", str(e)):
                 raise
             first = (str(e).splitlines() or [type(e).__name__])[0]
             name = type(trainer).__name__
             raise InputError(f"trainer {name!r}: expected one whose steps run on shapes alone, got: {first}") from e
-        return list(notes)
 
-    def step() -> None:
-        trainer.backward(trainer.compute_losses(_batch(trainer, "train", images)))
+    def test(count: int) -> Work:
+        return noted(lambda: trainer.inference(_batch(trainer, "test", count)))
 
-    plpp, first, later = None, [], []
-    if trainer.trained():
-        first, later = noted(step), noted(step)
-        if trainer.plpp_acts:
-            context, hidden = (t if t.dim() == 3 else t.unsqueeze(0) for t in trainer.plpp_reads)
-            places, count = max(len(context), len(hidden)), context.shape[1]
-            plpp = Rows(len(context) * count, places * count, new_each_step=not trainer.splits_classes)
+    def encoded(count: int) -> Work:
+        return noted(lambda: trainer.encode_frozen(_pixels(trainer, count))) if trainer.sees_frozen_features else Work()
+
+    first, later = (noted(step), noted(step)) if trainer.trained() else (Work(), Work())
     with torch.no_grad():
-        classes = noted(trainer.prepare_inference)
-        batch = noted(lambda: trainer.inference(_batch(trainer, "test", test_images)))
-    return Passes(later, _without(first, later), classes, batch, plpp)
+        return Passes(
+            step=later,
+            once=Work(first.operations - later.operations),
+            frozen={split: encoded(count) for split, count in canonical.items()},
+            few_frozen=encoded(FEW),
+            classes=noted(trainer.prepare_inference),
+            batch=test(images["test"]),
+            few=test(min(FEW, images["test"])),
+            plpp=reads[0] if reads else None,
+        )
+
+
+def _pixels(trainer: PromptTrainer, images: int) -> Tensor:
+    side = trainer.clip_model.visual.input_resolution
+    return torch.empty(images, 3, side, side, device="meta")
 
 
 def _batch(trainer: PromptTrainer, split: str, images: int) -> dict[str, Tensor]:
     """What the trainer's own loader would give, without numbers."""
-    side, width = trainer.clip_model.visual.input_resolution, trainer.clip_model.text_projection.shape[1]
     batch = {"label": torch.zeros(images, dtype=torch.long, device="meta")}
     if trainer.sees_pixels:
-        batch["img"] = torch.empty(images, 3, side, side, device="meta")
+        batch["img"] = _pixels(trainer, images)
     if trainer.features_ahead(split):
-        batch["features"] = torch.empty(images, width, device="meta")
+        batch["features"] = torch.empty(images, trainer.clip_model.text_projection.shape[1], device="meta")
     return batch
-
-
-def _without(passes: list[Pass], others: list[Pass]) -> list[Pass]:
-    left = list(passes)
-    for other in others:
-        if other in left:
-            left.remove(other)
-    return left

@@ -46,6 +46,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """Arithmetic in the tensors' own types, whatever stands around it; "meta", where nothing is computed, has no autocast."""
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+
+
 def inverse_norm(E: Tensor) -> Tensor:
     """``1 / |E_i|`` for each row, (V, D) -> (V,). A zero row gets a large finite number, hence cosine 0 with everything."""
     return E.norm(dim=-1).clamp_min(torch.finfo(E.dtype).eps).reciprocal()
@@ -172,7 +177,7 @@ class _VocabularyLogNormalizer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         p, E = ctx.saved_tensors
-        with torch.autocast(p.device.type, enabled=False):  # some call backward inside it
+        with _without_autocast(p):  # some call backward inside it
             return (p @ E).mul_(gradient.unsqueeze(1)), None
 
 
@@ -229,7 +234,7 @@ def plpp(
     prompts is looked up once, by ``search`` (same arguments and answer as :func:`search_all`).
     """
     dtype = compute_dtype(context, hidden, E)
-    with torch.autocast(device_type=context.device.type, enabled=False):
+    with _without_autocast(context):
         v, h, E = context.to(dtype), hidden.to(dtype), E.to(dtype)
         ids = search(v.detach().flatten(0, 1), E, E_inverse_norm, top_k, chunk_size).view(*v.shape[:2], top_k)
         prompts = max(len(v), len(h))
