@@ -69,6 +69,17 @@ def make_clip_fixture():
     return make_clip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def contents_of_their_own(tmp_path_factory: pytest.TempPathFactory):
+    """What is remembered of the content of made-up images is not left in the user's cache."""
+    from plpp_reg.data import contents
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(contents, "cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_vit() -> nn.Module:
     return make_clip()

@@ -15,6 +15,7 @@ import torch
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.commands import cli
 from plpp_reg.data import DataSplit
+from plpp_reg.data.contents import files_sha256
 from plpp_reg.engine import features
 from plpp_reg.engine.distributed import Ranks
 from plpp_reg.engine.trainer import PromptTrainer
@@ -273,7 +274,7 @@ def test_pictures_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
         path.parent.mkdir()
         path.write_bytes(folder.encode())
         os.utime(path, (1, 1))
-        found.append(features._files_sha256([Datum(str(path), 0, "cat", "0.png")]))
+        found.append(files_sha256([Datum(str(path), 0, "cat", "0.png")]))
     assert found[0] != found[1]
 
 

@@ -5,7 +5,6 @@ The epoch counts as its view: the same number, unless ``INPUT.VIEWS`` says that 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from yacs.config import CfgNode
 
 from plpp_reg.data import DataSplit, Datum, load_dataset
 from plpp_reg.data.augmentation import Transform, build_transform, rgb
+from plpp_reg.data.contents import file_state
 from plpp_reg.engine.distributed import Ranks
 from plpp_reg.errors import InputError
 
@@ -68,19 +68,6 @@ class Pictures:
             if 3 * image.width * image.height <= self.largest:
                 self._kept[path] = state, image
         return image
-
-
-def file_state(path: str) -> tuple[int, ...]:
-    """What changes with a file's content: size, times and inode. Of the times one, that of the inode, cannot be set back.
-
-    Raises:
-        InputError: it cannot be looked at.
-    """
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError) as e:
-        raise InputError(f"image {path}: expected a readable picture, got {e}") from e
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 class ImageDataset(Dataset):

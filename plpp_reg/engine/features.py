@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -25,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plpp_reg.data import Datum
 from plpp_reg.data.augmentation import build_transform
+from plpp_reg.data.contents import files_sha256, forget_contents
 from plpp_reg.data.emoji import cache_folder
-from plpp_reg.data.loaders import DECODED_BYTES, ImageDataset, file_state, image_seed_of, read_ahead, view_of
+from plpp_reg.data.loaders import DECODED_BYTES, ImageDataset, image_seed_of, read_ahead, view_of
 from plpp_reg.io.files import clear_left_behind
 from plpp_reg.io.store import Entry, TensorStore
 
@@ -61,6 +60,7 @@ def show_store(clear: bool = False) -> None:
         print(f"last used {days[0]} (the oldest) to {days[1]} days ago; FEATURES.MAX_GIB bounds them, --clear removes them")
     if clear:
         print(f"removed {store.clear()}")
+        forget_contents()
         for folder in (store.folder.parent, *filter(Path.is_dir, store.folder.parent.glob("*"))):
             clear_left_behind(folder)  # half-drawn pictures of the embedded data set
 
@@ -130,7 +130,7 @@ class FrozenFeatures:
             "train": train,
             "seed": image_seed_of(cfg) if train else None,
             "epoch": view,
-            "files": _files_sha256(getattr(t.data, split)),
+            "files": files_sha256(getattr(t.data, split)),
         }
 
 
@@ -163,11 +163,3 @@ def weights_sha256(module: torch.nn.Module) -> str:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         module.__dict__["_plpp_sha256"] = (seen, digest.hexdigest())
     return module.__dict__["_plpp_sha256"][1]
-
-
-def _files_sha256(items: Sequence[Datum]) -> str:
-    """Hash of which files these are, in order, with sizes and times: a file that was changed is another one."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(f"{(os.path.realpath(item.impath), *file_state(item.impath))}\n".encode())
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 
 from plpp_reg.clip.load import EMBEDDED
 from plpp_reg.data import DataSplit, short_name
+from plpp_reg.data.contents import contents_sha256
 from plpp_reg.data.loaders import load_data, part_of
 from plpp_reg.engine import checkpoint, config, registry
 from plpp_reg.engine import distributed as ranks
@@ -131,6 +132,7 @@ class FurtherTest(NamedTuple):
     name: str
     cfg: CfgNode
     data: DataSplit
+    pictures_sha256: dict[str, str]
 
 
 def further_config(cfg: CfgNode, opts: Sequence[str]) -> CfgNode:
@@ -179,6 +181,9 @@ def run(
     _check_folders(cfg, folder)
     log(f"Setting fixed seed: {cfg.SEED}")
     trainer = cls(cfg, clip_model=clip_model, log=log)
+    parts = parts_read(cfg, trains=not args.eval_only and bool(trainer.trained()))
+    if not args.no_train:
+        trainer.pictures_sha256 = pictures_sha256(trainer.data, parts)
     before = None if args.eval_only or args.no_train else in_words(trainer)
     if args.eval_only:
         if args.model_dir:
@@ -187,7 +192,7 @@ def run(
             log("No --model-dir: evaluating the prompts as they are before training")
     elif cfg.RESUME and not checkpoint.newest(folder / cls.model_name) and not trainer.saving.resume(cfg.RESUME):
         raise InputError(f"--resume {cfg.RESUME!r}: expected a run's folder with a checkpoint of {trainer.model_name}")
-    for split in _parts_needed(trainer, args):
+    for split in parts:
         trainer.loader(split)
     further = _further_tests(trainer, tests or {})
     with contextlib.ExitStack() as stack:
@@ -203,12 +208,17 @@ def run(
         return _run_in(place, folder, trainer, args, after_epoch, further, note, before), trainer
 
 
-def _parts_needed(trainer: PromptTrainer, args: RunArguments) -> set[str]:
-    cfg = trainer.cfg
+def parts_read(cfg: CfgNode, trains: bool) -> list[str]:
+    """The parts of the data that a run reads: "train", "val", "test"."""
     parts = set() if cfg.TEST.NO_TEST else {cfg.TEST.SPLIT}
-    if not args.eval_only and trainer.trained():
+    if trains:
         parts |= {"train", "val"} if cfg.TEST.FINAL_MODEL == "best_val" else {"train"}
-    return parts
+    return sorted(parts)
+
+
+def pictures_sha256(data: DataSplit, parts: Iterable[str]) -> dict[str, str]:
+    """:func:`plpp_reg.data.contents.contents_sha256` of these parts."""
+    return {part: contents_sha256(getattr(data, part)) for part in parts}
 
 
 def _further_tests(trainer: PromptTrainer, tests: Mapping[str, Sequence[str]]) -> list[FurtherTest]:
@@ -224,7 +234,7 @@ def _further_tests(trainer: PromptTrainer, tests: Mapping[str, Sequence[str]]) -
                 f"got {trainer.ranks.size} processes"
             )
         part_of(changed, data, changed.TEST.SPLIT)
-        found.append(FurtherTest(name, changed, data))
+        found.append(FurtherTest(name, changed, data, pictures_sha256(data, [changed.TEST.SPLIT])))
     return found
 
 
@@ -240,6 +250,7 @@ def _test_further(folder: Path, trainer: PromptTrainer, test: FurtherTest) -> di
         "subsample": test.cfg.DATASET.SUBSAMPLE_CLASSES,
         "metrics": metrics,
         "files_sha256": test.data.sha256(),
+        "pictures_sha256": test.pictures_sha256,
     }
 
 
@@ -317,6 +328,7 @@ def record(trainer: PromptTrainer, metrics: dict[str, float], learned: dict[str,
         "config": config.flat(cfg),
         "versions": {**results.versions(), "device": trainer.device.type, "precision": trainer.precision},
         "files_sha256": trainer.data.sha256(),
+        "pictures_sha256": trainer.pictures_sha256,
         "few_shot_sha256": trainer.data.sampled_sha256() if cfg.DATASET.NUM_SHOTS > 0 else None,
     }
 

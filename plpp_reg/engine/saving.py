@@ -46,10 +46,12 @@ class Saving:
         }
 
     @functools.cached_property
-    def same(self) -> dict[str, str]:
+    def same(self) -> dict[str, Any]:
         """What must not change between a run and its resumption, beside the configuration."""
         t = self.trainer
-        return {"files": t.data.sha256(), "precision": t.precision, "device": t.device.type}
+        same = {"files": t.data.sha256(), "precision": t.precision, "device": t.device.type}
+        learned_from = {part: sha256 for part, sha256 in t.pictures_sha256.items() if part in ("train", "val")}
+        return {**same, "pictures": learned_from} if learned_from else same
 
     def save_epoch(self) -> None:
         """A checkpoint of the epoch that is done; the one before goes unless CHECKPOINT_FREQ asks for it."""
@@ -87,8 +89,12 @@ class Saving:
             raise InputError(f"--resume: {str(path)!r} is not of plpp-reg: it can be evaluated (--eval-only), not resumed")
         checkpoint.load_weights(t.prompts, content["state_dict"], path)
         before = extra.get("same") if isinstance(extra, dict) else None
-        if isinstance(before, dict) and before != self.same:
-            changed = [f"{k}: {before.get(k)}, now {v}" for k, v in self.same.items() if before.get(k) != v]
+        changed = []
+        if isinstance(before, dict):
+            changed = [f"{k}: {before.get(k)}, now {v}" for k, v in self.same.items() if before.get(k, v) != v]
+            if "pictures" in self.same and "pictures" not in before:
+                t.log(f"{path.name} was made before the content of images was recorded: their names alone are compared")
+        if changed:
             raise InputError(f"checkpoint {str(path)!r}: expected a run on the same terms ({'; '.join(changed)})")
         try:
             t.optimizer.load_state_dict(content["optimizer"])

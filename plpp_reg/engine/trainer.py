@@ -223,6 +223,7 @@ class PromptTrainer:
         self.seconds = 0.0
         self.best_val: float | None = None
         self.output_dir: Path | None = None
+        self.pictures_sha256: dict[str, str] = {}  # of the parts of the data that a run reads: plpp_reg.data.contents
         self.frozen_features = FrozenFeatures(self)
         self.test_features: Tensor | None = None
         self._loaders: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 from plpp_reg.data.loaders import image_seed_of, load_data
 from plpp_reg.engine import config
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.run import UnusableCheckpoint, further_config, resolve, run
+from plpp_reg.engine.run import UnusableCheckpoint, further_config, parts_read, pictures_sha256, resolve, run
 from plpp_reg.errors import InputError, InUse
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.io.files import locked, write_text
@@ -58,28 +58,41 @@ Runner = Callable[[Sequence[Job]], Iterator[Outcome]]
 
 
 class Hashes(dict):
-    """The hash of each data set as it is sampled, read once: many runs of a sweep share them."""
+    """The hashes of each data set as it is sampled, read once: many runs of a sweep share them."""
 
-    def of(self, cfg: CfgNode) -> str:
+    def of(self, cfg: CfgNode, parts: Sequence[str]) -> tuple[str, dict[str, str]]:
+        """Of the lists, and of the pictures in these parts."""
         node = cfg.DATASET
         key = (node.NAME, node.ROOT, node.NUM_SHOTS, image_seed_of(cfg) if node.NUM_SHOTS > 0 else None, node.SUBSAMPLE_CLASSES)
-        if key not in self:
-            self[key] = load_data(cfg).sha256()
+        if (key := (*key, *parts)) not in self:
+            data = load_data(cfg)
+            self[key] = data.sha256(), pictures_sha256(data, parts)
         return self[key]
 
+    def agree(self, recorded: Mapping[str, Any], cfg: CfgNode, parts: Sequence[str]) -> bool:
+        """Whether a run saw the images that are there. One made before their content was recorded is known by their names."""
+        files, pictures = self.of(cfg, parts)
+        return recorded["files_sha256"] == files and recorded.get("pictures_sha256", pictures) == pictures
 
-def finished(job: Job, hashes: Hashes | None = None) -> bool:
-    """Whether the folder holds this job's result: the same resolved configuration and the same files, in every test."""
+
+def finished(job: Job, hashes: Hashes | None = None) -> dict[str, Any] | None:
+    """The job's result, if the folder holds one of the same resolved configuration and the same files, in every test."""
     read = hashes if hashes is not None else Hashes()
     result = results.read_if_whole(job.folder)
     if result is None or result.get("protocol") != job.note:
-        return False
+        return None
     cfg, _ = resolve(job.arguments)
-    if config.differences(result["config"], config.flat(cfg)):
-        return False
-    recorded = {"": result["files_sha256"], **{name: test["files_sha256"] for name, test in result.get("tests", {}).items()}}
-    configs = {"": cfg, **{name: further_config(cfg, opts) for name, opts in job.tests.items()}}
-    return recorded.keys() == configs.keys() and all(read.of(c) == recorded[name] for name, c in configs.items())
+    tests = result.get("tests", {})
+    if config.differences(result["config"], config.flat(cfg)) or tests.keys() != job.tests.keys():
+        return None
+    configs = {name: further_config(cfg, opts) for name, opts in job.tests.items()}
+    same = read.agree(result, cfg, _parts(job, cfg))
+    same = same and all(read.agree(tests[name], test, [test.TEST.SPLIT]) for name, test in configs.items())
+    return result if same else None
+
+
+def _parts(job: Job, cfg: CfgNode) -> list[str]:
+    return parts_read(cfg, trains=job.note["learns"])
 
 
 def execute(job: Job, models: Models | None = None) -> Outcome:
@@ -93,8 +106,8 @@ def execute(job: Job, models: Models | None = None) -> Outcome:
     try:
         with locked(job.folder):
             hashes = Hashes()
-            if finished(job, hashes):
-                return Outcome(job, results.read_result(job.folder), 0.0, elsewhere=True)
+            if (result := finished(job, hashes)) is not None:
+                return Outcome(job, result, 0.0, elsewhere=True)
             (job.folder / FAILED).unlink(missing_ok=True)
             _write_if_new(job.folder / JOB, _note_text(job))
             if _other_settings(job, hashes):
@@ -159,7 +172,7 @@ def _other_settings(job: Job, hashes: Hashes | None = None) -> bool:
         return True
     result = results.read_if_whole(job.folder)
     read = hashes if hashes is not None else Hashes()
-    return result is not None and result["files_sha256"] != read.of(cfg)
+    return result is not None and not read.agree(result, cfg, _parts(job, cfg))
 
 
 def set_aside(job: Job) -> Path:
@@ -199,14 +212,18 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
     process is running is waited for, and run here where that one leaves it unfinished.
     """
     hashes = Hashes()
-    left = [job for job in jobs if not finished(job, hashes)]
+    left, by_names = [], 0
+    for job in jobs:
+        if (result := finished(job, hashes)) is None:
+            left.append(job)
+        else:
+            by_names += "pictures_sha256" not in result
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
+    if by_names:
+        say(f"{by_names} of them were made before the content of images was recorded: the images' names alone were compared")
     for job in left:
-        with (
-            contextlib.suppress(InputError, OSError),
-            locked(job.folder),
-        ):  # who is in it has told it
+        with contextlib.suppress(InputError, OSError), locked(job.folder):  # who is in it has told it
             _write_if_new(job.folder / JOB, _note_text(job))
     progress = _Progress(left, say)
     busy = _run_all(left, runner, progress)
@@ -216,8 +233,8 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
         busy = [job for job in busy if job not in free]
         hashes, unfinished = Hashes(), []
         for job in free:
-            if finished(job, hashes):
-                progress.add(Outcome(job, results.read_result(job.folder), 0.0, elsewhere=True))
+            if (result := finished(job, hashes)) is not None:
+                progress.add(Outcome(job, result, 0.0, elsewhere=True))
             else:
                 unfinished.append(job)
         busy += _run_all(unfinished, runner, progress) if unfinished else []
@@ -305,7 +322,7 @@ def planned(jobs: Sequence[Job]) -> list[str]:
 
 def _state(job: Job, hashes: Hashes) -> str:
     try:
-        if finished(job, hashes):
+        if finished(job, hashes) is not None:
             return "there already"
         if _other_settings(job, hashes):
             return f"to run anew (other settings or files there go below {SUPERSEDED}/)"

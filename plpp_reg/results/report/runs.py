@@ -112,6 +112,7 @@ def card_of(folder: Path, run: Found) -> RunCard:
         if isinstance(result.get("seconds"), (int, float)):
             figures.append(("training", duration(result["seconds"])))
         figures += [(key, _text(result[key])) for key in ("files_sha256", "few_shot_sha256") if result.get(key)]
+        figures += [(f"pictures_sha256 {part}", _text(v)) for part, v in _items(result.get("pictures_sha256"))]
         figures += [(name, _text(v)) for name, v in _items(result.get("versions"))]
     return RunCard(
         label=title_of_run(folder, run),

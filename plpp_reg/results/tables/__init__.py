@@ -9,7 +9,7 @@ from pathlib import Path
 from plpp_reg.io.files import write_text
 from plpp_reg.results.job import shots_text
 from plpp_reg.results.tables.literature import published_rows
-from plpp_reg.results.tables.notes import doubled, lacking, uncompared, unnamed, varying
+from plpp_reg.results.tables.notes import doubled, lacking, other_pictures, uncompared, unnamed, varying
 from plpp_reg.results.tables.records import Record, Runs, read_runs
 from plpp_reg.results.tables.rendering import WRITERS
 from plpp_reg.results.tables.rows import AVERAGE_OF, PAPERS, Row, Table, dataset_order, method_order, title_of
@@ -94,7 +94,8 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
                 without += _without_difference(title, averaged, pairs, apart, compared)
                 if published and sorted(map(title_of, datasets)) == sorted(PAPERS):
                     rows += published_rows(title, form, backbone, "Average", shots, set(map(method_of, methods)), columns)
-    notes = [*varying(kinds), *unnamed(kinds, records), *uncompared(apart, kinds), *without, *doubled(records)]
+    notes = [*varying(kinds), *unnamed(kinds, records), *uncompared(apart, kinds), *without]
+    notes += [*doubled(records), *other_pictures(records, pairs)]
     return Table(name, backbone, columns, rows, notes)
 
 

@@ -76,11 +76,44 @@ def doubled(records: Iterable[Record]) -> list[str]:
     for record in records:
         found.setdefault((record.row, record.cell, record.note["seed"]), []).append(record)
     notes = []
-    for (row, (dataset, shots), seed), (*others, last) in found.items():
+    for (row, cell, seed), (*others, last) in found.items():
         if any(other.accuracies != last.accuracies for other in others):
-            where = ", ".join([title_of(dataset), *([shots_text(shots)] if shots else []), f"seed {seed}"])
+            where = f"{_cell(cell)}, seed {seed}"
             times = "twice" if len(others) == 1 else f"{len(others) + 1} times"
             places = ", ".join(str(other.place) for other in others)
             do = "does" if len(others) == 1 else "do"
             notes.append(f"{row} ({where}) is there {times}, with other figures: {last.place} counts, {places} {do} not.")
     return notes
+
+
+def other_pictures(records: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Runs of a row whose tests saw other pictures than each other's, and pairs that saw other ones with the same seed."""
+    found: dict[tuple[str, tuple[str, int]], dict[int, Record]] = {}
+    for record in records:
+        found.setdefault((record.row, record.cell), {})[record.note["seed"]] = record
+    notes = []
+    for (row, cell), by_seed in found.items():
+        for test in dict.fromkeys(name for record in by_seed.values() for name in record.seen if name != "training"):
+            kinds: dict[str, list[int]] = {}
+            for seed, record in sorted(by_seed.items()):
+                if record.seen.get(test):
+                    kinds.setdefault(record.seen[test], []).append(seed)
+            if len(kinds) > 1:
+                each = " / ".join(", ".join(map(str, seeds)) for seeds in kinds.values())
+                notes.append(f"Runs of {row} ({_cell(cell)}) were tested ({test}) on different pictures: seeds {each}.")
+    for treated, plain in pairs:
+        for (row, cell), by_seed in found.items():
+            others = found.get((plain, cell), {}) if row == treated else {}
+            for seed, record in sorted(by_seed.items()):
+                other = others[seed].seen if seed in others else {}
+                names = [name for name, sha256 in record.seen.items() if sha256 and other.get(name) and other[name] != sha256]
+                if names:
+                    notes.append(
+                        f"{treated} and {plain} ({_cell(cell)}, seed {seed}) saw different pictures: {', '.join(names)}."
+                    )
+    return notes
+
+
+def _cell(cell: tuple[str, int]) -> str:
+    dataset, shots = cell
+    return ", ".join([title_of(dataset), *([shots_text(shots)] if shots else [])])

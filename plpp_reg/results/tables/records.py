@@ -16,13 +16,17 @@ from plpp_reg.results.tables.settings import Made, Settings, relevant, tell_apar
 
 
 class Record(NamedTuple):
-    """One finished run: its note, each test's accuracy in percent, and the row that it belongs to, named for its settings."""
+    """One finished run: its note, each test's accuracy in percent, and the row that it belongs to, named for its settings.
+
+    ``seen``: hash of the pictures of each test by its name, and of "training"; empty of runs made before that was recorded.
+    """
 
     note: Mapping[str, Any]
     accuracies: Mapping[str, float]
     place: Path
     row: str
     settings: Settings
+    seen: Mapping[str, str]
 
     @property
     def cell(self) -> tuple[str, int]:
@@ -97,6 +101,15 @@ def accuracies(note: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, 
     return {note["test"]: result["metrics"]["accuracy"], **tests}
 
 
+def seen_by(note: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of pictures: those of each test by its name, those that were trained on as "training"."""
+    parts = {note["test"]: result.get("pictures_sha256")}
+    parts |= {name: test.get("pictures_sha256") for name, test in result.get("tests", {}).items()}
+    parts = {test: pictures for test, pictures in parts.items() if isinstance(pictures, dict)}
+    seen = {test: next((p[part] for part in ("test", "val") if part in p), "") for test, p in parts.items()}
+    return {**seen, "training": parts.get(note["test"], {}).get("train", "")}
+
+
 def read_runs(folder: str | Path) -> Runs:
     """Every run of ``plpp run`` below a folder.
 
@@ -119,7 +132,7 @@ def as_runs(found: Iterable[Found]) -> Runs:
             missing.append(f"{run_label(run.note) if run.note else run.place}: {run.why}")
     rows = tell_apart([_made(run.note, run.result) for run in counted])
     records = [
-        Record(run.note, accuracies(run.note, run.result), run.place, row, settings)
+        Record(run.note, accuracies(run.note, run.result), run.place, row, settings, seen_by(run.note, run.result))
         for run, (row, settings) in zip(counted, rows, strict=True)
     ]
     return Runs(records, missing)
