@@ -147,7 +147,7 @@ def test_nothing_of_a_folder_is_run_and_nothing_downloaded(
         path = folder / "config.yaml"
         assert change[0] in path.read_text()
         path.write_text(path.read_text().replace(*change))
-        monkeypatch.setattr(load, "cache_folder", lambda: tmp_path / "no cache")
+        monkeypatch.setattr(recorded, "openai_clip_folder", lambda: tmp_path / "no cache")
         monkeypatch.setattr(load, "_download", lambda name: pytest.fail("downloads"))
         with pytest.raises(InputError, match=words):
             recorded.PromptReader().read(folder)
@@ -172,6 +172,6 @@ def test_a_report_loads_no_torchscript(trained: Path, tmp_path: Path, name: str,
 def test_a_file_named_as_one_of_openais_models_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "RN50").write_bytes(b"")  # the loader would go by the name, and download
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "cache_folder", lambda: tmp_path / "no cache")
+    monkeypatch.setattr(recorded, "openai_clip_folder", lambda: tmp_path / "no cache")
     with pytest.raises(InputError, match="not on this machine"):
         recorded.without_download("RN50")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from plpp_reg.attachment import Handle, attach, contexts
 from plpp_reg.errors import InputError
 from plpp_reg.loss import SUFFIX
-from plpp_reg.loss.regularizer import PerplexityRegularizer, settings_defaults
+from plpp_reg.loss.settings import regularizer_from
 
 
 def with_plpp(
@@ -76,7 +76,8 @@ class _WithPLPP:
             built = super().build_model(*args, **kwargs)
         model = self._plpp_model()
         weight = self._plpp_weight(model, used)
-        regularizer = regularizer_from(self.cfg, weight)
+        node = getattr(getattr(self.cfg, "TRAINER", None), "PLPP", None) or {}
+        regularizer = regularizer_from(node, weight)
         self.plpp = attach(model, regularizer, scaler=find_scaler(self), **self.plpp_arguments)
         settings = f"weight {regularizer.weight:g}, inverse weight {regularizer.inverse_weight:g}, top-k {regularizer.top_k}"
         print(f"PLPP: attached to {type(self.plpp.prompt_learner).__name__}.ctx {tuple(self.plpp.context.shape)} ({settings})")
@@ -148,16 +149,6 @@ class _WithPLPP:
             sizes = ", ".join(f"{m.num_embeddings} x {m.embedding_dim}" for m in fitting)
             raise InputError(f"embedding: expected one token embedding, got different ones ({sizes}): give it as embedding=")
         return first if fitting[0] in inside else first.detach().to(next(model.parameters()).device)
-
-
-def regularizer_from(cfg: Any, embedding: Tensor) -> PerplexityRegularizer:
-    """The regularizer with the settings of ``cfg.TRAINER.PLPP``; what is missing there has its default."""
-    node = getattr(getattr(cfg, "TRAINER", None), "PLPP", None) or {}
-    settings = {name: node[name.upper()] for name in settings_defaults() if name.upper() in node}
-    try:
-        return PerplexityRegularizer(embedding, **settings)
-    except InputError as e:
-        raise InputError(f"TRAINER.PLPP: {e}") from e
 
 
 def find_scaler(trainer: Any) -> torch.amp.GradScaler | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plpp_reg.errors import InputError
+from plpp_reg.io.mixing import STEP, mixed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,10 +103,7 @@ def _hash(x: np.ndarray) -> np.ndarray:
     """splitmix64 of each element, modulo 2^64."""
     import numpy as np
 
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mixed(x + np.uint64(STEP))
 
 
 def _read(*names: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import os
 import sys
 import urllib.error
 import warnings
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from plpp_reg.errors import InputError, install, unknown
+from plpp_reg.io.folders import openai_clip_folder
 from plpp_reg.io.safe_reading import is_torchscript, read_tensors, read_torchscript
 
 EMBEDDED = "embedded"
@@ -134,22 +134,17 @@ def set_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def cache_folder() -> Path:
-    """Where OpenAI's weights are kept, as openai-clip has it."""
-    return Path(os.path.expanduser("~/.cache/clip"))
-
-
 def _download(name: str) -> Path:
     """The weights' file, downloaded once and its SHA-256 checked each time, by openai-clip."""
     from filelock import FileLock
 
     clip = openai_clip().clip
     url = clip._MODELS[name]
-    target = cache_folder() / url.rsplit("/", 1)[1]
+    target = openai_clip_folder() / url.rsplit("/", 1)[1]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):  # openai-clip writes to the final name: one process at a time
-            return Path(clip._download(url, str(cache_folder())))
+            return Path(clip._download(url, str(openai_clip_folder())))
     except (urllib.error.URLError, OSError, RuntimeError) as e:
         raise InputError(
             f"backbone {name!r}: expected its weights at {target} (SHA-256 {url.split('/')[-2]}) and could not download them "

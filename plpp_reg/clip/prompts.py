@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from plpp_reg.attachment.layout import POSITIONS
 from plpp_reg.clip.load import openai_clip
 from plpp_reg.clip.text import TextOutput, TextTower
 from plpp_reg.clip.tree import STATES, PromptTree, build_tree, context_symbol
 from plpp_reg.errors import InputError
 
-POSITIONS = ("end", "middle", "front")
 ALL = slice(0, None, 1)
 
 

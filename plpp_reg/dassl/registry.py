@@ -8,7 +8,7 @@ from typing import Any
 from plpp_reg.attachment.with_plpp import with_plpp
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.loss import SUFFIX
-from plpp_reg.loss.regularizer import settings_defaults
+from plpp_reg.loss.settings import node_defaults
 
 # Where a method runs several backward passes through one forward pass: the one that belongs to the task's loss.
 BACKWARD_PASS = {"ProGrad": 2}
@@ -43,8 +43,7 @@ def extend_defaults(cfg: Any) -> None:
 
     from plpp_reg.dassl.engine_bridge import our_nodes
 
-    plpp = {"ENABLED": False, **{name.upper(): value for name, value in settings_defaults().items()}}
-    for name, defaults in {"PLPP": plpp, **our_nodes()}.items():
+    for name, defaults in {"PLPP": node_defaults(), **our_nodes()}.items():
         if name not in cfg.TRAINER:
             cfg.TRAINER[name] = CfgNode(defaults)
 

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from plpp_reg.data import DATASETS, full_name, load_dataset, short_name
 from plpp_reg.data.own import own_kind, read_own
 from plpp_reg.data.readers import PARTS, as_data, read_own_files, read_split
 from plpp_reg.data.sampling import DataSplit, Datum
 from plpp_reg.errors import InputError
+from plpp_reg.io.pictures import open_picture
 
 READY, DIFFERENT, MISSING, WRONG = "ready", "different", "missing", "wrong"
 
@@ -111,8 +110,7 @@ def _counted(name: str, data: DataSplit, notes: list[str], every_image: bool) ->
 def _unreadable(datum: Datum) -> str:
     """Why an image cannot be read; "" where it can."""
     try:
-        with Image.open(datum.impath) as image:
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        return f"image {datum.impath}: expected a readable picture, got {e}"
+        open_picture(datum.impath)
+    except InputError as e:
+        return str(e)
     return ""

@@ -10,7 +10,6 @@ import csv
 import functools
 import importlib.util
 import io
-import os
 import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from plpp_reg.data.sampling import DataSplit, Datum, keep_labels
 from plpp_reg.errors import InputError, install
 from plpp_reg.io.files import write_atomically
+from plpp_reg.io.folders import cache_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,12 +30,6 @@ THREADS = 4  # that draw pictures and write them: most of the time a disk is wai
 SPLIT_SEED = 1
 TRAIN, VAL, TEST = 16, 4, 8  # images a class at the least
 SHARES = {"test": 0.35, "val": 0.2}  # of what a class has
-
-
-def cache_folder() -> Path:
-    """``$PLPP_REG_CACHE``, else ``plpp-reg`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(os.environ.get("PLPP_REG_CACHE") or os.path.join(base, "plpp-reg"))
 
 
 def table() -> list[tuple[str, str, str]]:

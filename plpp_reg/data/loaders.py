@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -16,28 +17,47 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from yacs.config import CfgNode
 
 from plpp_reg.data import DataSplit, Datum, load_dataset
-from plpp_reg.data.augmentation import Transform, build_transform, rgb
+from plpp_reg.data.augmentation import Transform, build_transform
 from plpp_reg.data.contents import file_state
-from plpp_reg.engine.distributed import Ranks
 from plpp_reg.errors import InputError
+from plpp_reg.io.mixing import MASK, STEP, mixed
+from plpp_reg.io.pictures import open_picture
 
-ONE = Ranks()  # a run in one process
+Item = TypeVar("Item")
 DECODED_BYTES = 64 * 2**20  # of a part's pictures, kept decoded from one view to the next
 BATCHES_AHEAD = 1  # of pictures, made while the one before is encoded
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:
     """One 63-bit seed for (seed, epoch, index), well mixed (splitmix64's finaliser)."""
-    mask = (1 << 64) - 1
-    z = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB + 0x2545F4914F6CDD1D) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) >> 1
+    z = seed * STEP + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB + 0x2545F4914F6CDD1D
+    return mixed(z & MASK) >> 1
 
 
 def view_of(epoch: int, views: int) -> int:
     """Which augmentation of an image an epoch sees: one of its own, or, with ``views`` = N > 0, one of N in turn."""
     return epoch % views if views > 0 else epoch
+
+
+class Sharing(Protocol):
+    """Which part of a sequence is this process's, of ``size`` processes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]: ...
+
+
+class One:
+    """A run in one process."""
+
+    size = 1
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        return items
+
+
+ONE = One()
 
 
 class Pictures:
@@ -60,11 +80,7 @@ class Pictures:
         state = file_state(path)
         kept, image = self._kept.get(path, (None, None))
         if kept != state:
-            try:
-                with Image.open(path) as file:
-                    image = rgb(file)
-            except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # broken PNG chunks are a SyntaxError
-                raise InputError(f"image {path}: expected a readable picture, got {e}") from e
+            image = open_picture(path)
             if 3 * image.width * image.height <= self.largest:
                 self._kept[path] = state, image
         return image
@@ -115,7 +131,7 @@ class EpochBatches(Sampler):
     """Batches of (view, index). In training the order is a permutation by (seed, epoch) alone, and a smaller last batch is
     dropped where there is a full one, as Dassl does; in evaluation it is 0, 1, 2, ..."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, train: bool, ranks: Ranks = ONE, views: int = 0) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, train: bool, ranks: Sharing = ONE, views: int = 0) -> None:
         self.size, self.batch_size, self.seed, self.train, self.epoch = size, batch_size, seed, train, 0
         self.ranks, self.views = ranks, views
 
@@ -158,7 +174,7 @@ def part_of(cfg: CfgNode, data: DataSplit, split: str) -> Sequence[Datum]:
 
 
 def build_loader(
-    cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: bool = False, pixels: bool = True, ranks: Ranks = ONE
+    cfg: CfgNode, items: Sequence[Datum], train: bool, pin_memory: bool = False, pixels: bool = True, ranks: Sharing = ONE
 ) -> DataLoader:
     """A loader whose ``batch_sampler.epoch`` the trainer sets. The number of workers changes no bit of any batch.
 

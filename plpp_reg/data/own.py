@@ -12,8 +12,7 @@ from typing import NamedTuple
 from plpp_reg.data.readers import PARTS, SPLIT_SEED, Parts, Row, as_data, split_three
 from plpp_reg.data.sampling import DataSplit
 from plpp_reg.errors import InputError
-
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+from plpp_reg.io.pictures import is_picture
 
 
 def own_kind(name: str) -> str:
@@ -64,17 +63,13 @@ def _class_folders(path: Path, part: str) -> dict[str, list[str]]:
     for folder in sorted(p.name for p in (path / part).iterdir() if p.is_dir() and not p.name.startswith(".")):
         classname = folder.replace("_", " ").strip()
         _one_name(classname, folder, folder_of, f"folder:{path}")
-        inside = sorted(p.name for p in (path / part / folder).iterdir() if _is_picture(p))
+        inside = sorted(p.name for p in (path / part / folder).iterdir() if is_picture(p))
         if not inside:
             raise InputError(f"folder:{path}: expected pictures in {str(path / part / folder)!r}, got none")
         found[classname] = ["/".join(filter(None, (part, folder, name))) for name in inside]
     if not found:
         raise InputError(f"folder:{path}: expected one folder a class in {str(path / part)!r}, got none")
     return found
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file()
 
 
 def _one_name(classname: str, given: str, given_as: dict[str, str], where: str) -> None:

@@ -13,7 +13,8 @@ from yacs.config import CfgNode
 from plpp_reg.clip.load import PRECISIONS
 from plpp_reg.clip.vocabulary import candidate_ids
 from plpp_reg.errors import InputError, unknown
-from plpp_reg.loss.regularizer import PerplexityRegularizer, settings_defaults
+from plpp_reg.loss.regularizer import PerplexityRegularizer
+from plpp_reg.loss.settings import regularizer_from
 
 
 def precision_on(device: torch.device, key: str, asked: str, say: Callable[[str], None]) -> str:
@@ -80,8 +81,4 @@ def regularizer_for(cfg: CfgNode, clip_model: nn.Module) -> PerplexityRegularize
     Raises:
         InputError: a setting out of its range.
     """
-    settings = {name: cfg.TRAINER.PLPP[name.upper()] for name in settings_defaults()}
-    try:
-        return PerplexityRegularizer(clip_model.token_embedding.weight, candidates=candidate_ids(clip_model), **settings)
-    except InputError as e:
-        raise InputError(f"TRAINER.PLPP: {e}") from e
+    return regularizer_from(cfg.TRAINER.PLPP, clip_model.token_embedding.weight, candidate_ids(clip_model))

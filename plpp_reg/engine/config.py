@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from plpp_reg.engine import registry
 from plpp_reg.errors import InputError, unknown
-from plpp_reg.loss.regularizer import settings_defaults
+from plpp_reg.loss.settings import node_defaults
 from plpp_reg.results.record import NOT_IN_THE_RESULT
 
 # Dassl's keys and defaults, as far as this engine honours them. Where ours differ, the comment says so.
@@ -109,8 +109,7 @@ def get_cfg_default(trainer: type | None = None) -> CfgNode:
     cfg = CfgNode(copy.deepcopy(DEFAULTS))
     for node, defaults in registry.config_nodes(trainer).items():
         cfg.TRAINER[node] = CfgNode(defaults)
-    plpp = {"ENABLED": False, **{name.upper(): value for name, value in settings_defaults().items()}}
-    cfg.TRAINER.PLPP = CfgNode(plpp)
+    cfg.TRAINER.PLPP = CfgNode(node_defaults())
     return cfg
 
 

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 
 from plpp_reg.data.augmentation import build_transform
 from plpp_reg.data.contents import files_sha256, forget_contents
-from plpp_reg.data.emoji import cache_folder
 from plpp_reg.data.loaders import DECODED_BYTES, ImageDataset, image_seed_of, read_ahead, view_of
 from plpp_reg.io.files import clear_left_behind
+from plpp_reg.io.folders import cache_folder
 from plpp_reg.io.store import Entry, TensorStore
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from plpp_reg.data import DataSplit
@@ -19,9 +18,9 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import write_tensors
+from plpp_reg.io.pictures import ENDINGS, is_picture, open_picture
 
 SUFFIX = ".safetensors"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Prediction(NamedTuple):
@@ -101,9 +100,9 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in PICTURES)
+            inside = sorted(p for p in place.rglob("*") if is_picture(p))
             if not inside:
-                raise InputError(f"folder {str(place)!r}: expected pictures ({' '.join(PICTURES)}), got none")
+                raise InputError(f"folder {str(place)!r}: expected pictures ({' '.join(ENDINGS)}), got none")
             found += inside
         elif place.is_file():
             found.append(place)
@@ -121,21 +120,12 @@ def predict(trainer: PromptTrainer, images: Sequence[str | Path]) -> Iterator[Pr
         trainer.prepare_inference()
     for i in range(0, len(images), size):
         paths = images[i : i + size]
-        batch = {"img": torch.stack([transform(_open(path)) for path in paths]).to(trainer.device)}
+        batch = {"img": torch.stack([transform(open_picture(path)) for path in paths]).to(trainer.device)}
         with trainer.computing():
             rows = trainer.inference(batch).softmax(-1).tolist()
         for path, row in zip(paths, rows, strict=True):
             ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
             yield Prediction(str(path), dict(ranked))
-
-
-def _open(path: str | Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f"image {path}: expected a readable picture, got {e}") from e
-    return image
 
 
 @torch.no_grad()

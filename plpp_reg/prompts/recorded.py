@@ -14,6 +14,7 @@ from plpp_reg.clip import load
 from plpp_reg.clip.reading import Vocabulary
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.errors import InputError
+from plpp_reg.io.folders import openai_clip_folder
 from plpp_reg.io.safe_reading import is_torchscript
 from plpp_reg.prompts import contexts
 from plpp_reg.results.learned import NEAREST, Prompts
@@ -28,7 +29,7 @@ def without_download(backbone: str) -> str:
     if backbone == load.EMBEDDED:
         return backbone
     if url := load.openai_clip().clip._MODELS.get(backbone):  # OpenAI's own archives, where openai-clip keeps them
-        if (kept := load.cache_folder() / url.rsplit("/", 1)[1]).is_file():
+        if (kept := openai_clip_folder() / url.rsplit("/", 1)[1]).is_file():
             return str(kept)
     else:
         file = Path(backbone.partition("/")[2] if backbone.startswith(load.OPEN_CLIP) else backbone)

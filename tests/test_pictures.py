@@ -1,0 +1,91 @@
+"""One opener: what counts as a picture, what a damaged or disguised file is told, and that no other program is started."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from plpp_reg.data.check import check
+from plpp_reg.data.loaders import Pictures
+from plpp_reg.errors import InputError
+from plpp_reg.io.pictures import ENDINGS, FORMATS, is_picture, open_picture
+from plpp_reg.prompts.predict import find_images
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 20 20 rectfill\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format_is_read_whatever_its_file_is_called(tmp_path: Path, form: str) -> None:
+    picture = Image.new("RGB", (5, 4), (200, 30, 60))
+    for ending in (*FORMATS[form], ".jpg"):
+        path = tmp_path / f"x{ending}"
+        picture.save(path, format=form)
+        read = open_picture(path)
+        assert (read.size, read.mode) == ((5, 4), "RGB") and is_picture(path)
+        assert all(abs(a - b) < 12 for a, b in zip(read.getpixel((2, 2)), (200, 30, 60), strict=True))
+
+
+def test_the_endings_are_those_that_pillow_gives_the_formats() -> None:
+    Image.init()
+    for form, endings in FORMATS.items():
+        assert all(Image.registered_extensions()[ending] == form for ending in endings)
+    assert len(set(ENDINGS)) == len(ENDINGS)
+
+
+def test_an_eps_that_is_called_a_jpg_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = tmp_path / "started"
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("gs", "gswin64c", "gswin32c"):
+        (programs / name).write_text(f"#!/bin/sh\necho 10.0\ntouch {started}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs) + os.pathsep + os.environ["PATH"])
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # look again
+    path = tmp_path / "x.jpg"
+    path.write_bytes(EPS)
+    with pytest.raises(Exception):  # noqa: B017  (whatever Pillow makes of the false one)
+        Image.open(path).load()
+    assert started.exists()  # so the file is one that would
+    started.unlink()
+    for opener in (open_picture, Pictures().open):
+        with pytest.raises(InputError, match=r"image .*x\.jpg: expected a readable picture \(JPEG, PNG"):
+            opener(str(path))
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, form: str) -> None:
+    """Cut short anywhere, or with wrong bytes: a picture or an InputError, never another exception."""
+    path = tmp_path / "x.img"
+    picture = Image.effect_noise((16, 16), 60).convert("RGB")
+    picture.save(path, format=form)
+    whole, chance, refused = path.read_bytes(), random.Random(7), 0
+    for turn in range(150):
+        content = bytearray(whole)
+        for _ in range(turn % 4 * 2):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        path.write_bytes(content[: chance.randrange(1, len(content))] if turn % 2 else content)
+        try:
+            open_picture(path)
+        except InputError as e:
+            assert str(e).startswith(f"image {path}: expected a readable picture")
+            refused += 1
+    assert refused > 10
+
+
+def test_data_sets_and_predictions_take_the_same_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for part in ("train", "test"):
+        for classname in ("cat", "dog"):
+            (tmp_path / part / classname).mkdir(parents=True)
+            for ending in ENDINGS:
+                form = next(form for form, endings in FORMATS.items() if ending in endings)
+                Image.new("RGB", (4, 4)).save(tmp_path / part / classname / f"a{ending}", format=form)
+            (tmp_path / part / classname / "notes.txt").write_text("no picture")
+            (tmp_path / part / classname / ".hidden.png").write_bytes(b"")
+    assert len(find_images([tmp_path])) == 4 * len(ENDINGS)
+    assert check(tmp_path, [f"folder:{tmp_path}"]) == 0
+    assert f"all {4 * len(ENDINGS)} images decode" in capsys.readouterr().out
