@@ -155,7 +155,7 @@ def test_small_pictures_are_decoded_once_and_large_ones_are_not_kept(tmp_path: P
     for i, path in enumerate(paths):
         picture((10, 10 + i // 2), i).save(path)
     opened, original = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
+    monkeypatch.setattr(Image, "open", lambda path, **kw: opened.append(path) or original(path, **kw))
     pictures = Pictures(largest=300)
     for _ in range(2):
         for path in paths:
