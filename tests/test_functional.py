@@ -28,8 +28,10 @@ def problem(context_prompts=1, hidden_prompts=1, *, vocabulary=V, m=M, dtype=tor
 
 
 def plpp(context, hidden, E, **changed):
-    settings = dict(top_k=4, chunk_size=100, temperature=0.3)
-    return PF.plpp(context, hidden, E, **(settings | changed))
+    """``at_once``: rows that may meet the vocabulary together."""
+    settings = dict(top_k=4, temperature=0.3) | changed
+    max_bytes = settings.pop("at_once", 100) * len(E) * E.element_size()
+    return PF.plpp(context, hidden, E, max_bytes=max_bytes, **settings)
 
 
 @pytest.mark.parametrize("sharing", [(1, 1), (1, P), (P, P), (P, 1)], ids=lambda s: f"context{s[0]}-hidden{s[1]}")
@@ -37,11 +39,11 @@ def plpp(context, hidden, E, **changed):
 @pytest.mark.parametrize(
     ("label", "normalize_over"), [("soft", "vocabulary"), ("soft", "topk"), ("hard", "vocabulary"), ("hard", "topk")]
 )
-@pytest.mark.parametrize("chunk_size", [100, 2], ids=["whole", "chunked"])
-def test_equals_the_literal_loops_forward_and_backward(label, normalize_over, detach_label, sharing, chunk_size):
+@pytest.mark.parametrize("at_once", [100, 2], ids=["whole", "chunked"])
+def test_equals_the_literal_loops_forward_and_backward(label, normalize_over, detach_label, sharing, at_once):
     context, hidden, E = problem(*sharing)
     settings = dict(temperature=0.3, normalize_over=normalize_over, detach_label=detach_label)
-    rows = plpp(context, hidden, E, top_k=1 if label == "hard" else 4, chunk_size=chunk_size, **settings)
+    rows = plpp(context, hidden, E, top_k=1 if label == "hard" else 4, at_once=at_once, **settings)
     # unequal weights: with equal ones, direct and inverse exchanged would give the same total
     ours = 0.7 * rows.perplexity_loss.mean() + 0.2 * rows.inverse_loss.mean()
     theirs = literal.plpp(context, hidden, E, weight=0.7, inverse_weight=0.2, top_k=4, label=label, **settings)
@@ -159,11 +161,11 @@ def test_high_temperature_approaches_equal_weights():
 
 
 @pytest.mark.parametrize("normalize_over", PF.NORMALIZE_OVER)
-@pytest.mark.parametrize("chunk_size", [100, 2])
-def test_the_label_side_has_exactly_no_gradient(normalize_over, chunk_size):
+@pytest.mark.parametrize("at_once", [100, 2])
+def test_the_label_side_has_exactly_no_gradient(normalize_over, at_once):
     context, hidden, E = problem(P, P)
     for detach_label in (True, False):
-        rows = plpp(context, hidden, E, normalize_over=normalize_over, detach_label=detach_label, chunk_size=chunk_size)
+        rows = plpp(context, hidden, E, normalize_over=normalize_over, detach_label=detach_label, at_once=at_once)
         sides = [(rows.perplexity_loss, hidden, context), (rows.inverse_loss, context, hidden)]
         for loss, prediction, label in sides:
             grads = torch.autograd.grad(loss.sum(), (prediction, label), materialize_grads=True, retain_graph=True)
@@ -175,24 +177,54 @@ def test_the_label_side_has_exactly_no_gradient(normalize_over, chunk_size):
 
 
 @pytest.mark.parametrize("normalize_over", PF.NORMALIZE_OVER)
-@pytest.mark.parametrize("chunk_size", [100, 3], ids=["whole", "chunked"])
-def test_gradcheck(normalize_over, chunk_size):
+@pytest.mark.parametrize("at_once", [100, 3], ids=["whole", "chunked"])
+def test_gradcheck(normalize_over, at_once):
     # detach_label False: a numerical gradient knows no stop-gradient. The ids stay put: no near tie at eps 1e-6.
     context, hidden, E = problem(1, 2)
 
     def losses(v, h):
-        return plpp(v, h, E, normalize_over=normalize_over, detach_label=False, chunk_size=chunk_size)[:2]
+        return plpp(v, h, E, normalize_over=normalize_over, detach_label=False, at_once=at_once)[:2]
 
     assert torch.autograd.gradcheck(losses, (context, hidden))
 
 
+@pytest.mark.parametrize("sharing", [(1, 1), (1, 2), (2, 2), (2, 1)], ids=str)
 @pytest.mark.parametrize("normalize_over", PF.NORMALIZE_OVER)
-@pytest.mark.parametrize("chunk_size", [1, 5, 11, 12])
-def test_chunk_size_changes_nothing(normalize_over, chunk_size):
+@pytest.mark.parametrize("at_once", [100, 2], ids=["whole", "chunked"])
+def test_gradgradcheck(normalize_over, at_once, sharing):
+    context, hidden, E = problem(*sharing, m=2)
+
+    def losses(v, h):
+        rows = plpp(v, h, E, normalize_over=normalize_over, detach_label=False, at_once=at_once)
+        return 0.7 * rows.perplexity_loss.sum() + 0.2 * rows.inverse_loss.square().sum()
+
+    assert torch.autograd.gradgradcheck(losses, (context, hidden))
+
+
+@pytest.mark.parametrize("detach_label", [True, False])
+@pytest.mark.parametrize("normalize_over", PF.NORMALIZE_OVER)
+def test_a_gradient_penalty_is_that_of_the_literal_loops(normalize_over, detach_label):
+    context, hidden, E = problem(1, 2, m=2)
+    settings = dict(temperature=0.3, normalize_over=normalize_over, detach_label=detach_label)
+    rows = plpp(context, hidden, E, **settings)
+    ours = 0.7 * rows.perplexity_loss.mean() + 0.2 * rows.inverse_loss.mean()
+    theirs = literal.plpp(context, hidden, E, weight=0.7, inverse_weight=0.2, top_k=4, label="soft", **settings).total
+    found = []
+    for loss in (ours, theirs):
+        gradient = torch.autograd.grad(loss, (context, hidden), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradient), (context, hidden)))
+    for got, want in zip(*found, strict=True):
+        assert want.any()
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize_over", PF.NORMALIZE_OVER)
+@pytest.mark.parametrize("at_once", [1, 5, 11, 12])
+def test_what_meets_the_vocabulary_at_once_changes_nothing(normalize_over, at_once):
     context, hidden, E = problem(1, P)
     results = []
-    for size in (P * M, chunk_size):
-        rows = plpp(context, hidden, E, normalize_over=normalize_over, chunk_size=size)
+    for size in (P * M, at_once):
+        rows = plpp(context, hidden, E, normalize_over=normalize_over, at_once=size)
         total = (rows.perplexity_loss * torch.arange(1, P * M + 1)).sum() + rows.inverse_loss.square().sum()
         results.append((*rows, *torch.autograd.grad(total, (context, hidden))))
     for whole, chunked in zip(*results, strict=True):
@@ -214,16 +246,16 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("normalize_over", PF.NORMALIZE_OVER)
 def test_no_more_than_chunk_rows_meet_the_vocabulary(normalize_over):
-    vocabulary, chunk_size, m = 101, 4, 5
+    vocabulary, at_once, m = 101, 4, 5
     context, hidden, E = problem(7, 7, vocabulary=vocabulary, m=m)
     rows_of = {}
-    for size in (chunk_size, 7 * m):
+    for size in (at_once, 7 * m):
         with Shapes() as shapes:
-            rows = plpp(context, hidden, E, normalize_over=normalize_over, chunk_size=size)
+            rows = plpp(context, hidden, E, normalize_over=normalize_over, at_once=size)
             (rows.perplexity_loss.sum() + rows.inverse_loss.sum()).backward()
         wide = [s for s in shapes.seen if vocabulary in s and s not in ((vocabulary, D), (D, vocabulary))]
         rows_of[size] = max(math.prod(s) // vocabulary for s in wide)
-    assert rows_of == {chunk_size: chunk_size, 7 * m: 7 * m}  # the second proves that the mode would see it
+    assert rows_of == {at_once: at_once, 7 * m: 7 * m}  # the second proves that the mode would see it
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -238,13 +270,13 @@ def test_arithmetic_is_float32_at_least_whatever_comes_in(dtype):
     assert hidden.grad.dtype == dtype and hidden.grad.any()
 
 
-@pytest.mark.parametrize("chunk_size", [100, 2], ids=["whole", "chunked"])
-def test_autocast_changes_nothing(chunk_size):
+@pytest.mark.parametrize("at_once", [100, 2], ids=["whole", "chunked"])
+def test_autocast_changes_nothing(at_once):
     context, hidden, E = problem(1, P, dtype=torch.float32)
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            rows = plpp(context, hidden, E, chunk_size=chunk_size)
+            rows = plpp(context, hidden, E, at_once=at_once)
             loss = rows.perplexity_loss.mean() + rows.inverse_loss.mean()
         # backward outside, as users do; with chunks it computes forward again and must not fall into autocast's dtype
         results.append((*rows, *torch.autograd.grad(loss, (context, hidden))))

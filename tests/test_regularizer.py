@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from functools import partial
 
 import pytest
@@ -59,7 +60,9 @@ def test_each_loss_alone_reaches_the_context_through_its_own_way(tiny_vit):
     assert moved == {"direct": [True] * (M - 1) + [False], "inverse": [True] * M}
 
 
-@pytest.mark.parametrize("settings", [{}, {"detach_label": False}, {"chunk_size": 2}, {"candidates": range(12)}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"detach_label": False}, {"memory_mib": 2 * V * 4 / 2**20}, {"candidates": range(12)}]
+)
 def test_an_embedding_that_is_not_frozen_gets_no_gradient(settings):
     table, (context, hidden) = embedding(), states(P, P)
     PerplexityRegularizer(table.weight, **settings)(context, hidden).backward()
@@ -121,7 +124,7 @@ def test_components_equal_the_literal_loops(label, normalize_over, detach_label,
     settings = dict(weight=0.7, inverse_weight=0.2, top_k=4, temperature=0.3)  # unequal: a mix-up shows
     settings |= dict(label=label, normalize_over=normalize_over, detach_label=detach_label)
     table, (context, hidden) = embedding(torch.float64), states(*sharing, dtype=torch.float64)
-    reg = PerplexityRegularizer(table.weight, chunk_size=5, **settings)
+    reg = PerplexityRegularizer(table.weight, memory_mib=5 * V * 8 / 2**20, **settings)
     ours = reg.components(context, hidden)
     v, h = (t if t.dim() == 3 else t.unsqueeze(0) for t in (context, hidden))
     theirs = literal.plpp(v, h, table.weight.detach(), **settings)
@@ -150,13 +153,13 @@ def test_result_is_float32_in_any_precision(dtype, autocast):
 
 def test_defaults_are_those_of_the_signature():
     expected = dict(weight=0.1, inverse_weight=0.1, top_k=10, temperature=0.1, label="soft")
-    expected |= dict(normalize_over="topk", detach_label=True, chunk_size=128)
+    expected |= dict(normalize_over="topk", detach_label=True, memory_mib=64.0)
     assert settings_defaults() == expected
     given = inspect.signature(PerplexityRegularizer).parameters
     assert set(given) - set(expected) == {"embedding", "candidates"}
     reg = PerplexityRegularizer(embedding().weight)
     assert {name: getattr(reg, name) for name in expected} == expected
-    assert all(f"{name}=" in repr(reg) for name in expected if name != "chunk_size") and f"V={V}" in repr(reg)
+    assert all(f"{name}=" in repr(reg) for name in expected if name != "memory_mib") and f"V={V}" in repr(reg)
 
 
 # ------------------------------------------------------------------ the vocabulary
@@ -246,6 +249,70 @@ def test_moves_within_a_host_that_holds_both(move, order, candidates):
     assert reg(context, hidden).equal(fresh(context, hidden)) and reg.vocabulary.dtype == torch.float32
 
 
+def test_a_weight_that_another_takes_the_place_of_is_seen_where_the_module_was_given():
+    table, (context, hidden) = embedding(), states(1, P)
+    reg = PerplexityRegularizer(table)
+    before = reg(context, hidden)
+    table.load_state_dict(embedding(seed=9).state_dict(), assign=True)
+    after = reg(context, hidden)
+    assert after.equal(PerplexityRegularizer(embedding(seed=9).weight)(context, hidden)) and not after.isclose(before)
+
+
+def test_refresh_reads_what_was_written_through_data():
+    table, (context, hidden) = embedding(), states(1, P)
+    reg = PerplexityRegularizer(table)
+    before = reg(context, hidden)
+    table.weight.data.copy_(embedding(seed=9).weight)
+    reg.refresh()
+    after = reg(context, hidden)
+    assert after.equal(PerplexityRegularizer(embedding(seed=9))(context, hidden)) and not after.isclose(before)
+
+
+@pytest.mark.parametrize("candidates", [None, range(5, 35)], ids=["all", "candidates"])
+def test_the_vocabulary_follows_the_context_to_its_device(candidates):
+    """ "meta" stands for an accelerator: a number that the host reads there, or two devices in one operation, would raise."""
+    table, (context, hidden) = embedding(), states(1, P)
+    reg = PerplexityRegularizer(table, candidates=candidates)
+    here = reg(context, hidden)
+    there = reg.components(*(t.detach().to("meta").requires_grad_() for t in (context, hidden)))
+    there.total.backward()
+    assert there.total.is_meta and reg(context, hidden).equal(here)
+    assert not list(reg.buffers()) and reg.to("meta").vocabulary.device.type == "cpu"  # it is nobody's to move
+
+
+def test_a_pickle_and_a_copy_are_no_larger_than_the_embedding():
+    table, (context, hidden) = embedding(torch.float16), states(1, P)
+    reg = PerplexityRegularizer(table)
+    want = reg(context, hidden)  # what is derived is there now
+    pickled = pickle.dumps(reg)
+    assert len(pickled) < table.weight.nbytes + 4000
+    for twin in (pickle.loads(pickled), copy.deepcopy(reg)):
+        assert twin._words is None and twin(context, hidden).equal(want)
+
+
+@pytest.mark.parametrize("normalize_over", ["topk", "vocabulary"])
+def test_torch_func_gives_the_same_gradient(normalize_over):
+    table, (context, hidden) = embedding(), states(1, P)
+    reg = PerplexityRegularizer(table, normalize_over=normalize_over)
+    want = torch.autograd.grad(reg(context, hidden), (context, hidden))
+    got = torch.func.grad(reg.forward, argnums=(0, 1))(context.detach(), hidden.detach())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("normalize_over", ["topk", "vocabulary"])
+def test_compiles_into_one_graph(normalize_over):
+    table, (context, hidden) = embedding(), states(1, P)
+    reg = PerplexityRegularizer(table, normalize_over=normalize_over)
+    want = reg(context, hidden)
+    compiled = torch.compile(reg, fullgraph=True, backend="aot_eager")
+    got = compiled(context, hidden)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(loss, (context, hidden)) for loss in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_adds_nothing_to_a_host():
     host = nn.Module()
     host.table = embedding()
@@ -286,12 +353,11 @@ BAD_SETTINGS = [
     ("embedding", dict(embedding=torch.zeros(V))),
     ("embedding", dict(embedding=torch.zeros(V, D, dtype=torch.long))),
     ("embedding", dict(embedding=[[0.0]])),
-    ("embedding", dict(embedding=nn.Embedding(V, D))),
     *[(n, {n: bad}) for n in ("weight", "inverse_weight") for bad in (-0.1, float("nan"), float("inf"), "1", None, True)],
     *[("temperature", dict(temperature=bad)) for bad in (0, -1.0, float("nan"), float("inf"), "0.1", True)],
     *[("top_k", dict(top_k=bad)) for bad in (0, -1, V + 1, 2.0, "3", True)],
     ("top_k", dict(top_k=6, candidates=range(5))),
-    *[("chunk_size", dict(chunk_size=bad)) for bad in (0, -1, 1.5, None)],
+    *[("memory_mib", dict(memory_mib=bad)) for bad in (0, -1, float("inf"), "64", None)],
     *[("label", dict(label=bad)) for bad in ("Soft", "", None, 1, ["soft"])],
     *[("normalize_over", dict(normalize_over=bad)) for bad in ("vocab", None)],
     ("normalize_over", dict(normalize_over="topk", label="hard")),

@@ -7,7 +7,7 @@ Letters (used in every docstring of the package)::
 
     E   (V, D)     the frozen token embedding; also the weight of the training-free LM head
     v   (R, D)     learnable context vectors, in token-embedding space
-    h   (R, D)     the text tower's ln_final output at the position before each of them
+    h   (R, D)     the text tower's ln_final output at the position before each of them ("preceding"), or at its "own"
     I   (R, K)     ids of the K words nearest to each v by cosine
     q   (R, K)     the label, softmax(cos(E_I, v) / temperature)
     p   (R, K)     the LM head's probability of those words, softmax(E h) over V or over I
@@ -19,26 +19,25 @@ OUR CHOICE in docs/method.md. All logarithms are natural (units: nats). Whatever
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 LABELS = ("soft", "hard")
+NORMALIZE_EPS = 1e-12  # as in F.normalize: a shorter vector counts as one of this length
 NORMALIZE_OVER = ("vocabulary", "topk")
 
 
 class PLPPRows(NamedTuple):
-    """One value a context vector, shape ``(R,)`` each, in nats."""
+    """One value a context vector, shape ``(R,)`` each, in nats; ``hard_nll`` is None where it was not asked for."""
 
     perplexity_loss: Tensor
     inverse_loss: Tensor
-    hard_nll: Tensor
+    hard_nll: Tensor | None
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -74,60 +73,82 @@ def nearest_words(v: Tensor, E: Tensor, k: int, E_inverse_norm: Tensor | None = 
         return cosines.T, ids.T
 
 
-def search_all(v: Tensor, E: Tensor, E_inverse_norm: Tensor | None, k: int, chunk_size: int) -> Tensor:
-    """Ids I (R, k) of :func:`nearest_words`, ``chunk_size`` rows at a time."""
-    return torch.cat([nearest_words(part, E, k, E_inverse_norm)[1] for part in v.split(chunk_size)])
+def search_all(v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int, max_bytes: int) -> tuple[Tensor, Tensor]:
+    """:func:`nearest_words`, so many rows at a time that their (rows, V) cosines fit ``max_bytes``."""
+    found = [nearest_words(v[part], E, k, E_inverse_norm) for part in parts(len(v), len(E) * E.element_size(), max_bytes)]
+    cosines, ids = zip(*found, strict=True)
+    return (cosines[0], ids[0]) if len(found) == 1 else (torch.cat(cosines), torch.cat(ids))
 
 
-def word_products(x: Tensor, E: Tensor, ids: Tensor) -> Tensor:
-    """``E_I x``, each row with its own words: x (R, D), E (V, D), ids (R, K) -> (R, K). Differentiable in x.
+def parts(rows: int, bytes_a_row: int, max_bytes: int) -> Iterator[slice]:
+    """Slices of ``rows``, as few as keep what is made for the rows of one within ``max_bytes``; at least a row each."""
+    at_once = max(1, max_bytes // bytes_a_row)
+    return (slice(first, first + at_once) for first in range(0, rows, at_once))
 
-    >>> word_products(torch.tensor([[0.0, 4.0, 3.0]]), torch.eye(3), torch.tensor([[2, 1]]))
-    tensor([[3., 4.]])
+
+def word_products(x: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
+    """``E_I x``, each row with its own words: x (R, N, D), E (V, D), ids (R, K) -> (R, N, K). Differentiable in x, any order.
+
+    The words' vectors (R, K, D) are looked up, at most ``max_bytes`` of them at a time, in both directions, and never kept.
+
+    >>> word_products(torch.tensor([[[0.0, 4.0, 3.0]]]), torch.eye(3), torch.tensor([[2, 1]]), max_bytes=2**20)
+    tensor([[[3., 4.]]])
     """
-    return _WordProducts.apply(x, E, ids)
+    return _WordProducts.apply(x, E, ids, max_bytes)
 
 
 class _WordProducts(torch.autograd.Function):
-    """On a CPU neither direction makes the words' vectors (R, K, D), which would take four times as long and be kept.
-
-    A product's bits do not depend on the word's place in ``ids``: it is a sum of its own, on any device.
-    """
+    @staticmethod
+    def forward(x: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
+        a_row = ids.shape[1] * E.shape[1] * E.element_size()
+        products = [torch.bmm(x[part], F.embedding(ids[part], E).transpose(1, 2)) for part in parts(len(ids), a_row, max_bytes)]
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     @staticmethod
-    def forward(ctx, x: Tensor, E: Tensor, ids: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, E, ids, ctx.max_bytes = inputs
         ctx.save_for_backward(E, ids)
-        if not x.is_cpu:
-            return F.embedding(ids, E).mul_(x.unsqueeze(1)).sum(-1)
-        rows, k = ids.shape
-        columns, order = ids.sort(dim=1)
-        starts = torch.arange(0, rows * k + 1, k, dtype=ids.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            places = torch.sparse_csr_tensor(
-                starts, columns.flatten(), x.new_zeros(rows * k), (rows, len(E)), check_invariants=False
-            )
-        products = torch.sparse.sampled_addmm(places, x, E.T, beta=0.0).values().view(rows, k)
-        return torch.empty_like(products).scatter_(1, order, products)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         E, ids = ctx.saved_tensors
-        return F.embedding_bag(ids, E, per_sample_weights=gradient.contiguous(), mode="sum"), None, None
+        if gradient.shape[1] == 1:
+            return weighted_words(gradient[:, 0], E, ids).unsqueeze(1), None, None, None
+        a_row = ids.shape[1] * E.shape[1] * E.element_size()
+        sums = [torch.bmm(gradient[part], F.embedding(ids[part], E)) for part in parts(len(ids), a_row, ctx.max_bytes)]
+        return torch.cat(sums), None, None, None
 
 
-def label_log_probabilities(
-    v: Tensor, E: Tensor, ids: Tensor, temperature: float, E_inverse_norm: Tensor | None = None
-) -> Tensor:
-    """``log q = log_softmax(cos(E_I, v) / temperature)``: v (R, D), E (V, D), ids (R, K) -> (R, K). Differentiable in v.
+def weighted_words(weights: Tensor, E: Tensor, ids: Tensor) -> Tensor:
+    """``sum_k weights_k E_{I_k}`` for each row: weights (R, K), E (V, D), ids (R, K) -> (R, D)."""
+    return F.embedding_bag(ids, E, per_sample_weights=weights.contiguous(), mode="sum")
 
-    >>> v, ids = torch.tensor([[0.0, 4.0, 3.0]]), torch.tensor([[1, 2]])
-    >>> label_log_probabilities(v, torch.eye(3), ids, temperature=0.1).exp()
-    tensor([[0.8808, 0.1192]])
+
+def with_gradient(cosines: Tensor, v: Tensor, E: Tensor, E_inverse_norm: Tensor, ids: Tensor) -> Tensor:
+    """Known cosines of v (R, D) to its words ids (R, K) as a function of v: (R, K) -> (R, K).
+
+    ``d cos_k / d v = (E_k / |E_k| - cos_k u) / |v|`` with ``u = v / |v|``.
     """
-    norms = inverse_norm(F.embedding(ids, E)) if E_inverse_norm is None else E_inverse_norm[ids]
-    return (word_products(F.normalize(v, dim=-1), E, ids) * norms / temperature).log_softmax(-1)
+    return _Cosines.apply(v, cosines, E, E_inverse_norm, ids)
+
+
+class _Cosines(torch.autograd.Function):
+    @staticmethod
+    def forward(v: Tensor, cosines: Tensor, E: Tensor, E_inverse_norm: Tensor, ids: Tensor) -> Tensor:
+        return cosines.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        v, _, E, E_inverse_norm, ids = inputs
+        ctx.save_for_backward(v, output, E, E_inverse_norm, ids)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        v, cosines, E, E_inverse_norm, ids = ctx.saved_tensors
+        length = v.norm(dim=-1, keepdim=True).clamp_min(NORMALIZE_EPS)
+        toward = weighted_words(gradient * E_inverse_norm[ids], E, ids)
+        along = (gradient * cosines).sum(-1, keepdim=True) / length
+        return (toward - along * v) / length, None, None, None, None
 
 
 def perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -159,60 +180,44 @@ def perplexity(hard_nll: Tensor) -> Tensor:
     return hard_nll.mean().exp()
 
 
+def vocabulary_log_normalizer(h: Tensor, E: Tensor, max_bytes: int) -> Tensor:
+    """``log sum_V exp(E h)``: h (R, D), E (V, D) -> (R,). Differentiable in h, any order.
+
+    At most ``max_bytes`` of the (R, V) logits live at a time; where that is not all of them, backward computes them again.
+    """
+    return _VocabularyLogNormalizer.apply(h, E, max_bytes)[0]
+
+
 class _VocabularyLogNormalizer(torch.autograd.Function):
-    """``log sum_V exp(E h)``: h (R, D), E (V, D) -> (R,), with E constant.
-
-    Autograd's own graph of it walks the (R, V) matrix five times and keeps it twice; this keeps p and multiplies once.
-    """
+    """Autograd's own graph walks the (R, V) matrix five times and keeps it twice; this keeps p, and multiplies once."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, E: Tensor) -> Tensor:
-        logits = h @ E.T
+    def forward(h: Tensor, E: Tensor, max_bytes: int) -> tuple[Tensor, Tensor]:
+        rows = list(parts(len(h), len(E) * E.element_size(), max_bytes))
+        logits = h[rows[0]] @ E.T
         log_normalizer = logits.logsumexp(-1)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(logits.sub_(log_normalizer.unsqueeze(1)).exp_(), E)
-        return log_normalizer
+        if len(rows) == 1:
+            return log_normalizer, logits.sub_(log_normalizer.unsqueeze(1)).exp_()
+        others = [(h[part] @ E.T).logsumexp(-1) for part in rows[1:]]
+        return torch.cat([log_normalizer, *others]), logits.new_empty(0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        p, E = ctx.saved_tensors
-        with _without_autocast(p):  # some call backward inside it
-            return (p @ E).mul_(gradient.unsqueeze(1)), None
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        h, E, ctx.max_bytes = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, E, output[1])
 
-
-def plpp_rows(
-    v: Tensor,
-    h: Tensor,
-    E: Tensor,
-    ids: Tensor,
-    *,
-    temperature: float,
-    normalize_over: str = "vocabulary",
-    detach_label: bool = True,
-    with_nll: bool = True,
-    E_inverse_norm: Tensor | None = None,
-) -> PLPPRows:
-    """Both losses and the hard-label negative log-likelihood of each row: v, h (R, D), E (V, D), ids (R, K) -> 3 x (R,).
-
-    ``ids`` are the label's words, nearest first (:func:`nearest_words`); K = 1 is the hard label, with which q is 1 and the
-    inverted loss exactly 0. ``detach_label``: no gradient through the label's side of either loss: q in the perplexity
-    loss, p in the inverted one. ``with_nll=False`` gives nan where the likelihood over V would cost extra.
-    """
-    logits_I = word_products(h, E, ids)
-    if normalize_over == "vocabulary":
-        log_p = logits_I - _VocabularyLogNormalizer.apply(h, E).unsqueeze(1)
-        hard_nll = -log_p[:, 0].detach()
-    else:
-        log_p = logits_I.log_softmax(-1)
-        hard_nll = v.new_full((len(v),), torch.nan)
-        if with_nll:  # reported over V whatever the loss is normalised over
-            with torch.no_grad():
-                hard_nll = _VocabularyLogNormalizer.apply(h, E) - logits_I[:, 0]
-    log_q = label_log_probabilities(v, E, ids, temperature, E_inverse_norm)
-    direct = perplexity_loss(log_q.detach() if detach_label else log_q, log_p)
-    inverse = inverted_perplexity_loss(log_q, log_p.detach() if detach_label else log_p)
-    return PLPPRows(direct, inverse, hard_nll)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+        h, E, p = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None
+        with _without_autocast(h):  # some call backward inside it
+            if len(p) and not torch.is_grad_enabled():
+                return (p @ E).mul_(gradient.unsqueeze(1)), None, None
+            rows = parts(len(h), len(E) * E.element_size(), ctx.max_bytes)
+            return torch.cat([(h[r] @ E.T).softmax(-1) @ E * gradient[r].unsqueeze(1) for r in rows]), None, None
 
 
 def plpp(
@@ -221,29 +226,57 @@ def plpp(
     E: Tensor,
     *,
     top_k: int,
-    chunk_size: int,
+    temperature: float,
+    max_bytes: int,
     E_inverse_norm: Tensor | None = None,
-    search: Callable[..., Tensor] = search_all,
+    search: Callable[..., tuple[Tensor, Tensor]] = search_all,
     normalize_over: str = "vocabulary",
-    **settings,
+    detach_label: bool = True,
+    with_nll: bool = True,
 ) -> PLPPRows:
-    """:func:`plpp_rows` of every context vector: context (1 or P, M, D), hidden (1 or P, M, D) -> 3 x (P * M,).
+    """Both losses and the hard-label negative log-likelihood of every context vector.
 
-    At most ``chunk_size`` rows meet E at a time, so no (rows, V) matrix is larger than that. Where the loss needs such
-    matrices, what a chunk made is dropped after its forward pass and computed again in backward. A context that is shared by P
-    prompts is looked up once, by ``search`` (same arguments and answer as :func:`search_all`).
+    Args:
+        context: v, (1 or P, M, D). One that P prompts share is looked up once.
+        hidden: h, (1 or P, M, D).
+        E: the vocabulary (V, D).
+        top_k: K. K = 1 is the hard label, with which q is 1 and the inverted loss exactly 0.
+        temperature: of the label's softmax.
+        max_bytes: bound on each matrix that has a row for each vector and a column for each word.
+        E_inverse_norm: (V,), where it is known.
+        search: finds cosines and ids; same arguments and answer as :func:`search_all`.
+        normalize_over: one of :data:`NORMALIZE_OVER`.
+        detach_label: no gradient through the label's side of either loss: q in the perplexity loss, p in the inverted one.
+        with_nll: False gives None where the likelihood over V would cost extra.
+
+    Returns:
+        :class:`PLPPRows` of (P * M,), by prompt, then position. Differentiable any number of times.
     """
     dtype = compute_dtype(context, hidden, E)
     with _without_autocast(context):
         v, h, E = context.to(dtype), hidden.to(dtype), E.to(dtype)
-        ids = search(v.detach().flatten(0, 1), E, E_inverse_norm, top_k, chunk_size).view(*v.shape[:2], top_k)
-        prompts = max(len(v), len(h))
-        v, h, ids = (t.expand(prompts, -1, -1).flatten(0, 1) for t in (v, h, ids))
-        of_rows = partial(plpp_rows, normalize_over=normalize_over, E_inverse_norm=E_inverse_norm, **settings)
-        if len(v) <= chunk_size:
-            return of_rows(v, h, E, ids)
+        E_inverse_norm = inverse_norm(E) if E_inverse_norm is None else E_inverse_norm
+        contexts, m = v.shape[:2]
+        rows = v.flatten(0, 1)
+        cosines, ids = search(rows.detach(), E, E_inverse_norm, top_k, max_bytes)
+        cosines = with_gradient(cosines, rows, E, E_inverse_norm, ids).view(contexts, m, -1)
+        log_q = (cosines / temperature).log_softmax(-1)  # (1 or P, M, K)
+
+        h = h.expand(max(contexts, len(h)), -1, -1)
+        if contexts == len(h):
+            logits = word_products(h.flatten(0, 1).unsqueeze(1), E, ids, max_bytes).view(contexts, m, -1)
+        else:
+            logits = word_products(h.transpose(0, 1), E, ids, max_bytes).transpose(0, 1)  # (P, M, K)
         if normalize_over == "vocabulary":
-            of_rows = partial(checkpoint, of_rows, use_reentrant=False, preserve_rng_state=False)
-        chunks = zip(v.split(chunk_size), h.split(chunk_size), ids.split(chunk_size), strict=True)
-        parts = [of_rows(vi, hi, E, i) for vi, hi, i in chunks]
-        return PLPPRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            log_p = logits - vocabulary_log_normalizer(h.flatten(0, 1), E, max_bytes).view(*h.shape[:2], 1)
+            hard_nll = -log_p[..., 0].detach()
+        else:
+            log_p = logits.log_softmax(-1)
+            hard_nll = None
+            if with_nll:  # reported over V whatever the loss is normalised over
+                with torch.no_grad():
+                    over_all = vocabulary_log_normalizer(h.detach().flatten(0, 1), E, max_bytes)
+                    hard_nll = over_all.view(h.shape[:2]) - logits[..., 0]
+        direct = perplexity_loss(log_q.detach() if detach_label else log_q, log_p)
+        inverse = inverted_perplexity_loss(log_q, log_p.detach() if detach_label else log_p)
+        return PLPPRows(direct.flatten(), inverse.flatten(), None if hard_nll is None else hard_nll.flatten())

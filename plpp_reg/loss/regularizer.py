@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ class Components(NamedTuple):
     perplexity: Tensor
 
 
+class _Words(NamedTuple):
+    """The vocabulary on one device, and which embedding it was taken from."""
+
+    vocabulary: Tensor  # (V, D)
+    inverse_norm: Tensor  # (V,)
+    source: Tensor
+    fingerprint: tuple
+
+
 class PerplexityRegularizer(nn.Module):
     """``weight * L_ppl + inverse_weight * L_inv`` over learned context vectors (PLPP, arXiv 2412.15277).
 
@@ -33,9 +42,10 @@ class PerplexityRegularizer(nn.Module):
         L_inv = mean -sum_I p log q        (p, the LM head's words, is detached)
 
     Args:
-        embedding: the text tower's frozen ``token_embedding.weight``, (V, D). Its storage is shared, never copied, where it
-            is float32 already; the regularizer follows it when it moves or is reloaded in place (``load_state_dict``, not
-            with ``assign=True``, which puts another tensor in its place).
+        embedding: the text tower's frozen ``token_embedding``, or its weight (V, D). Its storage is shared, never copied, where
+            it is float32 already and on the context's device; the regularizer follows it when it moves or is reloaded in place
+            (``load_state_dict``). A tensor that is put in the weight's place (``assign=True``) is seen where the module was
+            given; new numbers written through ``.data`` leave no trace: call :meth:`refresh` after that.
         weight: factor of the perplexity loss, >= 0.
         inverse_weight: factor of the inverted perplexity loss, >= 0.
         top_k: number K of nearest words that make the label, 1 <= K <= V.
@@ -43,7 +53,7 @@ class PerplexityRegularizer(nn.Module):
         label: "soft" (K words) or "hard" (the nearest word alone; then L_inv is 0).
         normalize_over: p is a distribution over the whole "vocabulary" or over the label's "topk" words.
         detach_label: no gradient through the label's side of either loss.
-        chunk_size: rows (context vectors) per (rows, V) matrix, >= 1; bounds memory, changes nothing else.
+        memory_mib: bound on each matrix of a number for each context vector and word, in MiB, > 0; changes nothing else.
         candidates: ids of the rows of ``embedding`` that count as words, for label and prediction alike; None: all.
 
     ``embedding`` of an openai-clip model, say: ``PerplexityRegularizer(clip_model.token_embedding.weight)``. The module has no
@@ -61,7 +71,7 @@ class PerplexityRegularizer(nn.Module):
 
     def __init__(
         self,
-        embedding: Tensor,
+        embedding: Tensor | nn.Embedding,
         weight: float = 0.1,
         inverse_weight: float = 0.1,
         top_k: int = 10,
@@ -69,21 +79,24 @@ class PerplexityRegularizer(nn.Module):
         label: str = "soft",
         normalize_over: str = "topk",
         detach_label: bool = True,
-        chunk_size: int = 128,
+        memory_mib: float = 64.0,
         candidates: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(embedding, Tensor) or embedding.dim() != 2 or not embedding.is_floating_point():
-            raise InputError(f"embedding: expected a floating-point tensor (V, D), got {_describe(embedding)}")
-        ids = _check_candidates(candidates, len(embedding))
-        vocabulary_size = len(embedding) if ids is None else len(ids)
+        source = embedding.weight if isinstance(embedding, nn.Embedding) else embedding
+        if not isinstance(source, Tensor) or source.dim() != 2 or not source.is_floating_point():
+            raise InputError(
+                f"embedding: expected an nn.Embedding or a floating-point tensor (V, D), got {_describe(embedding)}"
+            )
+        ids = _check_candidates(candidates, len(source))
+        vocabulary_size = len(source) if ids is None else len(ids)
         self.weight = _check_number("weight", weight, 0.0)
         self.inverse_weight = _check_number("inverse_weight", inverse_weight, 0.0)
         self.temperature = _check_number("temperature", temperature, 0.0, open_below=True)
         self.label = _check_choice("label", label, PF.LABELS)
         self.normalize_over = _check_choice("normalize_over", normalize_over, PF.NORMALIZE_OVER)
         self.top_k = _check_integer("top_k", top_k, 1, vocabulary_size, "the vocabulary's size")
-        self.chunk_size = _check_integer("chunk_size", chunk_size, 1)
+        self.memory_mib = _check_number("memory_mib", memory_mib, 0.0, open_below=True)
         if not isinstance(detach_label, bool):
             raise InputError(f"detach_label: expected True or False, got {detach_label!r}")
         self.detach_label = detach_label
@@ -92,12 +105,10 @@ class PerplexityRegularizer(nn.Module):
                 "normalize_over: expected 'vocabulary' with one label word (hard, or top_k 1), got 'topk': p is 1 there"
             )
         self.nearest = NearestWords()
-        self._source = (embedding,)  # a tuple, so that nn.Module does not register a host's Parameter as ours
-        self._seen: tuple[Tensor, tuple] | None = None
-        self.register_buffer("candidates", ids, persistent=False)
-        self.register_buffer("vocabulary", embedding.detach(), persistent=False)
-        self.register_buffer("inverse_norm", None, persistent=False)
-        self._refresh(embedding.device)
+        # tuples, so that nn.Module registers nothing: no parameter or buffer of the host's becomes ours, nothing is broadcast
+        self._source = (embedding,)
+        self._candidates = (ids,)
+        self._words: _Words | None = None
 
     def forward(self, context: Tensor, hidden: Tensor) -> Tensor:
         """The weighted scalar to add to a task loss; arguments as in :meth:`components`."""
@@ -136,27 +147,29 @@ class PerplexityRegularizer(nn.Module):
 
     def _measure(self, context: Tensor, hidden: Tensor, with_nll: bool) -> Components:
         v, h = self._checked(context, hidden)
-        self._follow_source()
+        words = self._words_on(v.device)
         rows = PF.plpp(
             v,
             h,
-            self.vocabulary,
+            words.vocabulary,
             top_k=self.top_k if self.label == "soft" else 1,
-            chunk_size=self.chunk_size,
-            E_inverse_norm=self.inverse_norm,
+            max_bytes=self.max_bytes,
+            E_inverse_norm=words.inverse_norm,
             search=self.nearest,
             temperature=self.temperature,
             normalize_over=self.normalize_over,
             detach_label=self.detach_label,
             with_nll=with_nll,
         )
-        direct = rows.perplexity_loss.mean()
-        parts = Components(direct.new_zeros(()), direct, rows.inverse_loss.mean(), PF.perplexity(rows.hard_nll))
-        return parts._replace(total=sum(self.terms(parts).values(), parts.total))
+        direct, inverse = rows.perplexity_loss.mean(), rows.inverse_loss.mean()
+        perplexity = direct.new_full((), torch.nan) if rows.hard_nll is None else PF.perplexity(rows.hard_nll)
+        parts = Components(direct, direct, inverse, perplexity)
+        terms = list(self.terms(parts).values())
+        return parts._replace(total=sum(terms[1:], terms[0]) if terms else direct.new_zeros(()))
 
     def _checked(self, context: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Both as (1 or P, M, D)."""
-        width = self._source[0].shape[1]
+        width = self.width
         for name, tensor in (("context", context), ("hidden", hidden)):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() not in (2, 3):
                 raise InputError(f"{name}: expected a floating-point tensor (M, D) or (P, M, D), got {_describe(tensor)}")
@@ -172,32 +185,69 @@ class PerplexityRegularizer(nn.Module):
             )
         return v, h
 
-    def _apply(self, fn, recurse: bool = True):  # .to(), .half(), .cuda(), ...: moves, but never leaves float32
-        before = self.vocabulary.device
-        super()._apply(fn, recurse)
-        if self.vocabulary.device != before or self.vocabulary.dtype != PF.compute_dtype(self._source[0]):
-            self._refresh(self.vocabulary.device)
-        return self
+    @property
+    def source(self) -> Tensor:
+        """The embedding's weight as it is now, (V, D)."""
+        embedding = self._source[0]
+        return embedding.weight if isinstance(embedding, nn.Embedding) else embedding
 
-    def _follow_source(self) -> None:
-        if self._seen[1] != _fingerprint(self._source[0]):
-            self._refresh(self._source[0].device)
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.source.shape[1]
 
-    def _refresh(self, device: torch.device) -> None:
-        """Take the vocabulary from the embedding: shared where dtype, device and rows allow, copied otherwise."""
-        source = self._source[0]
+    @property
+    def max_bytes(self) -> int:
+        """``memory_mib`` in bytes."""
+        return int(self.memory_mib * 2**20)
+
+    @property
+    def candidates(self) -> Tensor | None:
+        """Ids of the rows that count as words, sorted; None: all."""
+        return self._candidates[0]
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """E, float32 at least: the candidates' rows of the embedding, (V, D), on its device."""
+        return self._words_on(self.source.device).vocabulary
+
+    @property
+    def inverse_norm(self) -> Tensor:
+        """``1 / |E_i|``, (V,), on the embedding's device."""
+        return self._words_on(self.source.device).inverse_norm
+
+    def refresh(self) -> None:
+        """Read the embedding again, after its numbers were written to through ``.data``."""
+        self._words = None
+        self.nearest.forget()
+
+    def _words_on(self, device: torch.device) -> _Words:
+        """The vocabulary, taken from the embedding anew where that has changed: shared where dtype, device and rows allow."""
+        source, words = self.source, self._words
+        if words is not None and words.vocabulary.device == device:
+            if torch.compiler.is_compiling() or words.fingerprint == _fingerprint(source):
+                return words
         rows = source.detach()
         if self.candidates is not None:
             rows = rows[self.candidates.to(rows.device)]
-        self.vocabulary = rows.to(device=device, dtype=PF.compute_dtype(source))
-        self.inverse_norm = PF.inverse_norm(self.vocabulary)
-        self.nearest.forget()
+        vocabulary = rows.to(device=device, dtype=PF.compute_dtype(source))
+        self.refresh()
         # the tensor too: while its storage is alive, no other weights can come to stand at its address
-        self._seen = (source.detach(), _fingerprint(source))
+        self._words = _Words(vocabulary, PF.inverse_norm(vocabulary), source.detach(), _fingerprint(source))
+        return self._words
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What can be made again is not copied."""
+        return {**self.__dict__, "_words": None, "nearest": NearestWords()}
 
     def extra_repr(self) -> str:
-        names = [n for n in settings_defaults() if n != "chunk_size"]
-        return ", ".join([f"V={len(self.vocabulary)}", *(f"{n}={getattr(self, n)!r}" for n in names)])
+        names = [n for n in settings_defaults() if n != "memory_mib"]
+        return ", ".join(
+            [
+                f"V={len(self.source) if self.candidates is None else len(self.candidates)}",
+                *(f"{n}={getattr(self, n)!r}" for n in names),
+            ]
+        )
 
 
 def settings_defaults() -> dict[str, float | int | str | bool]:
