@@ -68,7 +68,7 @@ def states(host, prompts: Tensor, deep=()) -> Tensor:
     return seen[0]
 
 
-def term(host, regularizer, batch) -> Tensor:
+def term(host, regularizer, batch, own: bool = False) -> Tensor:
     """The regularizer's value by a second text pass, one class and one image at a time."""
     learner = host.prompt_learner
     at = places(learner.ctx.shape[-2], learner.class_token_position)
@@ -81,7 +81,7 @@ def term(host, regularizer, batch) -> Tensor:
         hidden = states(host, prompts, getattr(learner, "deep", ()))
         classes = range(1) if learner.ctx.dim() == 2 and learner.class_token_position == "end" else range(len(NAMES))
         v = torch.stack([torch.stack([prompts[c, t] for t in at[c]]) for c in classes])
-        h = torch.stack([torch.stack([hidden[c, t - 1] for t in at[c]]) for c in classes])
+        h = torch.stack([torch.stack([hidden[c, t - (not own)] for t in at[c]]) for c in classes])
         totals.append(regularizer(v, h))
     return sum(totals) / len(totals)
 
@@ -90,10 +90,10 @@ def gradients(host) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in host.named_parameters() if p.grad is not None}
 
 
-def expected(clip_model, regularizer, batch, factor=1.0, **make) -> dict[str, Tensor]:
+def expected(clip_model, regularizer, batch, factor=1.0, own=False, **make) -> dict[str, Tensor]:
     """The gradient of (loss + term) * factor on a host that nobody has touched."""
     host = make_host(clip_model, **make)
-    ((host_loss(host, batch) + term(host, regularizer, batch)) * factor).backward()
+    ((host_loss(host, batch) + term(host, regularizer, batch, own)) * factor).backward()
     return gradients(host)
 
 

@@ -43,6 +43,18 @@ def test_the_gradient_is_that_of_explicit_addition(clip_model, batch, kind, lear
     assert (wanted["prompt_learner.ctx"] - plain.prompt_learner.ctx.grad).norm() > 1e-2 * wanted["prompt_learner.ctx"].norm()
 
 
+@pytest.mark.parametrize("learner", LAYOUTS, ids=lambda d: "-".join(map(str, d.values())))
+def test_the_vectors_own_states(clip_model, batch, learner):
+    regularizer = make_regularizer(clip_model)
+    host = make_host(clip_model, "trainer", **learner)
+    attach(host, regularizer, states="own")
+    host_loss(host, batch).backward()
+    wanted = expected(clip_model, regularizer, batch, own=True, kind="trainer", **learner)
+    assert_close(gradients(host), wanted)
+    preceding = expected(clip_model, regularizer, batch, kind="trainer", **learner)["prompt_learner.ctx"]
+    assert (wanted["prompt_learner.ctx"] - preceding).norm() > 1e-3 * preceding.norm()
+
+
 @pytest.mark.parametrize("settings", [{"normalize_over": "vocabulary"}, {"label": "hard", "normalize_over": "vocabulary"}])
 def test_the_regularizers_settings_act(clip_model, batch, settings):
     regularizer = make_regularizer(clip_model, **settings)
@@ -294,6 +306,7 @@ def test_a_second_attach(clip_model):
         ({"context": "prompt_learner.words"}, "^context: expected the name of a parameter, got 'prompt_learner.words'"),
         ({"context": torch.zeros(3)}, r"^context: expected \(M, 64\) or \(C, M, 64\), got \(3,\)"),
         ({"position": "back"}, "^position: expected one of 'end', 'middle', 'front' or a tensor, got 'back'"),
+        ({"states": "before"}, "^states: expected one of 'preceding', 'own', got 'before'"),
         ({"backward_pass": 0}, "^backward_pass: expected an integer >= 1, got 0"),
     ],
 )

@@ -76,7 +76,7 @@ def test_the_passes_are_the_method_s_own():
     plpp = {name: made.plpp for name, made in of.items()}
     assert plpp["CoOp_PLPP"] == ((1, 16, 512), (1, 16, 512)) and plpp["VPT"] is None
     assert plpp["CoCoOp_PLPP"] == ((4, 4, 512), (4, 4, 512))
-    assert of["CoOp_PLPP"].step.flops(PLPP) == 2 * 16 * 512 * 49408  # each vector meets each word
+    assert of["CoOp_PLPP"].step.flops(PLPP) == 2 * 16 * 512 * (49408 + 10)  # each vector meets each word
     test = of["CoCoOp_PLPP"]
     assert not test.classes.flops() and test.batch.flops(TEXT) > 2 * test.few.flops(TEXT)  # ten images, and four
     assert of["ZeroshotCLIP"].frozen["test"].flops() == flops_of_images(64) == 16 * of["ZeroshotCLIP"].few_frozen.flops()

@@ -208,7 +208,7 @@ def test_every_key_that_a_result_depends_on_tells_rows_apart() -> None:
             assert labels[0] == labels[2]
             assert (labels[0] != labels[1]) == (key not in OF_THE_RUN and not key.startswith(idle)), (key, method)
     assert {"SEED", "OUTPUT_DIR", "DATASET.NAME", "DATASET.NUM_SHOTS"} <= OF_THE_RUN
-    assert {"MODEL.TEXT_MEMORY_MIB", "TRAINER.PLPP.CHUNK_SIZE"} <= OF_THE_RUN and LR not in OF_THE_RUN
+    assert {"MODEL.TEXT_MEMORY_MIB", "TRAINER.PLPP.MEMORY_MIB"} <= OF_THE_RUN and LR not in OF_THE_RUN
 
 
 def test_keys_of_one_last_name_are_written_whole_and_what_is_not_set_is_said() -> None:

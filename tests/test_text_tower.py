@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from plpp_reg.clip.load import set_precision
 from plpp_reg.clip.prompts import POSITIONS, PromptLearner, encode_texts
 from plpp_reg.clip.text import TextTower
-from plpp_reg.clip.tree import STATES, build_tree, context_symbol
+from plpp_reg.clip.tree import build_tree, context_symbol
+from plpp_reg.loss.functional import STATES
 
 import literal
 

@@ -214,7 +214,7 @@ def test_class_specific_perplexity_is_logged_once_an_epoch(cfg):
         def host(self, clip_model):
             return mini_trainers.LossInTrainer(clip_model, class_specific=True)
 
-    cfg.TRAINER.PLPP.CHUNK_SIZE = 5 * 4 - 1
+    cfg.TRAINER.PLPP.MEMORY_MIB = (5 * 4 - 1) * 4 * 49408 / 2**20
     trainer = with_plpp(Specific)(cfg)
     assert "perplexity" not in one_step(trainer)[0]
     trainer.batch_idx = 1

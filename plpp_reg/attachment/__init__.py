@@ -17,6 +17,7 @@ from plpp_reg.attachment.discovery import contexts, find_learner, find_text_enco
 from plpp_reg.attachment.gradient_join import Group, Join, joined
 from plpp_reg.attachment.layout import POSITIONS, Layout, Layouts, distinct_prompts, find_context, read_context
 from plpp_reg.errors import InputError
+from plpp_reg.loss.functional import STATES
 from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
 
 # the parts in joining, layout and places keep their names here
@@ -38,8 +39,9 @@ class Handle:
         prompt_learner: nn.Module,
         context: nn.Parameter,
         position: str | Tensor | None,
+        states: str = "preceding",
     ) -> None:
-        self.regularizer = regularizer
+        self.regularizer, self.states = regularizer, states
         self.text_encoder, self.prompt_learner, self.context = text_encoder, prompt_learner, context
         self.scaler: Any = None
         self.loss_scale = 1.0
@@ -133,10 +135,8 @@ class Handle:
             if not again:
                 self._next_pass().run_again = True
             return output
-        v, h = read_context(prompts, self._states(hidden, prompts), layout)
+        v, h = read_context(prompts, self._states(hidden, prompts), layout, self.states)
         self._check_scaler(prompts.device)
-        if self.regularizer.vocabulary.device != v.device:
-            self.regularizer.to(v.device)
         parts = self.regularizer.components(v, h, with_perplexity=False)
         group = self._group
         if not again or group is None or group.in_backward:
@@ -208,6 +208,7 @@ def attach(
     scaler: Any = None,
     loss_scale: float = 1.0,
     backward_pass: int = 1,
+    states: str = "preceding",
 ) -> Handle:
     """Add ``regularizer`` to the loss of ``model``, whatever that loss is: the same as ``loss + regularizer(v, h)``.
 
@@ -217,7 +218,7 @@ def attach(
 
     Args:
         model: whose forward pass one loss comes from; on one device, or within DistributedDataParallel.
-        regularizer: made from the token embedding of this model's text tower; moved to the model's device.
+        regularizer: made from the token embedding of this model's text tower.
         text_encoder: the module (or its name) that is called with prompt embeddings (N, T, D) and holds ``ln_final``; None: the
             one submodule that has a ``ln_final`` and no ``token_embedding``.
         prompt_learner: the module (or its name) whose mode says whether the model trains; None: the one that holds the context.
@@ -228,6 +229,7 @@ def attach(
         loss_scale: what else the loss is multiplied by before its backward pass: 1/k where k batches are accumulated and each
             loss is divided by k.
         backward_pass: on which of several backward passes through one forward pass the term rides: it counts once.
+        states: which states are h: the "preceding" ones, which predict the vectors, or the vectors' "own".
 
     Returns:
         :class:`Handle`.
@@ -245,7 +247,9 @@ def attach(
         raise InputError(f"position: expected one of {', '.join(map(repr, POSITIONS))} or a tensor, got {position!r}")
     if not isinstance(backward_pass, int) or backward_pass < 1:
         raise InputError(f"backward_pass: expected an integer >= 1, got {backward_pass!r}")
-    width = regularizer.vocabulary.shape[1]
+    if states not in STATES:
+        raise InputError(f"states: expected one of {', '.join(map(repr, STATES))}, got {states!r}")
+    width = regularizer.width
     learner = named_module(model, "prompt_learner", prompt_learner)
     learner, parameter = find_learner(model, learner, context, width)
     encoder = named_module(model, "text_encoder", text_encoder) or find_text_encoder(model)
@@ -257,7 +261,7 @@ def attach(
         raise InputError(f"text_encoder: expected width {width}, the vocabulary's, got ln_final of width {there.shape[-1]}")
     if any(isinstance(getattr(h, "__self__", None), Handle) for h in encoder._forward_hooks.values()):
         raise InputError("model: expected one without PLPP, this one has it: call remove() on the first handle")
-    handle = Handle(model, regularizer, encoder, learner, parameter, position)
+    handle = Handle(model, regularizer, encoder, learner, parameter, position, states)
     handle.scaler, handle.loss_scale, handle.backward_pass = scaler, loss_scale, backward_pass
     return handle
 

@@ -73,11 +73,11 @@ class Layouts:
         return Layout(slot.to(device), owner.to(device))
 
 
-def read_context(prompts: Tensor, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The vectors and the states before them, each distinct prompt once: v (1 or P, M, D), h (P, M, D)."""
+def read_context(prompts: Tensor, hidden: Tensor, layout: Layout, states: str = "preceding") -> tuple[Tensor, Tensor]:
+    """The vectors and the states before or at them, each distinct prompt once: v (1 or P, M, D), h (P, M, D)."""
     rows = distinct_prompts(prompts.detach(), layout)
     slot, row = layout.slot[rows], rows.unsqueeze(1)
-    v, h = prompts[row, slot], hidden[row, slot - 1]
+    v, h = prompts[row, slot], hidden[row, slot - 1 if states == "preceding" else slot]
     if len(v) > 1 and (layout.owner == layout.owner[0]).all() and torch.equal(v, v[:1].expand_as(v)):
         v = v[:1]  # one context read in P places: its nearest words are looked up once
     return v, h

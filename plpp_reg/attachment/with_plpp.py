@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from plpp_reg.attachment import Handle, attach, contexts
 from plpp_reg.errors import InputError
 from plpp_reg.loss import SUFFIX
+from plpp_reg.loss.functional import STATES
 from plpp_reg.loss.settings import regularizer_from
 
 
@@ -77,8 +78,8 @@ class _WithPLPP:
         model = self._plpp_model()
         weight = self._plpp_weight(model, used)
         node = getattr(getattr(self.cfg, "TRAINER", None), "PLPP", None) or {}
-        regularizer = regularizer_from(node, weight)
-        self.plpp = attach(model, regularizer, scaler=find_scaler(self), **self.plpp_arguments)
+        regularizer, states = regularizer_from(node, weight), node.get("STATES", STATES[0])
+        self.plpp = attach(model, regularizer, scaler=find_scaler(self), states=states, **self.plpp_arguments)
         settings = f"weight {regularizer.weight:g}, inverse weight {regularizer.inverse_weight:g}, top-k {regularizer.top_k}"
         print(f"PLPP: attached to {type(self.plpp.prompt_learner).__name__}.ctx {tuple(self.plpp.context.shape)} ({settings})")
         return built
@@ -108,7 +109,7 @@ class _WithPLPP:
         if not handle.rows:
             return {}
         # where every class has vectors of its own, the perplexity costs a pass over the vocabulary for each: once an epoch
-        parts = handle.last if handle.rows <= handle.regularizer.chunk_size or last_batch else handle.losses
+        parts = handle.last if handle.rows <= handle.regularizer.rows_at_once or last_batch else handle.losses
         figures = {f"loss_{name}": loss for name, loss in handle.regularizer.terms(parts).items()}
         figures["perplexity"] = parts.perplexity
         values = torch.stack([figure.detach() for figure in figures.values()]).tolist()  # in one transfer

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from plpp_reg.attachment.layout import POSITIONS
 from plpp_reg.clip.load import openai_clip
 from plpp_reg.clip.text import TextOutput, TextTower
-from plpp_reg.clip.tree import STATES, PromptTree, build_tree, context_symbol
+from plpp_reg.clip.tree import PromptTree, build_tree, context_symbol
 from plpp_reg.errors import InputError
+from plpp_reg.loss.functional import STATES
 
 ALL = slice(0, None, 1)
 
@@ -50,6 +51,16 @@ def encode_texts(tower: TextTower, texts: Sequence[str]) -> Tensor:
 def _check_length(what: str, tokens: int, most: int, detail: str = "") -> None:
     if tokens > most:
         raise InputError(f"{what}: expected at most {most} tokens, got {tokens}{detail}: shorten it")
+
+
+def check_states(name: str, states: str) -> str:
+    """
+    Raises:
+        InputError: it is none of :data:`plpp_reg.loss.functional.STATES`.
+    """
+    if states not in STATES:
+        raise InputError(f"{name}: expected one of {', '.join(map(repr, STATES))}, got {states!r}")
+    return states
 
 
 class PromptLearner(nn.Module):
@@ -95,8 +106,7 @@ class PromptLearner(nn.Module):
         super().__init__()
         if position not in POSITIONS:
             raise InputError(f"position: expected one of {', '.join(map(repr, POSITIONS))}, got {position!r}")
-        if states not in STATES:
-            raise InputError(f"states: expected one of {', '.join(map(repr, STATES))}, got {states!r}")
+        check_states("states", states)
         if not classnames:
             raise InputError("classnames: expected at least one class name, got none")
         embedding = clip_model.token_embedding.weight

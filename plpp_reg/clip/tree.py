@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STATES = ("preceding", "own")  # the state before a context vector, which predicts it; the state at the vector itself
-
 # A row's linear maps are 24 D^2 operations, its attention to a row 4 D: as much as 6 D rows, if both ran at the same rate.
 ATTENTION_ON_CPU = 2  # how much slower an operation of attention is than one of a linear map, about
 
@@ -79,7 +77,7 @@ def build_tree(
         n_ctx: number M of context vectors a prompt.
         width: D of the text tower, on which it depends how long a chunk may be before attention costs more than sharing saves.
         max_rows: computed together at most (at least one prompt is); None: all.
-        states: which state is read for each context vector, one of :data:`STATES`.
+        states: which state is read for each context vector, one of :data:`plpp_reg.loss.functional.STATES`.
         device: where the tree goes; on an accelerator chunks are longer, and their length suits its kernels. On "meta", where
             nothing is computed, they are as on the device that this machine computes with.
     """

@@ -88,6 +88,9 @@ DEFAULTS = {
     "TRAINER": {"NAME": ""},
 }
 
+# Keys of earlier versions that changed no result: passed over in a file, such as a run's own.
+RETIRED = {"TRAINER.PLPP.CHUNK_SIZE"}  # now a bound in MiB, MEMORY_MIB
+
 # Dassl's keys that name a choice of which this engine has one: accepted as they are, so that configuration files merge.
 FIXED = {
     "VERBOSE": True,
@@ -126,6 +129,8 @@ def merge_file(cfg: CfgNode, path: str | Path, above: tuple[Path, ...] = ()) -> 
             raise InputError(f"config file {str(path)!r}: _BASE_: expected another file's name, got {base!r}")
         merge_file(cfg, place.parent / base, (*above, place))
     for key, value in _flat_file(path, loaded):
+        if key in RETIRED:
+            continue
         try:
             set_value(cfg, key, value)
         except InputError as e:
@@ -204,8 +209,12 @@ def flat(cfg: CfgNode) -> dict[str, object]:
 
 
 def differences(old: dict[str, object], new: dict[str, object]) -> list[str]:
-    """What two flat configurations disagree on, as far as it changes a result: ``["OPTIM.LR: 0.002, now 0.01"]``."""
-    keys = [k for k in sorted(old.keys() | new.keys()) if k not in NOT_IN_THE_RESULT]
+    """What two flat configurations disagree on, as far as it changes a result: ``["OPTIM.LR: 0.002, now 0.01"]``.
+
+    A key that an earlier version did not have stood at its default.
+    """
+    old = {**flat(get_cfg_default()), **old}
+    keys = [k for k in sorted(old.keys() | new.keys()) if k not in NOT_IN_THE_RESULT and k not in RETIRED]
     return [f"{k}: {old.get(k)!r}, now {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from plpp_reg.clip.load import load_clip
-from plpp_reg.clip.prompts import PromptLearner
+from plpp_reg.clip.prompts import PromptLearner, check_states
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.data import DataSplit
@@ -207,6 +207,8 @@ class PromptTrainer:
         np.random.seed(cfg.SEED)
         torch.manual_seed(cfg.SEED)
         self.prompts = self.build(clip_model, self.data.classnames)
+        if self.learns_text_context:
+            self.learner.states = check_states("TRAINER.PLPP.STATES", cfg.TRAINER.PLPP.STATES)
         if cfg.TRAINER.PLPP.ENABLED:
             self.regularizer = regularizer_for(cfg, clip_model)
         self.saving = Saving(self)

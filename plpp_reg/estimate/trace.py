@@ -25,7 +25,6 @@ from plpp_reg.clip.load import PRECISIONS, set_precision
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
 from plpp_reg.estimate.operation import ATTENTION, ATTENTION_BACKWARD, Operation, Shape
-from plpp_reg.loss.functional import search_all
 
 TEXT, IMAGE, PLPP, OTHER, ALL = "text", "image", "plpp", "other", "all"
 FEW = 4  # images of the passes that are timed where more would take long: such a pass takes as long as it has images
@@ -191,8 +190,6 @@ def passes_of(trainer: PromptTrainer, images: dict[str, int], canonical: dict[st
     tracer.watch(trainer.image_tower, IMAGE)
     set_precision(trainer.clip_model, PRECISIONS[trainer.precision])
     trainer.scaler = torch.amp.GradScaler(enabled=False)
-    if trainer.regularizer is not None:
-        trainer.regularizer.nearest = search_all  # what it remembers are numbers; in a first step all rows meet all words
     reads: list[tuple[torch.Size, torch.Size]] = []
 
     def step() -> None:

@@ -19,7 +19,6 @@ OUR CHOICE in docs/method.md. All logarithms are natural (units: nats). Whatever
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LABELS = ("soft", "hard")
+STATES = ("preceding", "own")  # which state of the text tower h is
 NORMALIZE_EPS = 1e-12  # as in F.normalize: a shorter vector counts as one of this length
 NORMALIZE_OVER = ("vocabulary", "topk")
 

@@ -202,6 +202,12 @@ class PerplexityRegularizer(nn.Module):
         return int(self.memory_mib * 2**20)
 
     @property
+    def rows_at_once(self) -> int:
+        """How many context vectors meet the whole vocabulary at a time, within ``memory_mib``."""
+        words = self.source if self.candidates is None else self.candidates
+        return max(1, self.max_bytes // (4 * len(words)))
+
+    @property
     def candidates(self) -> Tensor | None:
         """Ids of the rows that count as words, sorted; None: all."""
         return self._candidates[0]
@@ -251,7 +257,7 @@ class PerplexityRegularizer(nn.Module):
 
 
 def settings_defaults() -> dict[str, float | int | str | bool]:
-    """The regularizer's settings and their defaults, read from its signature: the only source of ``TRAINER.PLPP``."""
+    """The regularizer's settings and their defaults, read from its signature."""
     parameters = inspect.signature(PerplexityRegularizer.__init__).parameters
     return {n: p.default for n, p in parameters.items() if n not in ("self", "embedding", "candidates")}
 

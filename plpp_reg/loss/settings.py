@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from plpp_reg.errors import InputError
+from plpp_reg.loss.functional import STATES
 from plpp_reg.loss.regularizer import PerplexityRegularizer, settings_defaults
 
 
 def node_defaults() -> dict[str, float | int | str | bool]:
-    """``ENABLED``, which is off, and every setting of the regularizer at its default, by the names that the node has."""
-    return {"ENABLED": False, **{name.upper(): value for name, value in settings_defaults().items()}}
+    """``ENABLED``, which is off, ``STATES``, and every setting of the regularizer, by the names that the node has."""
+    return {"ENABLED": False, "STATES": STATES[0], **{name.upper(): value for name, value in settings_defaults().items()}}
 
 
 def regularizer_from(

@@ -20,7 +20,7 @@ Settings = Mapping[str, Any]
 Kinds = Mapping[str, Mapping[Hashable, Settings]]  # of each row, by its name: what its runs of a cell were made with
 
 # Bounds on memory: another one goes in other chunks, which changes a result no more than rounding does.
-ROUNDING = {"MODEL.TEXT_MEMORY_MIB", "TRAINER.PLPP.CHUNK_SIZE"}
+ROUNDING = {"MODEL.TEXT_MEMORY_MIB", "TRAINER.PLPP.MEMORY_MIB", "TRAINER.PLPP.CHUNK_SIZE"}  # the last: before 0.2
 OF_THE_RUN = {*NOT_IN_THE_RESULT, *ROUNDING, "SEED", "DATASET.NAME", "DATASET.NUM_SHOTS", "TRAINER.NAME"}  # not how it was made
 OF_METHODS = "TRAINER."
 OF_PLPP = "TRAINER.PLPP."
