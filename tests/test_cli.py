@@ -286,6 +286,6 @@ def test_how_threads_wait_is_said_before_torch_is_loaded() -> None:
 )
 def test_configuration_keys_end_the_values_of_a_flag(words: list[str], seeds: list[int], opts: list[str], monkeypatch) -> None:
     seen = {}
-    monkeypatch.setattr(cli, "_demo", lambda args: seen.update(vars(args)))
+    monkeypatch.setattr("plpp_reg.commands.demo.main", lambda args: seen.update(vars(args)))
     assert cli.main(words) == 0
     assert seen["seeds"] == seeds and seen["opts"] == opts

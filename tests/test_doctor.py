@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plpp_reg.commands import doctor as d
 from plpp_reg.commands.cli import main
+from plpp_reg.io import installation as d
 
 HOSTS = Path(__file__).parent / "hosts"
 

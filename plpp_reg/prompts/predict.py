@@ -180,34 +180,3 @@ def _not_exported(method: type[PromptTrainer]) -> str:
     if method.inference is not PromptTrainer.inference or method.logits is not PromptTrainer.logits:
         return "class_features: the logits are not one set of them against every image"
     return ""
-
-
-def show_export(run: str | Path, file: str | Path, classes: Sequence[str], epoch: int | None, method: str = "") -> None:
-    """``plpp export``: write the file, and say what is in it."""
-    trainer = load_run(run, classes, epoch, trainer=method)
-    left_out = export(trainer, file)
-    print(f"Exported: {file} ({len(trainer.data.classnames)} classes, {trainer.cfg.MODEL.BACKBONE.NAME})")
-    if left_out:
-        print(f"Left out with {trainer.cfg.TRAINER.NAME}: {left_out}; plpp predict classifies with it")
-
-
-def show(
-    run: str | Path,
-    places: Sequence[str | Path],
-    classes: Sequence[str],
-    epoch: int | None,
-    top: int,
-    as_json: bool,
-    method: str = "",
-) -> None:
-    """``plpp predict``: print the predictions, a line an image or as one JSON list."""
-    if top < 1:
-        raise InputError(f"--top: expected a number >= 1, got {top}")
-    images = find_images(places)
-    predictions = predict(load_run(run, classes, epoch, trainer=method), images)
-    if as_json:
-        print(json.dumps([p._asdict() for p in predictions], indent=1))
-        return
-    for p in predictions:
-        best = list(p.probabilities.items())[:top]
-        print(f"{p.image}  " + "  ".join(f"{name} {100 * share:.1f}%" for name, share in best), flush=True)

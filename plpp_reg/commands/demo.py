@@ -1,0 +1,20 @@
+"""``plpp demo``: methods with and without PLPP, with nothing to download."""
+
+from __future__ import annotations
+
+import argparse
+
+from plpp_reg.commands import flags
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", nargs="+", default=["CoOp"], help="prompt learners, or all (default: CoOp)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
+    parser.add_argument("--output-dir", default="output/demo", help="where runs, table and picture go")
+    flags.keys(parser, "configuration keys for every run")
+
+
+def main(args: argparse.Namespace) -> None:
+    from plpp_reg.experiments.demo import demo
+
+    demo(args.seeds, args.output_dir, args.opts, args.methods)

@@ -1,0 +1,48 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plpp_reg.engine.run import RunArguments
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Of a run, by Dassl's own names."""
+    parser.allow_abbrev = False
+    parser.add_argument("--trainer", default="", help="CoOp, CoOp_PLPP, ZeroshotCLIP, … or package.module:Class")
+    parser.add_argument("--root", default="", help="folder of the data sets")
+    parser.add_argument("--output-dir", default="", help="output folder (default: output/<data set>/<trainer>/seed<seed>)")
+    parser.add_argument("--seed", type=int, default=None, help="seed, 0 included (default 1; -1 draws one)")
+    parser.add_argument("--transforms", nargs="+", default=(), help="data augmentation by Dassl's names")
+    parser.add_argument("--config-file", default="", help="method configuration (YAML)")
+    parser.add_argument("--dataset-config-file", default="", help="data set's configuration (YAML; default: embedded)")
+    parser.add_argument(
+        "--backbone", default="", help="embedded (default), ViT-B/16 and the like, open_clip:ARCH/WEIGHTS, a file"
+    )
+
+
+def keys(parser: argparse.ArgumentParser, where: str = "configuration keys, after the flags") -> None:
+    """``KEY VALUE`` pairs at the end of the line."""
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=where)
+
+
+def learned(parser: argparse.ArgumentParser) -> None:
+    """Which of a run's checkpoints, around which class names."""
+    parser.add_argument("--classes", nargs="+", default=[], help="class names (default: those trained on)")
+    parser.add_argument("--load-epoch", type=int, default=None, help="epoch to load (default: best on validation, else last)")
+
+
+def own_trainer(parser: argparse.ArgumentParser) -> None:
+    """What a run's folder may not name, since importing it runs it."""
+    parser.add_argument("--trainer", default="", help="of a run of a trainer of your own: package.module:Class, imported")
+
+
+def run_arguments(args: argparse.Namespace) -> RunArguments:
+    """What :func:`arguments` added, as a run takes it."""
+    from plpp_reg.engine.run import RunArguments
+
+    fields = {name: value for name, value in vars(args).items() if name in RunArguments._fields}
+    return RunArguments(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
