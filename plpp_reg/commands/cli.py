@@ -6,13 +6,17 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
 from plpp_reg import __version__
-from plpp_reg.errors import InputError, install, unknown
+from plpp_reg.errors import InputError, install, line_of, unknown
+from plpp_reg.io.signals import Stopped, stopped_as_by_ctrl_c
+from plpp_reg.io.terminal import discard_output, print_all_letters
 
 # torch's threads (GNU OpenMP) wait for each other in a long busy loop: with small tensors, and another process on one of two
 # cores, a step takes 60 times as long. A short loop costs nothing where the machine is quiet, and 2.5 times where it is not.
@@ -106,31 +110,56 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _quiet_about_files(error: threading.ExceptHookArgs) -> None:
+    """An OSError of a thread, tensorboard's on a full disk, comes again where its work is used: there it is told."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the run itself failed, 2 what was asked for cannot be."""
+    """Exit status: 0 done, 1 the run itself failed, 2 what was asked for cannot be, 128 and its number by a signal."""
+    print_all_letters()
+    threading.excepthook = _quiet_about_files
     try:
-        args = _parsed(sys.argv[1:] if argv is None else argv)
-        if args.command is None:
-            _parser().print_help()
-            return 0
-        return _file_of(args.command).main(args) or 0
-    except InputError as e:
-        print(f"plpp: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        with stopped_as_by_ctrl_c():
+            status = _command(sys.argv[1:] if argv is None else argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a full disk is one line
+        return status
     except ModuleNotFoundError as e:
-        print(f"plpp: the package {e.name!r} is needed: {install('demo')}", file=sys.stderr)
-        return 2
+        return _ended(f"the package {e.name!r} is needed: {install('demo')}", 2)
     except BrokenPipeError:  # plpp … | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into the pipe
+        discard_output()  # nothing is left to flush into the pipe
         return 141
-    except KeyboardInterrupt:
-        print("plpp: stopped; the same command goes on from what is there", file=sys.stderr)
-        return 130
-    except RuntimeError as e:
+    except KeyboardInterrupt as e:
+        by = f" by {e}" if isinstance(e, Stopped) else ""
+        number = e.number if isinstance(e, Stopped) else signal.SIGINT
+        return _ended(f"stopped{by}; the same command goes on from what is there", 128 + number)
+    except Exception as e:
+        if (line := line_of(e)) is not None:
+            return _ended(line, 2)
+        if not isinstance(e, RuntimeError):
+            raise
         from plpp_reg.engine.trainer import NonFiniteLoss
 
         if not isinstance(e, NonFiniteLoss):
             raise
-        print(f"plpp: {e}", file=sys.stderr)
-        return 1
-    return 0
+        return _ended(str(e), 1)
+
+
+def _command(argv: Sequence[str]) -> int:
+    args = _parsed(argv)
+    if args.command is None:
+        _parser().print_help()
+        return 0
+    return _file_of(args.command).main(args) or 0
+
+
+def _ended(line: str, status: int) -> int:
+    """Say why, and nothing else: what is left of the output may be what could not be written."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        discard_output()
+    print(f"plpp: {line}", file=sys.stderr)
+    return status

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from plpp_reg.commands import flags
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
     look = actions.add_parser("check", help="what is there, what is missing, where to get it")
-    look.add_argument("root", metavar="ROOT", help="folder of the data sets")
+    look.add_argument("root", type=flags.path, metavar="ROOT", help="folder of the data sets")
     look.add_argument("--datasets", nargs="+", default=[], help="these alone (also folder:PATH, csv:PATH)")
     look.add_argument("--every-image", action="store_true", help="decode every image, not one of each data set")
     get = actions.add_parser("get", help="download data sets, check them, unpack them where they belong")
     get.add_argument("names", nargs="+", metavar="NAME", help="caltech101 dtd … (not imagenet)")
-    get.add_argument("--root", default="data", metavar="DATA", help="folder of the data sets (default: data)")
+    get.add_argument("--root", type=flags.path, default="data", metavar="DATA", help="folder of the data sets (default: data)")
     get.add_argument("--source", default="hub", help="hub (default: with the papers' splits), or torchvision")
 
 

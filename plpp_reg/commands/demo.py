@@ -10,7 +10,7 @@ from plpp_reg.commands import flags
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", default=["CoOp"], help="prompt learners, or all (default: CoOp)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
-    parser.add_argument("--output-dir", default="output/demo", help="where runs, table and picture go")
+    parser.add_argument("--output-dir", type=flags.path, default="output/demo", help="where runs, table and picture go")
     flags.keys(parser, "configuration keys for every run")
 
 

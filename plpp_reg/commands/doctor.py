@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from plpp_reg.commands import flags
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", default=".", help="where the script stands that you run (default: here)")
+    parser.add_argument("--folder", type=flags.path, default=".", help="where the script stands that you run (default: here)")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ from plpp_reg.commands import flags
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder")
-    parser.add_argument("file", metavar="FILE", help="where it goes: prompt.safetensors")
+    parser.add_argument("run", type=flags.path, metavar="RUN", help="a run's folder")
+    parser.add_argument("file", type=flags.path, metavar="FILE", help="where it goes: prompt.safetensors")
     flags.learned(parser)
     flags.own_trainer(parser)
 

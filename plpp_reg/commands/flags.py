@@ -5,22 +5,37 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from plpp_reg.errors import InputError
+from plpp_reg.io.paths import usable_path
+
 if TYPE_CHECKING:
     from plpp_reg.engine.run import RunArguments
+
+
+def path(text: str) -> str:
+    """The type of an argument that is a path; argparse puts the argument's name before the message."""
+    try:
+        return usable_path(text)
+    except InputError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Of a run, by Dassl's own names."""
     parser.allow_abbrev = False
     parser.add_argument("--trainer", default="", help="CoOp, CoOp_PLPP, ZeroshotCLIP, … or package.module:Class")
-    parser.add_argument("--root", default="", help="folder of the data sets")
-    parser.add_argument("--output-dir", default="", help="output folder (default: output/<data set>/<trainer>/seed<seed>)")
+    parser.add_argument("--root", type=path, default="", help="folder of the data sets")
+    parser.add_argument(
+        "--output-dir", type=path, default="", help="output folder (default: output/<data set>/<trainer>/seed<seed>)"
+    )
     parser.add_argument("--seed", type=int, default=None, help="seed, 0 included (default 1; -1 draws one)")
     parser.add_argument("--transforms", nargs="+", default=(), help="data augmentation by Dassl's names")
-    parser.add_argument("--config-file", default="", help="method configuration (YAML)")
-    parser.add_argument("--dataset-config-file", default="", help="data set's configuration (YAML; default: embedded)")
+    parser.add_argument("--config-file", type=path, default="", help="method configuration (YAML)")
     parser.add_argument(
-        "--backbone", default="", help="embedded (default), ViT-B/16 and the like, open_clip:ARCH/WEIGHTS, a file"
+        "--dataset-config-file", type=path, default="", help="data set's configuration (YAML; default: embedded)"
+    )
+    parser.add_argument(
+        "--backbone", type=path, default="", help="embedded (default), ViT-B/16 and the like, open_clip:ARCH/WEIGHTS, a file"
     )
 
 

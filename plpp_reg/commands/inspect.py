@@ -11,14 +11,16 @@ from plpp_reg.commands import flags
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder or a model.pth.tar-<n>, ours or upstream's")
-    parser.add_argument("--backbone", default="", help="the CLIP it was trained on (a run of ours knows it)")
+    parser.add_argument(
+        "source", type=flags.path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or a model.pth.tar-<n>, ours or upstream's"
+    )
+    parser.add_argument("--backbone", type=flags.path, default="", help="the CLIP it was trained on (a run of ours knows it)")
     parser.add_argument("--load-epoch", type=int, default=None, help="epoch to read (default: the newest)")
     parser.add_argument("--position", default="end", help="where the class name stands: end, middle, front (upstream's only)")
     parser.add_argument("--init", default="", help="words that the context began with (upstream's only)")
     parser.add_argument("--words", type=int, default=5, help="how many words to show (default: 5)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--out", default="", metavar="PNG", help="draw the perplexity over the epochs")
+    parser.add_argument("--out", type=flags.path, default="", metavar="PNG", help="draw the perplexity over the epochs")
     flags.own_trainer(parser)
 
 

@@ -10,8 +10,8 @@ from plpp_reg.errors import InputError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, or folders of them")
+    parser.add_argument("run", type=flags.path, metavar="RUN", help="a run's folder")
+    parser.add_argument("images", type=flags.path, nargs="+", metavar="IMAGE", help="pictures, or folders of them")
     flags.learned(parser)
     parser.add_argument("--top", type=int, default=3, help="classes shown for each image (default: 3)")
     parser.add_argument("--json", action="store_true", help="all probabilities, as JSON")

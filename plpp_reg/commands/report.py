@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from plpp_reg.commands import flags
+
 if TYPE_CHECKING:
     from plpp_reg.results.learned import Reader
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", metavar="DIR", help="a folder of runs: what plpp run or plpp train wrote")
-    parser.add_argument("--output", default="", metavar="FILE", help="the page (default: DIR/report.html)")
+    parser.add_argument("dir", type=flags.path, metavar="DIR", help="a folder of runs: what plpp run or plpp train wrote")
+    parser.add_argument("--output", type=flags.path, default="", metavar="FILE", help="the page (default: DIR/report.html)")
     parser.add_argument("--no-published", action="store_true", help="without rows of published figures")
 
 

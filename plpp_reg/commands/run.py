@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 
+from plpp_reg.commands import flags
+from plpp_reg.io.terminal import say
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("protocol", help="few_shot, base_to_new, cross_dataset, domain_generalization, ablation, or a YAML file")
+    add(
+        "protocol",
+        type=flags.path,
+        help="few_shot, base_to_new, cross_dataset, domain_generalization, ablation, or a YAML file",
+    )
     add("--methods", nargs="+", default=[], help="trainers: CoOp CoOp_PLPP …")
     add("--datasets", nargs="+", default=[], help="data sets to train on: caltech101 dtd folder:PATH csv:PATH …")
     add("--targets", nargs="+", default=[], help="other data sets to test on")
     add("--seeds", nargs="+", type=int, default=[], help="seeds (default: 1 2 3)")
     add("--shots", nargs="+", type=int, default=[], help="training images a class")
     add("--recipe", default="", help="file of configs/trainers/<method>/, without .yaml")
-    add("--root", default="", help="folder of the data sets; without it and --backbone, the embedded default")
-    add("--backbone", default="", help="'embedded', a name of OpenAI's (ViT-B/16) or a file")
-    add("--output", default="output", metavar="DIR", help="where the runs go (default: output)")
+    add("--root", type=flags.path, default="", help="folder of the data sets; without it and --backbone, the embedded default")
+    add("--backbone", type=flags.path, default="", help="'embedded', a name of OpenAI's (ViT-B/16) or a file")
+    add("--output", type=flags.path, default="output", metavar="DIR", help="where the runs go (default: output)")
     add("--dry-run", action="store_true", help="print the plan, run nothing")
     add("--workers", type=int, default=0, metavar="N", help="processes, a GPU each if any (default: this one)")
     add("--threads", type=int, default=0, metavar="T", help="CPU threads of each run (default: torch's, divided)")
@@ -34,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(sweep.planned(jobs)))
         return 0
-    failed = sweep.sweep(jobs, lambda line: print(line, flush=True), runner)
+    failed = sweep.sweep(jobs, say, runner)
     whole = f"All {len(jobs)} runs are" if len(jobs) > 1 else "The run is"
     print("\n".join(sweep.report(failed) or [f"{whole} there: plpp table {args.output}"]))
     return 1 if failed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def short_name(name: str) -> str:
     ('dtd', 'pets', 'own_dtd')
     """
     if kind := own_kind(name):
-        path = Path(name.partition(":")[2]).expanduser().resolve()
+        path = Path(os.path.expanduser(name.partition(":")[2])).resolve()
         own = path.stem if kind == "csv" else path.name
         taken = {n.lower() for key, entry in DATASETS.items() for n in (key, entry.short, entry.paper)}
         return f"own_{own}" if own.lower() in taken else own

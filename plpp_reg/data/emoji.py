@@ -6,19 +6,20 @@ group, and a group never straddles a split.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import importlib.util
 import io
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plpp_reg.data.sampling import DataSplit, Datum, keep_labels
-from plpp_reg.errors import InputError, install
+from plpp_reg.errors import InputError, install, line_of
 from plpp_reg.io.files import write_atomically
 from plpp_reg.io.folders import cache_folder
 
@@ -49,7 +50,8 @@ def read_emoji(root: str | Path = "", classes: str = "all", domain: str = "") ->
     by_class: dict[str, dict[str, list[str]]] = {}
     for code, classname, group in table():
         by_class.setdefault(classname, {}).setdefault(group, []).append(code)
-    folder = rasterise(code for code, _, _ in table())
+    with _kept():
+        folder = rasterise(code for code, _, _ in table())
     classnames = sorted(by_class)
     parts: dict[str, list[Datum]] = {"train": [], "val": [], "test": []}
     rng = random.Random(SPLIT_SEED)
@@ -60,9 +62,18 @@ def read_emoji(root: str | Path = "", classes: str = "all", domain: str = "") ->
     if classes != "all":
         data = keep_labels(data, range({"even": 0, "odd": 1}[classes], len(classnames), 2))
     if domain:
-        folder = change(folder, domain, [datum.name for datum in data.test])
+        with _kept():
+            folder = change(folder, domain, [datum.name for datum in data.test])
         data = DataSplit([], [], [datum._replace(impath=str(folder / datum.name)) for datum in data.test], data.classnames)
     return data
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"{line_of(e)}; PLPP_REG_CACHE names another folder for the embedded pictures") from e
 
 
 def _grey(picture: Image.Image) -> Image.Image:

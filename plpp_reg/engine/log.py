@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from plpp_reg.errors import InputError
+from plpp_reg.io.files import naming
+from plpp_reg.io.terminal import discard_output, say
 
 
 class RunLog:
@@ -20,9 +22,10 @@ class RunLog:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.interactive = not quiet and sys.stdout.isatty()
+        self.interactive = not quiet and sys.stdout is not None and sys.stdout.isatty()
         self._early: list[str] | None = []
         self._path: Path | None = None
+        self._events = Path()
         self._writer: Any = None
 
     def open(self, folder: str | Path) -> None:
@@ -30,11 +33,14 @@ class RunLog:
 
         Raises:
             InputError: log.txt is a link, which would be written through.
+            OSError: it cannot be written, or tensorboard/ cannot; the error names which.
         """
         path = Path(folder) / "log.txt"
         if path.is_symlink():
             raise InputError(f"{str(path)!r}: expected a file to add lines to, got a symbolic link to {os.readlink(path)!r}")
-        self._path = path
+        self._path, self._events = path, Path(folder) / "tensorboard"
+        with naming(self._events):
+            self._events.mkdir(exist_ok=True)
         early, self._early = self._early or [], None
         self._append("".join(line + "\n" for line in early))
         try:
@@ -42,12 +48,23 @@ class RunLog:
         except ImportError:
             self("tensorboard is not installed: no event files (pip install tensorboard)")
             return
-        self._writer = SummaryWriter(log_dir=str(Path(folder) / "tensorboard"))
+        with naming(self._events):
+            self._writer = SummaryWriter(log_dir=str(self._events))
 
     def __call__(self, line: str) -> None:
         if not self.quiet:
-            tqdm.write(line) if self.interactive else print(line, flush=True)
+            heard = self._write_above_bar(line) if self.interactive else say(line)
+            self.quiet, self.interactive = not heard, self.interactive and heard
         self.file_only(line)
+
+    @staticmethod
+    def _write_above_bar(line: str) -> bool:
+        try:
+            tqdm.write(line)
+        except OSError:
+            discard_output()
+            return False
+        return True
 
     def file_only(self, line: str) -> None:
         if self._early is not None:
@@ -57,7 +74,7 @@ class RunLog:
 
     def _append(self, text: str) -> None:
         if self._path is not None:
-            with open(self._path, "a", encoding="utf-8", opener=_no_link) as file:
+            with naming(self._path), open(self._path, "a", encoding="utf-8", opener=_no_link) as file:
                 file.write(text)
 
     def progress(self, items: Iterable, what: str, initial: int = 0, total: int | None = None) -> tqdm:
@@ -66,12 +83,14 @@ class RunLog:
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         if self._writer is not None:
-            self._writer.add_scalar(tag, value, step)
+            with naming(self._events):
+                self._writer.add_scalar(tag, value, step)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with naming(self._events):
+                writer.close()
 
 
 def _no_link(path: str, flags: int) -> int:

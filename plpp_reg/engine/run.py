@@ -25,6 +25,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import clear_left_behind, locked, write_text
+from plpp_reg.io.paths import usable_path
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results import record as results
 
@@ -105,6 +106,11 @@ def _check(cfg: CfgNode) -> None:
         value = config.flat(cfg)[key]
         if value not in allowed:
             raise InputError(f"{key}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    for key in ("OUTPUT_DIR", "RESUME", "DATASET.ROOT", "MODEL.INIT_WEIGHTS"):
+        try:
+            config.set_value(cfg, key, usable_path(config.flat(cfg)[key]))
+        except InputError as e:
+            raise InputError(f"{key}: {e}") from e
     if cfg.SEED >= 2**32:  # numpy's bound
         raise InputError(f"SEED: expected an integer < 2**32, got {cfg.SEED}")
     if cfg.TRAIN.PRINT_FREQ < 1:
@@ -179,6 +185,7 @@ def run(
     if args.eval_only and (folder / cls.model_name).is_dir():
         raise InputError(f"{str(folder)!r} holds a training run, whose result would be lost: name another --output-dir")
     _check_folders(cfg, folder)
+    _check_places(folder, cls.model_name)
     log(f"Setting fixed seed: {cfg.SEED}")
     trainer = cls(cfg, clip_model=clip_model, log=log)
     parts = parts_read(cfg, trains=not args.eval_only and bool(trainer.trained()))
@@ -331,6 +338,16 @@ def record(trainer: PromptTrainer, metrics: dict[str, float], learned: dict[str,
         "pictures_sha256": trainer.pictures_sha256,
         "few_shot_sha256": trainer.data.sampled_sha256() if cfg.DATASET.NUM_SHOTS > 0 else None,
     }
+
+
+def _check_places(folder: Path, model_name: str) -> None:
+    """What would be in the way of a run's files: said before it trains, not after."""
+    for name in ("config.yaml", "log.txt", results.FEW_SHOT, results.RESULT):
+        if (folder / name).is_dir():
+            raise InputError(f"{str(folder / name)!r}: expected a file or nothing, got a folder")
+    for name in (model_name, "tensorboard"):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise InputError(f"{str(folder / name)!r}: expected a folder or nothing, got a file")
 
 
 def _check_folders(cfg: CfgNode, folder: Path) -> None:

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from plpp_reg.errors import InputError, install, unknown
 from plpp_reg.experiments.protocols import Job
@@ -134,6 +135,7 @@ def _begin(gpu: str | None, watched: Connection) -> None:
     """A worker's first words. ``watched`` ends when the sweep does."""
     # Ctrl-C reaches every process of a terminal: the sweep alone answers it, by ending its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a worker that dies would leave behind
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is later
 

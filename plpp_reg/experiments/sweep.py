@@ -23,7 +23,7 @@ from plpp_reg.data.loaders import image_seed_of, load_data
 from plpp_reg.engine import config
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import UnusableCheckpoint, further_config, parts_read, pictures_sha256, resolve, run
-from plpp_reg.errors import InputError, InUse
+from plpp_reg.errors import InputError, InUse, line_of
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.io.files import locked, write_text
 from plpp_reg.results import record as results
@@ -145,12 +145,13 @@ def _run(job: Job, models: Models) -> dict[str, Any]:
 
 def failure(job: Job, error: Exception, seconds: float) -> Outcome:
     """The outcome of a run that ended with ``error``, noted in the run's folder too."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    line = line_of(error)
+    message = line or " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, InUse):  # the folder, its log and what becomes of the run are another process's
         return Outcome(job, None, seconds, message, busy=True)
     log = job.folder / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if log.is_file() else []
-    if not isinstance(error, InputError):  # a fault of a program: where it was
+    if line is None:  # a fault of a program: where it was
         message = f"{type(error).__name__}: {message}"
         lines += "".join(traceback.format_exception(error)).splitlines()[-TAIL:]
     outcome = Outcome(job, None, seconds, message, tuple(lines))

@@ -34,7 +34,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(path) as temporary:
+    with naming(path), _temporary(path) as temporary:
         try:
             write(temporary)
             with temporary.open("r+b") as file:  # Windows flushes only what is open for writing
@@ -42,6 +42,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError that is raised in it names ``path``: a full disk's names none, and of a temporary file nobody has heard."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None or e.filename == str(path):
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
 
 
 @contextlib.contextmanager
