@@ -103,3 +103,18 @@ def test_reading_the_site_fetches_nothing(site):
     assert len(read) > 10
     for path in read:
         assert not re.findall(f"{in_html}|{in_css}", path.read_text(encoding="utf-8")), path.name
+
+
+def test_what_readme_guide_and_examples_import_is_said_to_be_public():
+    table = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").splitlines()
+    rows = [re.sub("[`|]", " ", line).split() for line in table if line[:1] == "|"]
+    words = {word.strip(",;").rpartition(".")[2] for row in rows for word in row}
+    modules = {row[0] for row in rows if row and row[0].startswith("plpp_reg")} | {"plpp_reg"}
+    texts = [page.read_text(encoding="utf-8") for page in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]]
+    found = [m for text in texts for m in re.findall(r"from (plpp_reg[\w.]*) import ([A-Za-z_][\w, ]*)", text)]
+    assert len(found) > 10
+    for module, names in found:
+        assert any(module == m or module.startswith(f"{m}.") for m in modules), module
+        for name in names.split(","):
+            known = name.strip() in words or module.rpartition(".")[2] in ("prompts", "text", "vision", "functional")
+            assert known, f"{module} {name}"

@@ -62,7 +62,7 @@ def epochs(jobs: Sequence[Job]) -> dict[tuple[str, int], int]:
 
 
 def test_recipes_follow_method_data_set_and_shots(tmp_path: Path) -> None:
-    """DESIGN's table of the papers' recipes, as far as it depends on data set and shots."""
+    """The papers' recipes, as far as it depends on data set and shots."""
     papers = {"root": "DATA", "seeds": [1]}
     for method in ("CoOp", "CoOp_PLPP"):
         found = epochs(plan("few_shot", Choice(methods=[method], datasets=["dtd", "imagenet"], **papers), tmp_path))

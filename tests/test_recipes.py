@@ -122,7 +122,7 @@ PUBLISHED = {
     "ZeroshotCLIP/cross_dataset.yaml": {},
     "ZeroshotCLIP2/cross_dataset.yaml": {},
 }
-# What all of them share: DESIGN's "All", and CoOp's normalisation.
+# What all of them share: optimizer, schedule, crops, seeds, and CoOp's normalisation.
 SHARED = {
     "OPTIM.NAME": "sgd",
     "OPTIM.MOMENTUM": 0.9,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,3 +104,14 @@ def test_results_loads_neither_torch_nor_the_engine() -> None:
     code += "print(sorted(n for n in sys.modules if n.partition('.')[0] in ('torch', 'torchvision', 'numpy', 'yacs') "
     code += "or n.startswith('plpp_reg.engine')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_page_for_contributors_has_the_order_and_names_what_is_there() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "contributing.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\d+\. `(?:plpp_reg/)?(\w+)(?:/|\.py)`", page, flags=re.MULTILINE)
+    assert tuple(listed) == ORDER
+    named = [place for place in re.findall(r"`((?:plpp_reg|trainers|configs|tests)/[^`]*)`", page) if "<" not in place]
+    assert len(named) > 25
+    for place in named:
+        assert (root / place).exists(), place

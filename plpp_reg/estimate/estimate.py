@@ -4,7 +4,7 @@ The method's own step and test run on tensors without numbers, which tells the o
 (trace.py). Each different operation is timed here and now (throughput.py); PLPP is timed as it is, on random
 vectors against a vocabulary of the run's size. No weights are downloaded.
 
-With the letters of DESIGN section 1, and ``t`` the seconds of a part, ``N`` training images, ``e`` epochs::
+With the letters of plpp_reg/loss/functional.py, and ``t`` the seconds of a part, ``N`` training images, ``e`` epochs::
 
     step  = t(text) + t(image) + t(PLPP) + t(the losses, the update)        forward and backward
     run   = e * steps * step + views * N * t(image, frozen) + once
