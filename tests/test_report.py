@@ -20,6 +20,7 @@ from plpp_reg.results.report.grids import plain_forms
 from plpp_reg.results.report.runs import pairs_of, runs_of
 from plpp_reg.results.tables import records
 from plpp_reg.results.tables.rows import title_of
+from plpp_reg.results.tables.settings import Name
 
 from made_up import METHODS, SHORT, complete, made_up_sweep
 from report_page import Page, report_of
@@ -272,11 +273,12 @@ def test_figures_colour_rows_alike_as_the_tables_compare_them(tmp_path: Path) ->
     found = records.find_runs(tmp_path)
     runs = runs_of(found, records.as_runs(found).records)
     pairs = pairs_of(runs)
-    assert pairs == [("CoOp_PLPP", "CoOp (LR=1)")]
+    usual, treated, plain_one = Name("CoOp"), Name("CoOp_PLPP"), Name("CoOp", "", "LR=1")
+    assert pairs == [(treated, plain_one)]
     plain = plain_forms(list(dict.fromkeys(run.method for run in runs)), pairs)
-    assert plain == {"CoOp_PLPP": "CoOp (LR=1)", "KgCoOp_PLPP": ""}
-    style = plots.styles(["CoOp", "CoOp (LR=1)", "CoOp_PLPP"], plain)
-    assert style["CoOp (LR=1)"].colour == style["CoOp_PLPP"].colour != style["CoOp"].colour
+    assert plain == {treated: plain_one, Name("KgCoOp_PLPP"): None}
+    style = plots.styles([usual, plain_one, treated], plain)
+    assert style[plain_one].colour == style[treated].colour != style[usual].colour
 
 
 def test_zero_shot_outside_a_protocol_is_one_row_whatever_training_was_set(tmp_path: Path) -> None:
@@ -286,7 +288,7 @@ def test_zero_shot_outside_a_protocol_is_one_row_whatever_training_was_set(tmp_p
             folder.mkdir(parents=True)
             result = {"trainer": trainer, "dataset": "dtd", "seed": 1, "config": {"OPTIM.LR": lr}}
             (folder / "result.json").write_text(json.dumps({**result, "files_sha256": "", "metrics": {"accuracy": 1.0}}))
-    methods = [run.method for run in runs_of(records.find_runs(tmp_path), [])]
+    methods = [str(run.method) for run in runs_of(records.find_runs(tmp_path), [])]
     assert sorted(methods) == ["ZeroshotCLIP", "ZeroshotCLIP", "my.own:Zeroshot", "my.own:Zeroshot (LR=2)"]
 
 

@@ -11,7 +11,7 @@ from plpp_reg.engine import config
 from plpp_reg.engine.registry import config_nodes
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.results import tables
-from plpp_reg.results.tables.settings import OF_THE_RUN, Made, differing, pair, relevant, tell_apart
+from plpp_reg.results.tables.settings import OF_THE_RUN, Made, Name, differing, pair, relevant, tell_apart
 
 from test_tables import record
 
@@ -203,7 +203,7 @@ def test_every_key_that_a_result_depends_on_tells_rows_apart() -> None:
             ("CoOp", True, ("TRAINER.PLPP.", *others)),
             ("ZeroshotCLIP", False, ("TRAINER.", "OPTIM.", "TRAIN.", "LOSS.", "DATALOADER.")),
         ):
-            runs = [Made("t", method, "c", relevant(c, method, learns)) for c in (whole, other, {**whole, key: value})]
+            runs = [Made("t", Name(method), "c", relevant(c, method, learns)) for c in (whole, other, {**whole, key: value})]
             labels = [label for label, _ in tell_apart(runs)]
             assert labels[0] == labels[2]
             assert (labels[0] != labels[1]) == (key not in OF_THE_RUN and not key.startswith(idle)), (key, method)
@@ -213,15 +213,15 @@ def test_every_key_that_a_result_depends_on_tells_rows_apart() -> None:
 
 def test_keys_of_one_last_name_are_written_whole_and_what_is_not_set_is_said() -> None:
     each = [{"A.LR": 1, "B.LR": 1}, {"A.LR": 2, "B.LR": "x\ny"}, {"A.LR": 2}]
-    labels = [label for label, _ in tell_apart([Made("t", "CoOp V=1", "c", settings) for settings in each])]
+    labels = [str(label) for label, _ in tell_apart([Made("t", Name("CoOp", "V=1"), "c", settings) for settings in each])]
     assert labels == ["CoOp V=1", r"CoOp V=1 (A.LR=2, B.LR='x\ny')", "CoOp V=1 (A.LR=2, B.LR=not set)"]
     assert differing(each) == ["A.LR", "B.LR"] and differing(each[:1]) == []
 
 
 def test_runs_of_other_tables_methods_or_cells_need_no_telling_apart() -> None:
-    made = [Made(t, m, c, {LR: i}) for i, (t, m, c) in enumerate([("t", "CoOp", 1), ("u", "CoOp", 1), ("t", "MaPLe", 1)])]
-    made.append(Made("t", "CoOp", 2, {LR: 9}))
-    assert [label for label, _ in tell_apart(made)] == ["CoOp", "CoOp", "MaPLe", "CoOp"]
+    made = [Made(t, Name(m), c, {LR: i}) for i, (t, m, c) in enumerate([("t", "CoOp", 1), ("u", "CoOp", 1), ("t", "MaPLe", 1)])]
+    made.append(Made("t", Name("CoOp"), 2, {LR: 9}))
+    assert [str(label) for label, _ in tell_apart(made)] == ["CoOp", "CoOp", "MaPLe", "CoOp"]
 
 
 def test_a_row_is_named_by_as_many_parts_of_a_key_as_no_other_key_has() -> None:
@@ -229,7 +229,7 @@ def test_a_row_is_named_by_as_many_parts_of_a_key_as_no_other_key_has() -> None:
 
     def labels(method: str, **changed: object) -> list[str]:
         each = [nodes, nodes, {**nodes, **{key.replace("__", "."): value for key, value in changed.items()}}]
-        return [label for label, _ in tell_apart([Made("t", method, "c", relevant(c, method)) for c in each])]
+        return [str(label) for label, _ in tell_apart([Made("t", Name(method), "c", relevant(c, method)) for c in each])]
 
     assert labels("my.own:Mine", TRAINER__COCOOP__N_CTX=16)[2] == "my.own:Mine (COCOOP.N_CTX=16)"  # which it reads is not known
     assert labels("my.own:Mine", OPTIM__LR=2)[2] == "my.own:Mine (LR=2)"
@@ -240,7 +240,7 @@ def test_a_row_is_named_by_as_many_parts_of_a_key_as_no_other_key_has() -> None:
 
 def test_the_usual_settings_of_a_cell_have_the_plain_name_ties_included() -> None:
     def labels(*values: tuple[str, int]) -> list[str]:
-        return [label for label, _ in tell_apart([Made("t", "CoOp", cell, {LR: value}) for cell, value in values])]
+        return [str(label) for label, _ in tell_apart([Made("t", Name("CoOp"), cell, {LR: value}) for cell, value in values])]
 
     assert labels(("a", 2), ("a", 1), ("a", 2)) == ["CoOp", "CoOp (LR=1)", "CoOp"]  # the most runs of the cell
     assert labels(("a", 1), ("a", 2), ("b", 2)) == ["CoOp (LR=1)", "CoOp", "CoOp"]  # as many: the most of all cells
@@ -263,14 +263,15 @@ def test_a_stray_run_takes_no_average_away(tmp_path: Path) -> None:
 
 
 def test_rows_are_compared_cell_by_cell_with_every_plain_row_of_their_settings() -> None:
-    kinds = {"CoOp": {1: {LR: 1}, 2: {LR: 2}}, "CoOp_PLPP": {1: {LR: 1, WEIGHT: 9}, 2: {LR: 2}}, "KgCoOp_PLPP": {1: {}}}
-    assert pair(kinds) == ({("CoOp_PLPP", "CoOp"): [1, 2]}, {})
-    kinds["CoOp_PLPP"] = {1: {LR: 1}, 2: {LR: 3}}
-    apart = {("CoOp_PLPP", "CoOp: OPTIM.LR=3, there 2"): [2]}
-    assert pair(kinds) == ({("CoOp_PLPP", "CoOp"): [1]}, apart)
-    kinds = {"CoOp (LR=1)": {1: {LR: 1}}, "CoOp (LR=2)": {4: {LR: 2}}, "CoOp_PLPP": {1: {LR: 1}, 4: {LR: 2}}}
-    assert pair(kinds) == ({("CoOp_PLPP", "CoOp (LR=1)"): [1], ("CoOp_PLPP", "CoOp (LR=2)"): [4]}, {})
-    assert pair({"CoOp": {1: {}}, "CoOp_PLPP": {2: {}}}) == ({}, {})  # nowhere both
+    coop, slow, fast, ours = Name("CoOp"), Name("CoOp", "", "LR=1"), Name("CoOp", "", "LR=2"), Name("CoOp_PLPP")
+    kinds = {coop: {1: {LR: 1}, 2: {LR: 2}}, ours: {1: {LR: 1, WEIGHT: 9}, 2: {LR: 2}}, Name("KgCoOp_PLPP"): {1: {}}}
+    assert pair(kinds) == ({(ours, coop): [1, 2]}, {})
+    kinds[ours] = {1: {LR: 1}, 2: {LR: 3}}
+    apart = {(ours, "CoOp: OPTIM.LR=3, there 2"): [2]}
+    assert pair(kinds) == ({(ours, coop): [1]}, apart)
+    kinds = {slow: {1: {LR: 1}}, fast: {4: {LR: 2}}, ours: {1: {LR: 1}, 4: {LR: 2}}}
+    assert pair(kinds) == ({(ours, slow): [1], (ours, fast): [4]}, {})
+    assert pair({coop: {1: {}}, ours: {2: {}}}) == ({}, {})  # nowhere both
 
 
 def test_a_row_over_shots_is_compared_where_its_settings_are_there_and_the_rest_is_noted(tmp_path: Path) -> None:

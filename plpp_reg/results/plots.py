@@ -13,7 +13,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 LIGHT = {"ink": "#1b1f24", "grid": "#c9ced4"}
@@ -69,9 +69,9 @@ def readable(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-(longest // 2 - 1) :]}"
 
 
-def styles(methods: Sequence[str], plain_of: Mapping[str, str]) -> dict[str, Style]:
+def styles(methods: Sequence[Hashable], plain_of: Mapping[Hashable, Hashable]) -> dict[Hashable, Style]:
     """A colour a method; the plain one has that of the first PLPP form of it. ``plain_of``: X_PLPP and its variants -> X."""
-    found: dict[str, Style] = {}
+    found: dict[Hashable, Style] = {}
     colours = 0
     for method in [m for m in methods if m in plain_of] + [m for m in methods if m not in plain_of]:
         first = next((m for m, plain in plain_of.items() if plain == method and m in found), None)

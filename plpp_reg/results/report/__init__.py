@@ -164,7 +164,7 @@ def _outside(folder: Path, runs: Sequence[Run], learned: Learned) -> Section:
     for run in runs:
         result = run.found.result
         accuracy = result["metrics"].get("accuracy") if isinstance(result["metrics"], dict) else None
-        values = [run.method, title_of(run.dataset), str(setting(result, "DATASET.SUBSAMPLE_CLASSES") or "")]
+        values = [str(run.method), title_of(run.dataset), str(setting(result, "DATASET.SUBSAMPLE_CLASSES") or "")]
         values += ["all" if run.shots < 0 else str(run.shots), str(run.seed)]
         values.append(f"{accuracy:.2f}" if isinstance(accuracy, (int, float)) else "")
         lines.append(TableRow(place_of(folder, run.found), "measured", [Cell(value) for value in values]))

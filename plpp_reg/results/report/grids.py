@@ -9,9 +9,9 @@ from typing import NamedTuple
 from plpp_reg.results import plots
 from plpp_reg.results.job import shots_text
 from plpp_reg.results.plots import Bar, Line, Picture, file_name
-from plpp_reg.results.tables.rows import AVERAGE_OF, Row, Table, title_of
+from plpp_reg.results.tables.rows import Row, Table, title_of
 from plpp_reg.results.tables.series import MEAN_H, Figure
-from plpp_reg.results.tables.settings import plain_of
+from plpp_reg.results.tables.settings import Name
 
 
 class Cell(NamedTuple):
@@ -54,7 +54,8 @@ def full(table: Table) -> Grid:
 def overview(table: Table, form: str) -> list[Grid]:
     """A table a column, with a column a data set, where there are several: H, the most shots and the average first."""
     groups = list(dict.fromkeys(row.group for row in table.rows))
-    groups.sort(key=lambda group: not group.startswith(AVERAGE_OF))
+    averages = {row.group for row in table.rows if row.average}
+    groups.sort(key=lambda group: group not in averages)
     if form == "targets" or len(groups) < 2:
         return []
     grids = []
@@ -83,19 +84,19 @@ def _cell(row: Row, figure: Figure | None) -> Cell:
     return Cell(value, spread, different and known and abs(figure.value) > figure.spread)
 
 
-def shot_curves(table: Table, name: str, pairs: Collection[tuple[str, str]]) -> list[Picture]:
+def shot_curves(table: Table, name: str, pairs: Collection[tuple[Name, Name]]) -> list[Picture]:
     """Accuracy over shots, a figure a data set: mean, and a band of one standard deviation. ``pairs``: of ``runs.pairs_of``."""
     pictures = []
     ticks = [float(column) for column in table.columns]
     for group, rows in _by_group(table, "measured"):
-        style = plots.styles([row.label for row in rows], plain_forms([row.label for row in rows], pairs))
+        style = plots.styles([row.name for row in rows], plain_forms([row.name for row in rows], pairs))
         lines = []
         for row in rows:
             points = [(float(c), row.cells[c]) for c in table.columns if c in row.cells]
             spreads = [0.0 if math.isnan(f.spread) else f.spread for _, f in points]
             x, y = [shots for shots, _ in points], [f.value for _, f in points]
             low, high = ([v + sign * s for v, s in zip(y, spreads, strict=True)] for sign in (-1, 1))
-            lines.append(Line(row.label, style[row.label], x, y, low, high))
+            lines.append(Line(row.label, style[row.name], x, y, low, high))
         title = f"{group}: accuracy over shots"
         said = [f"{row.label}: " + ", ".join(f"{shots_text(int(c))} {_say(row, c)}" for c in row.cells) for row in rows]
         pictures.append(
@@ -143,9 +144,9 @@ def _by_group(table: Table, kind: str) -> list[tuple[str, list[Row]]]:
     return list(groups.items())
 
 
-def plain_forms(rows: Sequence[str], pairs: Collection[tuple[str, str]]) -> dict[str, str]:
-    """Of these rows, each with PLPP -> the first that it is compared with, ``""`` where there is none."""
-    return {row: next((p for treated, p in pairs if treated == row and p in rows), "") for row in rows if plain_of(row)}
+def plain_forms(rows: Sequence[Name], pairs: Collection[tuple[Name, Name]]) -> dict[Name, Name | None]:
+    """Of these rows, each with PLPP -> the first that it is compared with, None where there is none."""
+    return {row: next((p for treated, p in pairs if treated == row and p in rows), None) for row in rows if row.has_plpp}
 
 
 def _bar(row: Row, column: str) -> Bar | None:

@@ -13,7 +13,7 @@ from plpp_reg.results.record import duration
 from plpp_reg.results.report.grids import Cell, Grid, TableRow
 from plpp_reg.results.tables.records import Found, Record
 from plpp_reg.results.tables.rows import dataset_order, title_of
-from plpp_reg.results.tables.settings import Made, Settings, pair, relevant, tell_apart
+from plpp_reg.results.tables.settings import Made, Name, Settings, pair, relevant, tell_apart
 from plpp_reg.trainers import UNTRAINED
 
 
@@ -24,7 +24,7 @@ class Run(NamedTuple):
     section: tuple[str, str, str]  # protocol, form of its table, backbone
     dataset: str
     shots: int
-    method: str
+    method: Name
     seed: int
     settings: Settings
 
@@ -52,7 +52,7 @@ def runs_of(found: Sequence[Found], records: Sequence[Record]) -> list[Run]:
             section = (note["name"], note["table"], note["backbone"])
             record = rows[run.place]
             runs.append(Run(run, section, note["dataset"], note["shots"], record.row, note["seed"], record.settings))
-    return sorted(runs, key=lambda run: (*dataset_order(run.dataset, run.shots), run.method, run.seed))
+    return sorted(runs, key=lambda run: (*dataset_order(run.dataset, run.shots), str(run.method), run.seed))
 
 
 def _outside_of_a_protocol(found: Found) -> Run | None:
@@ -66,12 +66,12 @@ def _outside_of_a_protocol(found: Found) -> Run | None:
     method = str(result.get("trainer", ""))
     learning = method.removesuffix(SUFFIX) not in UNTRAINED  # a trainer of one's own is taken to learn
     settings = relevant(result["config"], method, learning)
-    return Run(found, section, str(result.get("dataset", "")), shots, method, seed, settings)
+    return Run(found, section, str(result.get("dataset", "")), shots, Name(method), seed, settings)
 
 
-def pairs_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def pairs_of(runs: Sequence[Run]) -> list[tuple[Name, Name]]:
     """(A row with PLPP, a plain row) as :func:`plpp_reg.results.tables.settings.pair` compares them."""
-    kinds: dict[str, dict[tuple[str, int], Settings]] = {}
+    kinds: dict[Name, dict[tuple[str, int], Settings]] = {}
     for run in runs:
         kinds.setdefault(run.method, {})[run.dataset, run.shots] = run.settings
     return list(pair(kinds)[0])

@@ -78,7 +78,7 @@ def _history_curves(
                         by_epoch.setdefault(number, []).append(epoch[key])
             if by_epoch:
                 x, each = list(by_epoch), list(by_epoch.values())
-                lines.append(Line(method, style[method], x, _means(each), list(map(min, each)), list(map(max, each))))
+                lines.append(Line(str(method), style[method], x, _means(each), list(map(min, each)), list(map(max, each))))
         if lines:
             what = (
                 "perplexity of the context" if key == "perplexity" else "sum of the losses" if key == "loss" else f"loss {key}"

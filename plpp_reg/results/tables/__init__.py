@@ -12,7 +12,7 @@ from plpp_reg.results.tables.literature import published_rows
 from plpp_reg.results.tables.notes import doubled, lacking, other_pictures, uncompared, unnamed, varying
 from plpp_reg.results.tables.records import Record, Runs, read_runs
 from plpp_reg.results.tables.rendering import WRITERS
-from plpp_reg.results.tables.rows import AVERAGE_OF, PAPERS, Row, Table, dataset_order, method_order, title_of
+from plpp_reg.results.tables.rows import PAPERS, Row, Table, dataset_order, method_order, title_of
 from plpp_reg.results.tables.series import (
     AVERAGE,
     MEAN_H,
@@ -27,9 +27,9 @@ from plpp_reg.results.tables.series import (
     series_of,
     with_average,
 )
-from plpp_reg.results.tables.settings import Settings, method_of, pair, plain_of
+from plpp_reg.results.tables.settings import Name, Settings, pair
 
-Pairs = Mapping[tuple[str, str], Collection[Hashable]]
+Pairs = Mapping[tuple[Name, Name | str], Collection[Hashable]]
 
 
 def write_tables(folder: str | Path, form: str, output: str = "", mean_h: bool = False, published: bool = True) -> str:
@@ -55,7 +55,7 @@ def make_tables(runs: Runs, mean_h: bool = False, published: bool = True) -> lis
 
 
 def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: bool, published: bool) -> Table:
-    groups: dict[tuple[str, int], dict[str, list[Record]]] = {}
+    groups: dict[tuple[str, int], dict[Name, list[Record]]] = {}
     for record in records:
         dataset, shots = record.cell
         groups.setdefault((dataset, 0 if form == "shots" else shots), {}).setdefault(record.row, []).append(record)
@@ -66,7 +66,7 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
     pairs, apart = pair(kinds)
     rows: list[Row] = []
     without: list[str] = []
-    by_shots: dict[int, dict[str, dict[str, Series]]] = {}
+    by_shots: dict[int, dict[Name, dict[str, Series]]] = {}
     for (dataset, shots), methods in sorted(groups.items(), key=lambda item: dataset_order(*item[0])):
         title = title_of(dataset) + (f", {shots_text(shots)}" if several_shots else "")
         series = {m: series_of(methods[m], form, columns[0]) for m in method_order(methods)}
@@ -76,32 +76,34 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
             series = {m: s if methods[m][0].note["learns"] else at_every(methods[m], columns) for m, s in series.items()}
         rows += _measured(title, series, form, mean_h) + _differences(title, series, form, pairs, [dataset], shots)
         if published:
-            rows += published_rows(title, form, backbone, title_of(dataset), shots, set(map(method_of, series)), columns)
+            rows += published_rows(title, form, backbone, title_of(dataset), shots, {m.method for m in series}, columns)
         for method, values in series.items():
             by_shots.setdefault(shots, {}).setdefault(method, {})[dataset] = values
     if form != "targets":
         for shots, methods in by_shots.items():
             datasets = sorted({d for parts in methods.values() for d in parts}, key=lambda d: dataset_order(d, 0))
             if len(datasets) > 1:
-                title = f"{AVERAGE_OF}{len(datasets)}" + (f", {shots_text(shots)}" if several_shots else "")
+                title = f"Average of {len(datasets)}" + (f", {shots_text(shots)}" if several_shots else "")
                 averaged, mean_of_h = _averages(methods, datasets, form, columns, mean_h)
                 lack = {m: [d for d in datasets if d not in methods[m]] for m in method_order(methods) if m not in averaged}
                 without += [lacking(m, title, absent) for m, absent in lack.items()]
                 rows += [
-                    Row(title, m, "measured", cells_of(s, form, mean_of_h.get(m)), seeds_of(s)) for m, s in averaged.items()
+                    Row(title, str(m), "measured", cells_of(s, form, mean_of_h.get(m)), seeds_of(s), name=m, average=True)
+                    for m, s in averaged.items()
                 ]
                 rows += (compared := _differences(title, averaged, form, pairs, datasets, shots))
                 without += _without_difference(title, averaged, pairs, apart, compared)
                 if published and sorted(map(title_of, datasets)) == sorted(PAPERS):
-                    rows += published_rows(title, form, backbone, "Average", shots, set(map(method_of, methods)), columns)
+                    there = published_rows(title, form, backbone, "Average", shots, {m.method for m in methods}, columns)
+                    rows += [row._replace(average=True) for row in there]
     notes = [*varying(kinds), *unnamed(kinds, records), *uncompared(apart, kinds), *without]
     notes += [*doubled(records), *other_pictures(records, pairs)]
     return Table(name, backbone, columns, rows, notes)
 
 
-def _kinds(records: list[Record]) -> dict[str, dict[tuple[str, int], Settings]]:
+def _kinds(records: list[Record]) -> dict[Name, dict[tuple[str, int], Settings]]:
     """Each row's settings in each cell; rows and cells in the order of the tables, whatever that of the folders is."""
-    found: dict[str, dict[tuple[str, int], Settings]] = {}
+    found: dict[Name, dict[tuple[str, int], Settings]] = {}
     for record in records:
         found.setdefault(record.row, {})[record.cell] = record.settings
     order = {cell: dataset_order(*cell) for cell in {record.cell for record in records}}
@@ -117,17 +119,17 @@ def _columns(form: str, records: list[Record], mean_h: bool) -> list[str]:
     return ["source", *sorted(targets, key=lambda t: dataset_order(t, 0)), AVERAGE]
 
 
-def _measured(title: str, series: Mapping[str, Series], form: str, mean_h: bool) -> list[Row]:
+def _measured(title: str, series: Mapping[Name, Series], form: str, mean_h: bool) -> list[Row]:
     rows = []
     for method, values in series.items():
         each = list(harmonic(values).values()) if mean_h else []
         cells = cells_of(values, form, statistics.fmean(each) if each else None)
-        rows.append(Row(title, method, "measured", cells, seeds_of(values)))
+        rows.append(Row(title, str(method), "measured", cells, seeds_of(values), name=method))
     return rows
 
 
 def _differences(
-    title: str, series: Mapping[str, Series], form: str, pairs: Pairs, datasets: Sequence[str], shots: int
+    title: str, series: Mapping[Name, Series], form: str, pairs: Pairs, datasets: Sequence[str], shots: int
 ) -> list[Row]:
     """Of the columns in which both have the same settings on each of these data sets."""
     rows = []
@@ -140,16 +142,16 @@ def _differences(
             }
             cells, n = difference(Series(columns), series[plain], form)
             if columns:
-                rows.append(Row(title, f"{treated} - {plain}", "difference", cells, n))
+                rows.append(Row(title, f"{treated} - {plain}", "difference", cells, n, average=len(datasets) > 1))
     return rows
 
 
 def _averages(
-    methods: Mapping[str, Mapping[str, Series]], datasets: Sequence[str], form: str, columns: Sequence[str], mean_h: bool
-) -> tuple[dict[str, Series], dict[str, float]]:
+    methods: Mapping[Name, Mapping[str, Series]], datasets: Sequence[str], form: str, columns: Sequence[str], mean_h: bool
+) -> tuple[dict[Name, Series], dict[Name, float]]:
     """Of each row that has one the average over data sets, and the mean of its H where that is asked for."""
-    averaged: dict[str, Series] = {}
-    mean_of_h: dict[str, float] = {}
+    averaged: dict[Name, Series] = {}
+    mean_of_h: dict[Name, float] = {}
     for method in method_order(methods):
         parts = methods[method]
         if any(dataset not in parts for dataset in datasets):
@@ -165,11 +167,11 @@ def _averages(
 
 
 def _without_difference(
-    title: str, averaged: Collection[str], pairs: Pairs, apart: Pairs, compared: Sequence[Row]
+    title: str, averaged: Collection[Name], pairs: Pairs, apart: Pairs, compared: Sequence[Row]
 ) -> list[str]:
     """Averages that no one plain row can be compared with, though each of their data sets has one."""
     shown = {row.label for row in compared}
     have = {label for label, plain in pairs if f"{label} - {plain}" in shown}
     told = have | {label for label, _ in apart}
     rows = [m for m in averaged if m not in told and any(label == m for label, _ in pairs)]
-    return [f"{m} has no difference in {title}: no row of {plain_of(m)} has its settings on all of them." for m in rows]
+    return [f"{m} has no difference in {title}: no row of {m.plain} has its settings on all of them." for m in rows]

@@ -24,7 +24,7 @@ def varying(kinds: Kinds) -> list[str]:
             said.append(f"{key} " + ", ".join(f"{value} ({_cells(there, cells)})" for value, there in values.items()))
         if said:
             rows.setdefault("; ".join(said), []).append(label)
-    return [f"Not the same for all of {', '.join(labels)}: {said}." for said, labels in rows.items()]
+    return [f"Not the same for all of {', '.join(map(str, labels))}: {said}." for said, labels in rows.items()]
 
 
 def _cells(some: Sequence[tuple[str, int]], of: Iterable[tuple[str, int]]) -> str:
@@ -47,7 +47,9 @@ def unnamed(kinds: Kinds, records: Iterable[Record]) -> list[str]:
     notes = []
     for method, labels in rows.items():
         usual = kinds[method]
-        others = [(kinds[label][cell], usual[cell]) for label in sorted(labels) for cell in kinds[label] if cell in usual]
+        others = [
+            (kinds[label][cell], usual[cell]) for label in sorted(labels, key=str) for cell in kinds[label] if cell in usual
+        ]
         keys = dict.fromkeys(key for both in others for key in sorted(differing(both)))
         several = differing(list(usual.values()))  # a note of their own says these
         said = [f"{key}={written(next(iter(usual.values())), key)}" for key in keys if key not in several]

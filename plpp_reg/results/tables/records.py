@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from plpp_reg.errors import InputError
 from plpp_reg.results import record as results
 from plpp_reg.results.job import FAILED, JOB, NOTE, SUPERSEDED, TABLES, run_label
-from plpp_reg.results.tables.settings import Made, Settings, relevant, tell_apart
+from plpp_reg.results.tables.settings import Made, Name, Settings, relevant, tell_apart
 
 
 class Record(NamedTuple):
@@ -24,7 +24,7 @@ class Record(NamedTuple):
     note: Mapping[str, Any]
     accuracies: Mapping[str, float]
     place: Path
-    row: str
+    row: Name
     settings: Settings
     seen: Mapping[str, str]
 
@@ -33,9 +33,9 @@ class Record(NamedTuple):
         return cell_of(self.note)
 
     @property
-    def method(self) -> str:
+    def method(self) -> Name:
         """What the row is called where it names no setting."""
-        return method_of_note(self.note)
+        return name_of_note(self.note)
 
 
 class Found(NamedTuple):
@@ -143,14 +143,14 @@ def cell_of(note: Mapping[str, Any]) -> tuple[str, int]:
     return note["dataset"], note["shots"] if note["learns"] or note["table"] != "shots" else 0
 
 
-def method_of_note(note: Mapping[str, Any]) -> str:
+def name_of_note(note: Mapping[str, Any]) -> Name:
     """``CoOp_PLPP TOP_K=3``."""
-    return f"{note['method']} {note['variant']}".rstrip()
+    return Name(note["method"], note["variant"])
 
 
 def _made(note: Mapping[str, Any], result: Mapping[str, Any]) -> Made:
     settings = relevant(result["config"], note["method"], note["learns"])
-    return Made((note["name"], note["table"], note["backbone"]), method_of_note(note), cell_of(note), settings)
+    return Made((note["name"], note["table"], note["backbone"]), name_of_note(note), cell_of(note), settings)
 
 
 def _why(place: Path, other: bool) -> str:

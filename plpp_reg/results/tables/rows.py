@@ -7,17 +7,18 @@ from typing import NamedTuple
 
 from plpp_reg.data import full_name, paper_name
 from plpp_reg.errors import InputError
-from plpp_reg.loss import SUFFIX
 from plpp_reg.results.tables.series import Figure
-from plpp_reg.results.tables.settings import method_of
+from plpp_reg.results.tables.settings import Name
 
-AVERAGE_OF = "Average of "  # what the title of an average over data sets begins with
 PAPERS = ("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft", "SUN397", "DTD")
 PAPERS += ("EuroSAT", "UCF101")
 
 
 class Row(NamedTuple):
-    """``kind``: measured, difference or published; ``n``: the number of seeds, "2-3" where columns differ."""
+    """``kind``: measured, difference or published; ``n``: the number of seeds, "2-3" where columns differ.
+
+    ``name``: of what was measured; ``average``: over data sets.
+    """
 
     group: str
     label: str
@@ -25,6 +26,8 @@ class Row(NamedTuple):
     cells: Mapping[str, Figure]
     n: str = ""
     source: str = ""
+    name: Name | None = None
+    average: bool = False
 
 
 class Table(NamedTuple):
@@ -52,6 +55,6 @@ def dataset_order(dataset: str, shots: int) -> tuple[int, str, int]:
     return (known.index(title) if title in known else len(known), title, shots)
 
 
-def method_order(methods: Iterable[str]) -> list[str]:
+def method_order(methods: Iterable[Name]) -> list[Name]:
     """Zero-shot first, then each method with its PLPP forms after it."""
-    return sorted(methods, key=lambda m: (not m.startswith("Zeroshot"), method_of(m).removesuffix(SUFFIX), m))
+    return sorted(methods, key=lambda m: (not m.method.startswith("Zeroshot"), m.plain, str(m)))

@@ -17,7 +17,7 @@ from plpp_reg.results.record import NOT_IN_THE_RESULT
 from plpp_reg.trainers import NODES
 
 Settings = Mapping[str, Any]
-Kinds = Mapping[str, Mapping[Hashable, Settings]]  # of each row, by its name: what its runs of a cell were made with
+Kinds = Mapping["Name", Mapping[Hashable, Settings]]  # of each row: what its runs of a cell were made with
 
 # Bounds on memory: another one goes in other chunks, which changes a result no more than rounding does.
 ROUNDING = {"MODEL.TEXT_MEMORY_MIB", "TRAINER.PLPP.MEMORY_MIB", "TRAINER.PLPP.CHUNK_SIZE"}  # the last: before 0.2
@@ -28,11 +28,35 @@ OF_TRAINING = ("OPTIM.", "TRAIN.", "LOSS.", "DATALOADER.", "TRAINER.")  # what l
 ABSENT = object()
 
 
+class Name(NamedTuple):
+    """What a row is called: ``CoOp_PLPP TOP_K=3 (LR=0.01)``.
+
+    ``variant`` is its protocol's, ``settings`` what differs from the usual ones.
+    """
+
+    method: str
+    variant: str = ""
+    settings: str = ""
+
+    def __str__(self) -> str:
+        settings = f"({self.settings})" if self.settings else ""
+        return " ".join(filter(None, (self.method, self.variant, settings)))
+
+    @property
+    def plain(self) -> str:
+        """The method without PLPP."""
+        return self.method.removesuffix(SUFFIX)
+
+    @property
+    def has_plpp(self) -> bool:
+        return self.method.endswith(SUFFIX)
+
+
 class Made(NamedTuple):
     """A run, as far as its row depends on it. Runs of one ``cell`` (a data set, a number of shots) share every setting."""
 
     table: Hashable
-    method: str
+    row: Name  # without settings
     cell: Hashable
     settings: Settings
 
@@ -57,26 +81,26 @@ def _relevant_keys(keys: tuple[str, ...], method: str, learns: bool) -> tuple[st
     )
 
 
-def tell_apart(runs: Sequence[Made]) -> list[tuple[str, Settings]]:
+def tell_apart(runs: Sequence[Made]) -> list[tuple[Name, Settings]]:
     """Of each run the name of its row, and its settings (equal ones are one object).
 
     In a cell the usual settings are the row of the method's plain name: whatever a recipe changes between cells, an average
     finds them. Others are named for what differs from them.
     """
-    rows: dict[tuple[Hashable, str], dict[Hashable, list[list[Settings]]]] = {}  # of each cell, equal settings by equal ones
+    rows: dict[tuple[Hashable, Name], dict[Hashable, list[list[Settings]]]] = {}  # of each cell, equal settings by equal ones
     kinds: list[Settings] = []
     for run in runs:
-        there = rows.setdefault((run.table, run.method), {}).setdefault(run.cell, [])
+        there = rows.setdefault((run.table, run.row), {}).setdefault(run.cell, [])
         alike = next((alike for alike in there if alike[0] == run.settings), None)
         if alike is None:
             there.append(alike := [])
         alike.append(run.settings)
         kinds.append(alike[0])
     labels = {row: _labels(row[1], cells) for row, cells in rows.items()}
-    return [(labels[run.table, run.method][run.cell][id(kind)], kind) for run, kind in zip(runs, kinds, strict=True)]
+    return [(labels[run.table, run.row][run.cell][id(kind)], kind) for run, kind in zip(runs, kinds, strict=True)]
 
 
-def _labels(method: str, cells: Mapping[Hashable, list[list[Settings]]]) -> dict[Hashable, dict[int, str]]:
+def _labels(method: Name, cells: Mapping[Hashable, list[list[Settings]]]) -> dict[Hashable, dict[int, Name]]:
     """Of one method, cell by cell: the ``id`` of settings -> the row."""
     mixed = sorted({key for there in cells.values() for key in differing([alike[0] for alike in there])})
     if not mixed:
@@ -99,9 +123,9 @@ def _labels(method: str, cells: Mapping[Hashable, list[list[Settings]]]) -> dict
     return labels
 
 
-def _label(method: str, settings: Settings, usual: Settings, names: Mapping[str, str]) -> str:
+def _label(method: Name, settings: Settings, usual: Settings, names: Mapping[str, str]) -> Name:
     said = [f"{names[key]}={written(settings, key)}" for key in sorted(differing([usual, settings]))]
-    return f"{method} ({', '.join(said)})" if said else method
+    return method._replace(settings=", ".join(said))
 
 
 def _short(key: str, known: Collection[str]) -> str:
@@ -130,29 +154,17 @@ def written(settings: Settings, key: str) -> str:
     return repr(settings[key]) if key in settings else "not set"
 
 
-def method_of(label: str) -> str:
-    """``"CoOp_PLPP TOP_K=3 (LR=0.01)"`` -> CoOp_PLPP."""
-    return label.partition(" ")[0]
-
-
-def plain_of(label: str) -> str:
-    """The method that a row's is compared with; nothing for one without PLPP."""
-    method = method_of(label)
-    return method.removesuffix(SUFFIX) if method.endswith(SUFFIX) else ""
-
-
-def pair(kinds: Kinds) -> tuple[dict[tuple[str, str], list[Hashable]], dict[tuple[str, str], list[Hashable]]]:
+def pair(kinds: Kinds) -> tuple[dict[tuple[Name, Name], list[Hashable]], dict[tuple[Name, str], list[Hashable]]]:
     """Which rows are compared, cell by cell.
 
     Returns:
         (A row with PLPP, a plain row) -> the cells in which their other settings are the same; and (a row with PLPP, why not)
         -> the cells in which there are plain runs, but none of its settings.
     """
-    pairs: dict[tuple[str, str], list[Hashable]] = {}
-    apart: dict[tuple[str, str], list[Hashable]] = {}
+    pairs: dict[tuple[Name, Name], list[Hashable]] = {}
+    apart: dict[tuple[Name, str], list[Hashable]] = {}
     for treated, cells in kinds.items():
-        plain = plain_of(treated)
-        rows = [label for label in kinds if plain and method_of(label) == plain]
+        rows = [label for label in kinds if treated.has_plpp and label.method == treated.plain]
         for cell, settings in cells.items():
             ours = without_plpp(settings)
             there = [label for label in rows if cell in kinds[label]]
