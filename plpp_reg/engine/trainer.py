@@ -353,10 +353,10 @@ class PromptTrainer:
         if not self.plpp_acts:
             return {}
         reads, self.plpp_reads = self.plpp_reads, None  # or the states would be kept until the next step's
-        parts = self.regularizer.components(*reads, with_perplexity)
-        terms, share = self.regularizer.terms(parts), self._share_of_prompts()
-        if with_perplexity or self.regularizer.normalize_over == "vocabulary":  # the same on every rank
-            self.metrics["log_perplexity"] = share * parts.perplexity.log()
+        terms, perplexity = self.regularizer.weighted(*reads, with_perplexity)
+        share = self._share_of_prompts()
+        if perplexity is not None:  # the same on every rank
+            self.metrics["log_perplexity"] = share * perplexity.log()
         return terms if share == 1 else {name: share * term for name, term in terms.items()}
 
     def _share_of_prompts(self) -> float:

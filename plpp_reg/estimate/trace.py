@@ -198,7 +198,7 @@ def passes_of(trainer: PromptTrainer, images: dict[str, int], canonical: dict[st
             (v, h), trainer.plpp_reads = trainer.plpp_reads, None
             reads.append(tuple((t if t.dim() == 3 else t.unsqueeze(0)).shape for t in (v, h)))
             tracer.tower = PLPP
-            terms = trainer.regularizer.terms(trainer.regularizer.components(v, h, with_perplexity=False))
+            terms, _ = trainer.regularizer.weighted(v, h, with_perplexity=False)
             tracer.follow(terms, PLPP)
             tracer.tower = OTHER
             losses |= terms

@@ -31,6 +31,7 @@ class NearestWords:
     """
 
     def __init__(self) -> None:
+        self.remembers = True  # False: look every row up on a CPU too, as an accelerator does
         self.forget()
 
     def forget(self) -> None:
@@ -45,7 +46,7 @@ class NearestWords:
     def __call__(self, v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int, max_bytes: int) -> tuple[Tensor, Tensor]:
         """v (R, D), E (V, D), E_inverse_norm (V,) -> cosines (R, k), ids (R, k), nearest first."""
         count = KEPT * k
-        if not v.is_cpu or torch.compiler.is_compiling() or count >= len(E):
+        if not (self.remembers and v.is_cpu) or torch.compiler.is_compiling() or count >= len(E):
             return PF.search_all(v, E, E_inverse_norm, k, max_bytes)
         u = v / v.norm(dim=-1, keepdim=True).clamp_min(PF.NORMALIZE_EPS)
         if self.kept is None or self.kept.shape != (len(v), count) or self.left_out.dtype != v.dtype:

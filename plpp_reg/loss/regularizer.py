@@ -24,6 +24,14 @@ class Components(NamedTuple):
     perplexity: Tensor
 
 
+class _Measured(NamedTuple):
+    """What one call measured, unweighted; the perplexity is None where it was neither asked for nor at hand."""
+
+    perplexity_loss: Tensor
+    inverse_loss: Tensor
+    perplexity: Tensor | None
+
+
 class _Words(NamedTuple):
     """The vocabulary on one device, and which embedding it was taken from."""
 
@@ -115,17 +123,27 @@ class PerplexityRegularizer(nn.Module):
         if not self.active:
             self._checked(context, hidden)  # bad input is bad input at any weight
             return context.new_zeros((), dtype=PF.compute_dtype(context))
-        return self._measure(context, hidden, with_nll=False).total
+        return _sum(self.weighted(context, hidden, with_perplexity=False)[0])
 
     @property
     def active(self) -> bool:
         """Whether a weight is above 0; if none is, nothing of the host's computation changes by a bit."""
         return self.weight > 0 or self.inverse_weight > 0
 
-    def terms(self, parts: Components) -> dict[str, Tensor]:
+    def terms(self, parts: Components | _Measured) -> dict[str, Tensor]:
         """The weighted losses by their names in a log, ``ppl`` and ``inverse_ppl``; one of weight 0 is not there at all."""
         weighted = {"ppl": (self.weight, parts.perplexity_loss), "inverse_ppl": (self.inverse_weight, parts.inverse_loss)}
         return {name: weight * loss for name, (weight, loss) in weighted.items() if weight > 0}
+
+    def weighted(
+        self, context: Tensor, hidden: Tensor, with_perplexity: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The summands of a training step, as :meth:`terms` names them, and the perplexity where it was asked for or at hand.
+
+        Arguments and errors as in :meth:`components`.
+        """
+        parts = self._measure(context, hidden, with_perplexity)
+        return self.terms(parts), parts.perplexity
 
     def components(self, context: Tensor, hidden: Tensor, with_perplexity: bool = True) -> Components:
         """Total, both losses (unweighted) and the perplexity, as scalars.
@@ -143,9 +161,13 @@ class PerplexityRegularizer(nn.Module):
         Raises:
             InputError: shapes, width or dtype do not fit the vocabulary. It is a ValueError.
         """
-        return self._measure(context, hidden, with_nll=with_perplexity)
+        parts = self._measure(context, hidden, with_perplexity)
+        nan = parts.perplexity_loss.new_full((), torch.nan)
+        perplexity = nan if parts.perplexity is None else parts.perplexity
+        total = _sum(self.terms(parts)) if self.active else torch.zeros_like(nan)
+        return Components(total, parts.perplexity_loss, parts.inverse_loss, perplexity)
 
-    def _measure(self, context: Tensor, hidden: Tensor, with_nll: bool) -> Components:
+    def _measure(self, context: Tensor, hidden: Tensor, with_nll: bool) -> _Measured:
         v, h = self._checked(context, hidden)
         words = self._words_on(v.device)
         rows = PF.plpp(
@@ -161,11 +183,8 @@ class PerplexityRegularizer(nn.Module):
             detach_label=self.detach_label,
             with_nll=with_nll,
         )
-        direct, inverse = rows.perplexity_loss.mean(), rows.inverse_loss.mean()
-        perplexity = direct.new_full((), torch.nan) if rows.hard_nll is None else PF.perplexity(rows.hard_nll)
-        parts = Components(direct, direct, inverse, perplexity)
-        terms = list(self.terms(parts).values())
-        return parts._replace(total=sum(terms[1:], terms[0]) if terms else direct.new_zeros(()))
+        perplexity = None if rows.hard_nll is None else PF.perplexity(rows.hard_nll)
+        return _Measured(rows.perplexity_loss.mean(), rows.inverse_loss.mean(), perplexity)
 
     def _checked(self, context: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Both as (1 or P, M, D)."""
@@ -260,6 +279,11 @@ def settings_defaults() -> dict[str, float | int | str | bool]:
     """The regularizer's settings and their defaults, read from its signature."""
     parameters = inspect.signature(PerplexityRegularizer.__init__).parameters
     return {n: p.default for n, p in parameters.items() if n not in ("self", "embedding", "candidates")}
+
+
+def _sum(terms: dict[str, Tensor]) -> Tensor:
+    first, *others = terms.values()
+    return sum(others, first)
 
 
 def _fingerprint(tensor: Tensor) -> tuple:
