@@ -70,6 +70,15 @@ def spoiled(content: dict, how: str):
         content["state_dict"]["ctx"] *= float("nan")
     elif how == "weight of another shape":
         content["state_dict"]["ctx"] = torch.zeros(2, 2)
+    elif how == "names are numbers":
+        content["state_dict"][3] = torch.zeros(2)
+    elif how == "sparse weight":
+        content["state_dict"]["ctx"] = content["state_dict"]["ctx"].to_sparse()
+    elif how == "weight without data":
+        content["state_dict"]["ctx"] = content["state_dict"]["ctx"].to("meta")
+    elif how == "sparse momentum":
+        state = content["optimizer"]["state"][0]
+        state["momentum_buffer"] = state["momentum_buffer"].to_sparse()
     elif how == "other weights":
         content["state_dict"]["more"] = torch.zeros(2)
     elif how == "no weights":
@@ -82,7 +91,17 @@ def spoiled(content: dict, how: str):
 
 
 DAMAGE = ["empty", "cut", "cut by one byte", "one changed bit", "text", "pickle", "malicious", "malicious zip"]
-WRONG_WEIGHTS = ["weight is a number", "weight of another shape", "other weights", "no weights", "a tensor"]
+WRONG_WEIGHTS = [
+    "names are numbers",
+    "sparse weight",
+    "weight without data",
+    "sparse momentum",
+    "weight is a number",
+    "weight of another shape",
+    "other weights",
+    "no weights",
+    "a tensor",
+]
 WRONG_STATE = [
     "weight is nan",
     "no streams",

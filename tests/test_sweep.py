@@ -355,7 +355,7 @@ def test_jobs_can_be_handed_to_another_process(done: Bench) -> None:
 
 
 def test_the_installed_protocols_are_data(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected readable YAML"):
+    with pytest.raises(InputError, match="expected YAML"):
         (tmp_path / "p.yaml").write_text("a: [")
         plan(str(tmp_path / "p.yaml"), Choice(root="x"), tmp_path)
     assert RunArguments().opts == ()

@@ -234,7 +234,7 @@ def test_what_is_missing_or_failed_is_named_and_not_counted(halves: Path) -> Non
         "Missing, 4 runs:",
         "",
         "- base_to_new: dtd, 16 shots, CoOp, seed 4: not finished",
-        "- base_to_new: dtd, 16 shots, CoOp, seed 6: not finished",
+        "- base_to_new: dtd, 16 shots, CoOp, seed 6: its result.json cannot be read",
         "- base_to_new: dtd, 16 shots, CoOp, seed 7: not run yet with these settings",
         "- base_to_new: eurosat, 16 shots, CoOp, seed 5: failed: loss 'ce' is nan",
     ]

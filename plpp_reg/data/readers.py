@@ -18,7 +18,7 @@ from typing import NamedTuple
 from plpp_reg.data.sampling import DataSplit, Datum
 from plpp_reg.data.table import Layout
 from plpp_reg.errors import InputError
-from plpp_reg.io.files import write_text
+from plpp_reg.io.files import read_json, write_text
 
 SPLIT_SEED = 1  # upstream splits by the seed of whichever run came first; the papers' scripts begin with seed 1
 
@@ -74,12 +74,30 @@ def read_own_files(folder: Path, layout: Layout) -> Parts:
 
 
 def read_split(path: Path) -> Parts:
-    """``split_zhou_*.json``: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return tuple([Row(name, int(label), classname) for name, label, classname in content[p]] for p in PARTS)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{str(path)!r}: expected lists train, val and test of [path, label, class name], got {e!r}") from e
+    """``split_zhou_*.json``: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
+
+    Raises:
+        InputError: it is something else, or its labels and class names do not belong together one to one.
+    """
+    content = read_json(path)
+    lists = [content.get(part) if isinstance(content, dict) else None for part in PARTS]
+    if not all(isinstance(rows, list) and all(map(_is_row, rows)) for rows in lists):
+        raise InputError(f"{str(path)!r}: expected lists train, val and test of [path, label, class name], got something else")
+    name_of: dict[int, str] = {}
+    label_of: dict[str, int] = {}
+    parts = tuple([Row(name, int(label), classname) for name, label, classname in rows] for rows in lists)
+    for _, label, classname in (row for rows in parts for row in rows):
+        if name_of.setdefault(label, classname) != classname:
+            raise InputError(f"{str(path)!r}: expected one name of label {label}, got {name_of[label]!r} and {classname!r}")
+        if label_of.setdefault(classname, label) != label:
+            raise InputError(f"{str(path)!r}: expected one label of {classname!r}, got {label_of[classname]} and {label}")
+    return parts
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, list) or len(row) != 3 or type(row[0]) is not str or type(row[2]) is not str:
+        return False
+    return type(row[1]) is int or (type(row[1]) is str and re.fullmatch("[0-9]{1,9}", row[1]) is not None)
 
 
 def split_text(parts: Parts) -> str:

@@ -131,7 +131,24 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {str(path)!r}: expected a whole file of tensors, refused ({e})") from e
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "epoch" not in content:
         raise InputError(f"checkpoint {str(path)!r}: expected keys state_dict and epoch")
+    if wrong := next((key for key in content["state_dict"] if not isinstance(key, str)), None):
+        raise InputError(f"checkpoint {str(path)!r}: expected names of tensors in its state_dict, got {wrong!r}")
+    if (kind := _unusual_tensor(content)) is not None:
+        raise InputError(f"checkpoint {str(path)!r}: expected tensors of plain numbers, got {kind}")
     return content
+
+
+def _unusual_tensor(content: object) -> str | None:
+    """The kind of a tensor in there that torch's own loading takes and nothing else here does: sparse, say, or without data."""
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_meta or value.is_quantized):
+            return "one without data" if value.is_meta else f"one of layout {value.layout}, type {value.dtype}"
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
+    return None
 
 
 def load_weights(

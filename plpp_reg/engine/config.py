@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from plpp_reg.engine import registry
 from plpp_reg.errors import InputError, unknown
+from plpp_reg.io.files import read_yaml
 from plpp_reg.loss.settings import node_defaults
 from plpp_reg.results.record import NOT_IN_THE_RESULT
 
@@ -128,7 +129,7 @@ def merge_file(cfg: CfgNode, path: str | Path, above: tuple[Path, ...] = ()) -> 
         if not isinstance(base, str) or place in above:
             raise InputError(f"config file {str(path)!r}: _BASE_: expected another file's name, got {base!r}")
         merge_file(cfg, place.parent / base, (*above, place))
-    for key, value in _flat_file(path, loaded):
+    for key, value in _flat(loaded):
         if key in RETIRED:
             continue
         try:
@@ -179,16 +180,21 @@ def _coerce(key: str, given: object, default: object) -> object:
         fits = isinstance(value, (tuple, list))
         like = type(default[0]) if default else str  # what is empty by default, INPUT.TRANSFORMS, is names
         kinds = (int, float) if like is float else (like,)
-        fits = fits and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
+        fits = fits and all(isinstance(v, kinds) and not isinstance(v, bool) and _in_range(v) for v in value)
         value = type(default)(map(like, value)) if fits else value
     elif isinstance(default, str):
         fits = isinstance(value, (str, int, float))
         value = str(value)
     else:
-        fits = isinstance(value, type(default))
+        fits = isinstance(value, type(default)) and _in_range(value)
     if not fits:
         raise InputError(f"{key}: expected {_kind(default)} (default {default!r}), got {given!r}")
     return value
+
+
+def _in_range(value: object) -> bool:
+    """Whether text, or a number that arithmetic takes."""
+    return isinstance(value, str) or abs(value) < 2**63
 
 
 def _kind(default: object) -> str:
@@ -233,7 +239,7 @@ def from_yaml(path: str | Path) -> dict[str, object]:
     """
     if not (loaded := _read_yaml(path)):
         raise InputError(f"config file {str(path)!r}: expected the configuration of a run, got an empty file")
-    return dict(_flat_file(path, loaded))
+    return dict(_flat(loaded))
 
 
 def of_run(folder: str | Path, trainer: str = "") -> tuple[CfgNode, type]:
@@ -256,22 +262,9 @@ def of_run(folder: str | Path, trainer: str = "") -> tuple[CfgNode, type]:
 
 def _read_yaml(path: str | Path) -> dict[str, object]:
     """The keys and values of a YAML file, as they are nested in it; an empty file has none."""
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"config file {str(path)!r}: expected a readable YAML file, got {e.__class__.__name__}: {e}") from e
-    except yaml.YAMLError as e:
-        raise InputError(f"config file {str(path)!r}: expected YAML, got {' '.join(str(e).split())}") from e
+    loaded = read_yaml(path, "config file")
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise InputError(f"config file {str(path)!r}: expected keys and values, got {type(loaded).__name__}")
     return loaded
-
-
-def _flat_file(path: str | Path, loaded: dict[str, object]) -> list[tuple[str, object]]:
-    """What :func:`_read_yaml` read, by the keys' whole names."""
-    try:
-        return _flat(loaded)
-    except RecursionError as e:
-        raise InputError(f"config file {str(path)!r}: expected keys and values, got one that contains itself") from e

@@ -30,6 +30,7 @@ from plpp_reg.experiments.protocols import Job
 from plpp_reg.experiments.sweep import Models, Outcome, Runner, execute, failure, one_after_another
 
 EXECUTORS = ("processes", "ray")
+MOST = 1024  # processes or threads: more is a slip of the hand, which a machine would not survive
 TRIES = 2  # of a job whose worker dies
 
 
@@ -50,8 +51,8 @@ def choose(executor: str = "processes", workers: int = 0, threads: int = 0, addr
         InputError: a number below 0, or what one executor has and the other has not.
     """
     for flag, value in (("--workers", workers), ("--threads", threads)):
-        if value < 0:
-            raise InputError(f"{flag}: expected an integer >= 0, got {value}")
+        if not 0 <= value <= MOST:
+            raise InputError(f"{flag}: expected an integer, 0 to {MOST}, got {value}")
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
     if executor == "ray":

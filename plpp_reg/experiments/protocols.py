@@ -6,12 +6,11 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from yacs.config import CfgNode
 
 from plpp_reg.clip.load import EMBEDDED
@@ -20,9 +19,10 @@ from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, further_config, resolve, shipped_config
 from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError, unknown
+from plpp_reg.io.files import read_yaml
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results.job import TABLES, run_label
-from plpp_reg.results.record import NOT_IN_THE_RESULT
+from plpp_reg.results.record import NOT_IN_THE_RESULT, is_number, is_text
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,37 @@ class Protocol:
     variants: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
+def _list_of(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _by_name(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(is_text(name) and fits(inner) for name, inner in value.items())
+
+
+def _is_value(value: object) -> bool:
+    """What a key of the configuration can have."""
+    return isinstance(value, (str, bool)) or is_number(value) or (isinstance(value, list) and all(map(_is_value, value)))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and is_number(value)
+
+
+TEXT = (is_text, "text")
+TEXTS = (_list_of(is_text), "a list of text")
+WHOLE_NUMBERS = (_list_of(_is_whole), "a list of integers")
+SETTINGS = (_by_name(_is_value), "configuration keys and values")
+NAMED_SETTINGS = (_by_name(SETTINGS[0]), "names with configuration keys and values")
+KINDS = {
+    **dict.fromkeys(("table", "backbone", "test"), TEXT),
+    **dict.fromkeys(("methods", "datasets", "recipe", "targets"), TEXTS),
+    **dict.fromkeys(("seeds", "shots"), WHOLE_NUMBERS),
+    "set": SETTINGS,
+    **dict.fromkeys(("tests", "variants"), NAMED_SETTINGS),
+    "where": (_list_of(_by_name(lambda value: True)), "a list of keys and values"),
+    "vary": (_by_name(_list_of(_is_value)), "configuration keys, each with a list of values"),
+}  # of a protocol file: whether a value fits its key, and what is expected
 FIELDS = {f.name: f for f in dataclasses.fields(Protocol) if f.name != "name"}
 WHERE = ("methods", "datasets", "shots", "recipe", "set")
 
@@ -98,10 +129,7 @@ def load_protocol(name: str, embedded: bool) -> Protocol:
     if not path.is_file():
         raise unknown("protocol", name, protocol_names())
     where = f"protocol {str(path)!r}"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise InputError(f"{where}: expected readable YAML, got {' '.join(str(e).split())}") from e
+    content = read_yaml(path, "protocol")
     if not isinstance(content, dict) or not isinstance(content.get("embedded", {}), dict):
         raise InputError(f"{where}: expected keys and values, got {type(content).__name__}")
     smaller = content.pop("embedded", None)
@@ -115,11 +143,10 @@ def load_protocol(name: str, embedded: bool) -> Protocol:
 def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
     for key, value in content.items():
         if key not in FIELDS:
-            raise unknown(f"key in {where}:", key, FIELDS)
-        kinds = {"Sequence": (list, tuple), "Mapping": (dict,), "str": (str,)}
-        kind = FIELDS[key].type.partition("[")[0]
-        if not isinstance(value, kinds[kind]):
-            raise InputError(f"{where}: {key}: expected {kind.lower()}, got {value!r}")
+            raise unknown(f"key in {where}:", str(key), FIELDS)
+        fits, words = KINDS[key]
+        if not fits(value):
+            raise InputError(f"{where}: {key}: expected {words}, got {_short(value)}")
     for key, f in FIELDS.items():
         if key not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: expected a key {key!r}")
@@ -130,10 +157,18 @@ def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
     for rule in content.get("where", ()):
         for key, value in rule.items():
             if key not in WHERE:
-                raise unknown(f"key in where of {where}:", key, WHERE)
-            kind, words = (dict, "keys and values") if key == "set" else (list, "a list")
-            if not isinstance(value, kind):
-                raise InputError(f"{where}: where: {key}: expected {words}, got {value!r}")
+                raise unknown(f"key in where of {where}:", str(key), WHERE)
+            fits, words = KINDS[key]
+            if not fits(value):
+                raise InputError(f"{where}: where: {key}: expected {words}, got {_short(value)}")
+    for variant in content.get("variants", ()):
+        if not _as_folder(variant).strip("."):
+            raise InputError(f"{where}: variants: expected names that a folder can have, got {variant!r}")
+    for recipe in (*content["recipe"], *(name for rule in content.get("where", ()) for name in rule.get("recipe", ()))):
+        if re.search(r"[{}]", recipe.replace("{dataset}", "").replace("{shots}", "")):
+            raise InputError(f"{where}: recipe: expected no fields but {{dataset}} and {{shots}}, got {recipe!r}")
+    if not name.strip("."):
+        raise InputError(f"{where}: expected a name that a folder can have")
     return Protocol(name=name, **content)
 
 
@@ -157,9 +192,9 @@ def choose(name: str, choice: Choice) -> Protocol:
         if len(set(values)) != len(values):
             raise InputError(f"--{key}: expected each once, got {' '.join(map(str, values))}")
     for key, least in (("seeds", 0), ("shots", 1)):
-        wrong = [v for v in getattr(protocol, key) if not isinstance(v, int) or v < least]
+        wrong = [v for v in getattr(protocol, key) if not least <= v < 2**32]
         if wrong:
-            raise InputError(f"--{key}: expected integers >= {least}, got {wrong[0]!r}")
+            raise InputError(f"--{key}: expected integers >= {least} of 32 bits, got {_short(wrong[0])}")
     return protocol
 
 
@@ -282,6 +317,12 @@ def _key(cfg: CfgNode, tests: Mapping[str, Sequence[str]]) -> str:
 
 def _pairs(settings: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(text for key, value in settings.items() for text in (key, str(value)))
+
+
+def _short(value: object) -> str:
+    """A value as a line shows it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _as_folder(variant: str) -> str:

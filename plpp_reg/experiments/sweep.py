@@ -192,7 +192,7 @@ def _note_text(job: Job) -> str:
 
 
 def _write_if_new(path: Path, text: str) -> None:
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ except ImportError:  # Windows
     fcntl = None
 
 A_DAY = 24 * 3600.0  # seconds: no file is being written that long
+MOST_VALUES, MOST_LEVELS = 100_000, 32  # of a YAML file
 TEMPORARY = ".tmp"  # what the name of a file that is not whole ends in; it begins with a dot
 
 
@@ -126,6 +129,55 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
     on_cpu = {name: t.cpu().contiguous() for name, t in tensors.items()}
     write_atomically(path, lambda p: p.write_bytes(save(on_cpu, dict(metadata))))
+
+
+def read_json(path: str | Path) -> object:
+    """What a JSON file says.
+
+    Raises:
+        InputError: there is no plain file, it is no JSON, or it is nested deeper than Python reads.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():  # a pipe in its place would be waited for
+            raise InputError(f"{str(path)!r}: expected a file, got none")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{str(path)!r}: expected JSON, got {type(e).__name__}: {' '.join(str(e).split())}") from e
+
+
+def read_yaml(path: str | Path, what: str) -> object:
+    """What a YAML file says; ``what`` it is, for the message.
+
+    Raises:
+        InputError: it cannot be read, is no YAML, contains itself, or unfolds to more than any configuration holds.
+    """
+    import yaml
+
+    where = f"{what} {str(path)!r}"
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{where}: expected a readable YAML file, got {type(e).__name__}: {e}") from e
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as e:
+        # a number of 5,000 digits, a date that is none, lists in lists without end: PyYAML lets Python's own errors through
+        raise InputError(f"{where}: expected YAML, got {' '.join(str(e).split())[:300]}") from e
+    left, level = MOST_VALUES, [content]
+    for _ in range(MOST_LEVELS):  # an alias is one object however often it stands there
+        if not level or left < 0:
+            break
+        below = (_values(value) for value in level if isinstance(value, (dict, list)))
+        level = list(itertools.islice(itertools.chain.from_iterable(below), left + 1))
+        left -= len(level)
+    if level or left < 0:
+        raise InputError(f"{where}: expected a configuration, got one that contains itself or more than any holds")
+    return content
+
+
+def _values(value: dict | list) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def write_text(path: str | Path, text: str) -> None:

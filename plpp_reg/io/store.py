@@ -21,6 +21,7 @@ from plpp_reg.errors import InputError
 from plpp_reg.io.files import TEMPORARY, clear_left_behind, write_tensors
 
 SUFFIX = ".safetensors"
+MOST_GIB = 2**32
 
 
 class Entry(NamedTuple):
@@ -43,8 +44,8 @@ class TensorStore:
     """
 
     def __init__(self, folder: str | Path, max_gib: float) -> None:
-        if not max_gib >= 0:
-            raise InputError(f"the store's bound: expected a number >= 0 of GiB, got {max_gib}")
+        if not 0 <= max_gib <= MOST_GIB:
+            raise InputError(f"FEATURES.MAX_GIB: expected a number of GiB, 0 to {MOST_GIB}, got {max_gib}")
         self.folder, self.max_bytes = Path(folder), int(max_gib * 2**30)
 
     def get(self, what: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

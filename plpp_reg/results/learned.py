@@ -69,7 +69,7 @@ class Learned:
             return self._older().history(run.place)
         try:
             return [{name: float(value) for name, value in epoch.items()} for epoch in run.result["history"]]
-        except (AttributeError, TypeError, ValueError) as e:
+        except (AttributeError, TypeError, ValueError, OverflowError) as e:
             raise InputError(f"its {RESULT}: expected figures of each epoch, got something else") from e
 
     def prompts(self, run: Found) -> Prompts:
@@ -87,7 +87,7 @@ class Learned:
             before, after = learned["before"], learned["after"]
             perplexity = float(before["perplexity"]), float(after["perplexity"])
             return Prompts(_words(before), _words(after), perplexity, str(learned["of_class"]))
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
             raise InputError(f"its {RESULT}: expected the words of its prompts, got something else") from e
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plpp_reg import __version__
-from plpp_reg.io.files import write_text
+from plpp_reg.errors import InputError
+from plpp_reg.io.files import read_json, write_text
 
 RESULT = "result.json"
 FEW_SHOT = "few_shot.json"  # which images a run was trained on
@@ -117,13 +118,72 @@ def write_result(folder: str | Path, result: dict[str, Any]) -> Path:
 
 
 def read_result(folder: str | Path) -> dict[str, Any]:
-    return json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))
+    """A run's record.
+
+    Raises:
+        InputError: there is none, or something else under its name.
+    """
+    return checked(read_json(Path(folder) / RESULT))
 
 
 def read_if_whole(folder: str | Path) -> dict[str, Any] | None:
     """A run's record; None where there is none, or something else under its name."""
     try:
-        result = read_result(folder)
-    except (OSError, ValueError):
+        return checked(read_json(Path(folder) / RESULT))
+    except InputError:
         return None
-    return result if isinstance(result, dict) and {"config", "metrics", "files_sha256"} <= result.keys() else None
+
+
+def checked(result: object) -> dict[str, Any]:
+    """A record, as it was read.
+
+    Raises:
+        InputError: it is not what a run writes; the message says where.
+    """
+    for key, kind in {"config": is_settings, "metrics": is_figures, "files_sha256": is_text}.items():
+        if not isinstance(result, dict) or not kind(result.get(key)):
+            raise InputError(f"its {RESULT}: expected a run's record, got no {key} of a run")
+    optional = {"losses": is_figures, "versions": is_texts, "seconds": is_number, "pictures_sha256": is_texts}
+    optional |= dict.fromkeys(("trainer", "dataset", "backbone"), is_text)
+    for key, kind in optional.items():
+        if key in result and not kind(result[key]):
+            raise InputError(f"its {RESULT}: expected a run's record, got {key} of another kind")
+    tests = result.get("tests", {})
+    if not isinstance(tests, dict) or not all(_is_test(test) for test in tests.values()):
+        raise InputError(f"its {RESULT}: expected figures of each further test, got something else")
+    return result
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_number(value: object) -> bool:
+    """A number that arithmetic takes: finite, and an integer of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
+def is_figures(value: object) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(map(is_text, value.values()))
+
+
+def is_settings(value: object) -> bool:
+    """Names and plain values, or lists of them."""
+    return isinstance(value, dict) and all(
+        all(map(_is_plain, v)) if isinstance(v, list) else _is_plain(v) for v in value.values()
+    )
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (str, bool, float)) or is_number(value)
+
+
+def _is_test(test: object) -> bool:
+    fits = isinstance(test, dict) and is_figures(test.get("metrics")) and is_text(test.get("files_sha256"))
+    return fits and is_texts(test.get("pictures_sha256", {}))

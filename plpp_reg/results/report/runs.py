@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plpp_reg.loss import SUFFIX
-from plpp_reg.results.job import FAILED, run_label
+from plpp_reg.results.job import read_failure, run_label
 from plpp_reg.results.record import duration
 from plpp_reg.results.report.grids import Cell, Grid, TableRow
 from plpp_reg.results.tables.records import Found, Record
@@ -144,11 +144,8 @@ def _config(run: Found) -> str:
 
 def failure_log(place: Path) -> str:
     """The last lines of a failed run's log; nothing where it did not fail."""
-    try:
-        lines = json.loads((place / FAILED).read_text(encoding="utf-8"))["log"]
-        return "\n".join(map(str, lines))
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    failure = read_failure(place)
+    return "\n".join(failure[1]) if failure else ""
 
 
 def environment_of(found: Sequence[Found]) -> Grid | None:

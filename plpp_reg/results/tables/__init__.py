@@ -36,6 +36,7 @@ def write_tables(folder: str | Path, form: str, output: str = "", mean_h: bool =
     """The tables of a folder as ``"markdown"``, ``"csv"`` or ``"latex"``, printed or written to ``output``."""
     runs = read_runs(folder)
     text = WRITERS[form](make_tables(runs, mean_h, published), runs.missing)
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair in a name is no character
     if output:
         write_text(output, text)
     else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from plpp_reg.results.job import shots_text
 from plpp_reg.results.tables.records import Record
 from plpp_reg.results.tables.rows import title_of
-from plpp_reg.results.tables.settings import Kinds, differing, written
+from plpp_reg.results.tables.settings import Kinds, Name, differing, written
 
 MOST = 3  # data sets that a note names, of those with one value
 
@@ -88,9 +88,9 @@ def doubled(records: Iterable[Record]) -> list[str]:
     return notes
 
 
-def other_pictures(records: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> list[str]:
+def other_pictures(records: Iterable[Record], pairs: Iterable[tuple[Name, Name]]) -> list[str]:
     """Runs of a row whose tests saw other pictures than each other's, and pairs that saw other ones with the same seed."""
-    found: dict[tuple[str, tuple[str, int]], dict[int, Record]] = {}
+    found: dict[tuple[Name, tuple[str, int]], dict[int, Record]] = {}
     for record in records:
         found.setdefault((record.row, record.cell), {})[record.note["seed"]] = record
     notes = []

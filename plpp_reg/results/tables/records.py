@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, NamedTuple
 
 from plpp_reg.errors import InputError
 from plpp_reg.results import record as results
-from plpp_reg.results.job import FAILED, JOB, NOTE, SUPERSEDED, TABLES, run_label
+from plpp_reg.results.job import JOB, SUPERSEDED, read_failure, read_note, run_label
 from plpp_reg.results.tables.settings import Made, Name, Settings, relevant, tell_apart
 
 
@@ -72,27 +70,35 @@ def find_runs(folder: str | Path) -> list[Found]:
             folders.clear()  # a run's own folders: checkpoints, event files
             found.append(_planned(Path(place)))
         elif results.RESULT in files or "config.yaml" in files:
-            result = results.read_if_whole(place)
-            found.append(Found(Path(place), {}, result, "" if result else "not finished"))
+            found.append(Found(Path(place), {}, *_result_or_why(Path(place), "not finished")))
     return found
 
 
 def _planned(place: Path) -> Found:
     try:
-        note = json.loads((place / JOB).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        note = None
-    fits = isinstance(note, dict) and all(isinstance(note.get(key), kind) for key, kind in NOTE.items())
-    if not fits or note["table"] not in TABLES:
+        note = read_note(place)
+    except InputError:
         return Found(place, {}, None, f"its {JOB} cannot be read")
-    result = results.read_if_whole(place)
-    if result is None or result.get("protocol") != note:
-        return Found(place, note, None, _why(place, result is not None))
+    failure = read_failure(place)
+    result, why = _result_or_why(place, f"failed: {failure[0]}" if failure else "not finished")
+    if result is None:
+        return Found(place, note, None, why)
+    if result.get("protocol") != note:
+        return Found(place, note, None, f"failed: {failure[0]}" if failure else "not run yet with these settings")
+    tested = [result["metrics"], *(test["metrics"] for test in result.get("tests", {}).values())]
+    if not all(0 <= metrics.get("accuracy", -1) <= 100 for metrics in tested):
+        return Found(place, note, None, f"no accuracy in its {results.RESULT}")
+    return Found(place, note, result)
+
+
+def _result_or_why(place: Path, unfinished: str) -> tuple[dict[str, Any] | None, str]:
+    """A run's record, or why there is none."""
+    if not os.path.lexists(place / results.RESULT):
+        return None, unfinished
     try:
-        whole = all(math.isfinite(value) for value in accuracies(note, result).values())
-    except (AttributeError, KeyError, TypeError):
-        whole = False
-    return Found(place, note, result) if whole else Found(place, note, None, f"no accuracy in its {results.RESULT}")
+        return results.read_result(place), ""
+    except InputError:
+        return None, f"its {results.RESULT} cannot be read"
 
 
 def accuracies(note: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float]:
@@ -151,10 +157,3 @@ def name_of_note(note: Mapping[str, Any]) -> Name:
 def _made(note: Mapping[str, Any], result: Mapping[str, Any]) -> Made:
     settings = relevant(result["config"], note["method"], note["learns"])
     return Made((note["name"], note["table"], note["backbone"]), name_of_note(note), cell_of(note), settings)
-
-
-def _why(place: Path, other: bool) -> str:
-    try:
-        return f"failed: {json.loads((place / FAILED).read_text(encoding='utf-8'))['error']}"
-    except (OSError, ValueError, KeyError):
-        return "not run yet with these settings" if other else "not finished"
