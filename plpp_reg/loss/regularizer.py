@@ -24,14 +24,6 @@ class Components(NamedTuple):
     perplexity: Tensor
 
 
-class _Measured(NamedTuple):
-    """What one call measured, unweighted; the perplexity is None where it was neither asked for nor at hand."""
-
-    perplexity_loss: Tensor
-    inverse_loss: Tensor
-    perplexity: Tensor | None
-
-
 class _Words(NamedTuple):
     """The vocabulary on one device, and which embedding it was taken from."""
 
@@ -130,9 +122,12 @@ class PerplexityRegularizer(nn.Module):
         """Whether a weight is above 0; if none is, nothing of the host's computation changes by a bit."""
         return self.weight > 0 or self.inverse_weight > 0
 
-    def terms(self, parts: Components | _Measured) -> dict[str, Tensor]:
+    def terms(self, parts: Components) -> dict[str, Tensor]:
         """The weighted losses by their names in a log, ``ppl`` and ``inverse_ppl``; one of weight 0 is not there at all."""
-        weighted = {"ppl": (self.weight, parts.perplexity_loss), "inverse_ppl": (self.inverse_weight, parts.inverse_loss)}
+        return self._weigh(parts.perplexity_loss, parts.inverse_loss)
+
+    def _weigh(self, direct: Tensor, inverse: Tensor) -> dict[str, Tensor]:
+        weighted = {"ppl": (self.weight, direct), "inverse_ppl": (self.inverse_weight, inverse)}
         return {name: weight * loss for name, (weight, loss) in weighted.items() if weight > 0}
 
     def weighted(
@@ -142,8 +137,8 @@ class PerplexityRegularizer(nn.Module):
 
         Arguments and errors as in :meth:`components`.
         """
-        parts = self._measure(context, hidden, with_perplexity)
-        return self.terms(parts), parts.perplexity
+        direct, inverse, perplexity = self._measure(context, hidden, with_perplexity)
+        return self._weigh(direct, inverse), perplexity
 
     def components(self, context: Tensor, hidden: Tensor, with_perplexity: bool = True) -> Components:
         """Total, both losses (unweighted) and the perplexity, as scalars.
@@ -161,13 +156,12 @@ class PerplexityRegularizer(nn.Module):
         Raises:
             InputError: shapes, width or dtype do not fit the vocabulary. It is a ValueError.
         """
-        parts = self._measure(context, hidden, with_perplexity)
-        nan = parts.perplexity_loss.new_full((), torch.nan)
-        perplexity = nan if parts.perplexity is None else parts.perplexity
-        total = _sum(self.terms(parts)) if self.active else torch.zeros_like(nan)
-        return Components(total, parts.perplexity_loss, parts.inverse_loss, perplexity)
+        direct, inverse, perplexity = self._measure(context, hidden, with_perplexity)
+        total = _sum(self._weigh(direct, inverse)) if self.active else direct.new_zeros(())
+        return Components(total, direct, inverse, direct.new_full((), torch.nan) if perplexity is None else perplexity)
 
-    def _measure(self, context: Tensor, hidden: Tensor, with_nll: bool) -> _Measured:
+    def _measure(self, context: Tensor, hidden: Tensor, with_nll: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both losses, unweighted, and the perplexity; None where it was neither asked for nor at hand."""
         v, h = self._checked(context, hidden)
         words = self._words_on(v.device)
         rows = PF.plpp(
@@ -184,7 +178,7 @@ class PerplexityRegularizer(nn.Module):
             with_nll=with_nll,
         )
         perplexity = None if rows.hard_nll is None else PF.perplexity(rows.hard_nll)
-        return _Measured(rows.perplexity_loss.mean(), rows.inverse_loss.mean(), perplexity)
+        return rows.perplexity_loss.mean(), rows.inverse_loss.mean(), perplexity
 
     def _checked(self, context: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Both as (1 or P, M, D)."""
