@@ -280,8 +280,20 @@ def test_the_next_run_clears_what_a_killed_one_left(world: Path, tmp_path: Path)
     shutil.copytree(world / "whole", tmp_path / "out")
     for name in (".result.json.tmp", ".config.yaml.0123abcd.tmp", "prompt_learner/.model.pth.tar-9.tmp"):
         (tmp_path / "out" / name).write_bytes(b"half")
+    inside = tmp_path / "out" / "prompt_learner"
+    shutil.copy(inside / f"model.pth.tar-{EPOCHS}", inside / f"model.pth.tar-{EPOCHS - 1}")  # killed before its removal
     quietly(arguments(world, tmp_path / "out"))
     assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert sorted(p.name for p in inside.iterdir()) == ["checkpoint", "model-best.pth.tar", f"model.pth.tar-{EPOCHS}"]
+
+
+@pytest.mark.parametrize(("frequency", "stays"), [(0, False), (1, True), (3, True), (2, False)])
+def test_the_checkpoint_before_the_newest_goes_unless_it_was_asked_for(tmp_path: Path, frequency: int, stays: bool) -> None:
+    for epoch in (2, 3, 4):
+        checkpoint.save(tmp_path, {"state_dict": {}, "epoch": epoch})
+    checkpoint.remove_previous(tmp_path, frequency)
+    there = {p.name for p in tmp_path.iterdir()}
+    assert ("model.pth.tar-3" in there) == stays and {"model.pth.tar-2", "model.pth.tar-4"} <= there
 
 
 @POSIX

@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from plpp_reg.data import DATASETS, full_name, short_name
-from plpp_reg.data.check import READY, check, look
+from plpp_reg.data.check import DIFFERENT, READY, check, look
 from plpp_reg.data.own import own_kind
 from plpp_reg.data.table import Layout
 from plpp_reg.errors import InputError, install, unknown
@@ -101,7 +101,8 @@ def get(names: Sequence[str], root: str | Path, source: str = "hub") -> int:
     for name in names:
         _check_offered(name, source)
     for name in names:
-        if look(name, root).state != READY:
+        state = look(name, root).state
+        if state != READY and not (state == DIFFERENT and source == "torchvision"):  # that one has no papers' splits
             _get(name, root, source)
         _clear(name, root)
     return check(root, names)

@@ -94,6 +94,18 @@ def newest(folder: str | Path) -> Path | None:
     return path
 
 
+def remove_previous(folder: str | Path, frequency: int) -> None:
+    """Remove the checkpoint of the epoch before the newest, unless ``frequency`` asks for it (0: it does not).
+
+    A run that is killed between the two leaves it.
+    """
+    if (path := newest(folder)) is None:
+        return
+    epoch = int(path.name.rsplit("-", 1)[1]) - 1
+    if not (frequency > 0 and epoch % frequency == 0):
+        path.with_name(f"model.pth.tar-{epoch}").unlink(missing_ok=True)
+
+
 def find(folder: str | Path, model_name: str, epoch: int | None) -> Path:
     """The file that ``--model-dir`` and ``--load-epoch`` mean; without an epoch the best on validation, else the newest."""
     inside = Path(folder) / model_name

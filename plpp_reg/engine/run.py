@@ -208,8 +208,7 @@ def run(
         stack.enter_context(locked(place))
         _check_folders(cfg, folder)  # once more: another run may have come and gone while this one was loading
         _go_on(place, folder, trainer, args)
-        for left in (place, trainer.saving.folder):
-            clear_left_behind(left)
+        _clear(place, trainer)
         log.open(place)
         stack.callback(log.close)
         return _run_in(place, folder, trainer, args, after_epoch, further, note, before), trainer
@@ -277,6 +276,15 @@ def _go_on(folder: Path, resumed: Path, trainer: PromptTrainer, args: RunArgumen
             raise UnusableCheckpoint(str(e)) from e
     if not trainer.ranks.all_agree(trainer.ranks.of_the_first(trainer.epoch) == trainer.epoch):
         raise InputError("expected the same checkpoint on every process: is --output-dir on a disk that all of them share?")
+
+
+def _clear(folder: Path, trainer: PromptTrainer) -> None:
+    """Remove what a killed process left in the run's folder: half-written files, and the checkpoint before the newest."""
+    for left in (folder, trainer.saving.folder):
+        clear_left_behind(left)
+    if (there := folder / "config.yaml").is_file():
+        frequency = config.from_yaml(there).get("TRAIN.CHECKPOINT_FREQ")  # as that process had it
+        checkpoint.remove_previous(trainer.saving.folder, frequency if isinstance(frequency, int) else 0)
 
 
 def _run_in(
