@@ -162,9 +162,9 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(tmp_path):
         f"""
         import json
         from dassl.engine import load_checkpoint   # bound before it is mended
-        from plpp_reg.dassl import patches as mend
+        from plpp_reg.dassl import patches
         from plpp_reg.errors import InputError
-        mend.mend(mend.faults())
+        patches.mend(patches.faults())
         import dassl.engine
         try:
             dassl.engine.load_checkpoint({str(tmp_path / "evil.tar")!r})
@@ -193,8 +193,8 @@ def test_the_registry_whatever_the_order_of_imports(order):
 import json
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY, TrainerX
-from plpp_reg.dassl import patches as mend, registry
-mend.mend(mend.faults())
+from plpp_reg.dassl import patches, registry
+patches.mend(patches.faults())
 class Own(mini_trainers.MiniCoOp): pass
 TRAINER_REGISTRY.register()(Own)                      # registered after everything
 names = TRAINER_REGISTRY.registered_names()
@@ -292,11 +292,11 @@ class Fixed(LRScheduler):
         self.successor.load_state_dict(state.pop("successor"))
         super().load_state_dict(state)
 s.ConstantWarmupScheduler = Fixed
-from plpp_reg.dassl import patches as mend
+from plpp_reg.dassl import patches
 loader, bases = t.load_checkpoint, Fixed.__bases__
-lines = mend.mend(mend.faults())
-first = mend.mend(mend.before_import())
-print(json.dumps([lines, t.load_checkpoint is loader, Fixed.__bases__ == bases, mend.mend(mend.before_import())]))
+lines = patches.mend(patches.faults())
+first = patches.mend(patches.before_import())
+print(json.dumps([lines, t.load_checkpoint is loader, Fixed.__bases__ == bases, patches.mend(patches.before_import())]))
 """
     lines, same_loader, same_bases, second = in_process(code)
     assert lines == [] and same_loader and same_bases and second == []
@@ -306,9 +306,9 @@ def test_each_fault_is_found_and_gone_once_mended():
     code = """
 import json
 import plpp_reg.dassl
-from plpp_reg.dassl import patches as mend
+from plpp_reg.dassl import patches
 found = []
-for fault in [*mend.before_import(), *mend.faults()]:
+for fault in [*patches.before_import(), *patches.faults()]:
     broken = fault.broken()
     if broken: fault.mend()
     found.append([fault.name, broken, fault.broken()])
@@ -325,20 +325,20 @@ print(json.dumps(found))
 
 
 def test_the_mended_amp_names_do_what_they_did():
-    from plpp_reg.dassl import patches as mend
+    from plpp_reg.dassl import patches
 
-    scaler = mend._GradScaler(init_scale=8.0, enabled=False)
+    scaler = patches._GradScaler(init_scale=8.0, enabled=False)
     assert isinstance(scaler, torch.amp.GradScaler) and scaler._device == "cuda"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        context = mend._autocast(dtype=torch.bfloat16, enabled=False)
+        context = patches._autocast(dtype=torch.bfloat16, enabled=False)
     assert (context.device, context.fast_dtype) == ("cuda", torch.bfloat16)
 
 
 def test_objects_in_a_checkpoint_are_data():
     import io
 
-    from plpp_reg.dassl import patches as mend
+    from plpp_reg.dassl import patches
     from plpp_reg.io.safe_reading import objects_as_data
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.3)
@@ -347,7 +347,7 @@ def test_objects_in_a_checkpoint_are_data():
     with pytest.raises(pickle.UnpicklingError):
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    with objects_as_data(mend.optimizers_and_schedulers()):
+    with objects_as_data(patches.optimizers_and_schedulers()):
         buffer.seek(0)
         loaded = torch.load(buffer, weights_only=True)["schedule"]
     assert not isinstance(loaded, torch.optim.lr_scheduler.LRScheduler) and loaded.T_max == 5.0

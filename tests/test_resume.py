@@ -236,7 +236,7 @@ def test_a_run_holds_the_lock_that_the_other_looks_at(world: Path, tmp_path: Pat
         return call
 
     monkeypatch.setattr(PromptTrainer, "train", look(PromptTrainer.train))
-    monkeypatch.setattr(results, "write_result", look(results.write_result))
+    monkeypatch.setattr("plpp_reg.engine.run.write_result", look(results.write_result))
     quietly(arguments(world, tmp_path / "out"))
     assert held == [True, True]
 

@@ -21,7 +21,7 @@ import yaml
 
 from plpp_reg.commands.cli import main
 from plpp_reg.errors import InputError
-from plpp_reg.experiments import executors as workers
+from plpp_reg.experiments import executors
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.results import tables
 
@@ -153,7 +153,7 @@ def test_a_worker_that_dies_is_tried_again_and_goes_on(one: Swept, many: Swept) 
 
 def test_one_that_always_dies_is_reported_and_the_others_finish(many: Swept) -> None:
     (died,) = many.output.rglob("*AlwaysDies/seed1/died")
-    assert died.read_text() == "x" * workers.TRIES
+    assert died.read_text() == "x" * executors.TRIES
     error = json.loads((died.parent / "failed.json").read_text())["error"]
     assert error.startswith("WorkerDied: ") and error in many.said[8] and "AlwaysDies, seed 1" in many.said[8]
     assert not (died.parent / "result.json").exists()
@@ -169,12 +169,12 @@ def test_a_worker_that_dies_with_nothing_to_do_is_replaced(monkeypatch: pytest.M
 
         def submit(self, *args: object) -> str:
             if Pool.made == 1:
-                raise workers.BrokenProcessPool
+                raise executors.BrokenProcessPool
             return "submitted"
 
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
     job = Job(Path("x"), Path("x"), None, {}, {}, 1.0)
-    assert workers._Slot(None, None).submit(job, 1) == "submitted" and Pool.made == 2
+    assert executors._Slot(None, None).submit(job, 1) == "submitted" and Pool.made == 2
 
 
 # ---- stopping ----------------------------------------------------------------------------------------------------------
@@ -256,9 +256,9 @@ def test_more_threads_than_any_node_has_are_refused(place: Place, monkeypatch, c
 @pytest.mark.skipif(sys.platform != "linux", reason="no memory monitor")
 def test_a_run_that_does_not_fit_in_memory_is_tried_as_often_as_one_that_dies() -> None:
     code = """
-from plpp_reg.experiments import executors as workers
-ray = workers._connected("", 1)
-@ray.remote(max_retries=workers.TRIES - 1)
+from plpp_reg.experiments import executors
+ray = executors._connected("", 1)
+@ray.remote(max_retries=executors.TRIES - 1)
 def endless():
     import time
     time.sleep(600)
@@ -277,7 +277,7 @@ except ray.exceptions.OutOfMemoryError:
 def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r'pip install -e "\.\[ray\]"'):
-        workers.choose("ray")
+        executors.choose("ray")
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,14 @@ def test_each_worker_has_a_gpu(visible, there, expected, monkeypatch: pytest.Mon
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    assert workers._gpus(3) == expected
+    assert executors._gpus(3) == expected
 
 
 def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
-    monkeypatch.setattr(workers, "_run", lambda jobs, slots, threads: given.append(threads) or iter(()))
+    monkeypatch.setattr(executors, "_run", lambda jobs, slots, threads: given.append(threads) or iter(()))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     job = Job(Path("x"), Path("x"), None, {}, {}, 1.0)
     for n, threads in ((1, 0), (3, 0), (16, 0), (3, 5)):
-        list(workers.processes(n, threads)([job] * n))
+        list(executors.processes(n, threads)([job] * n))
     assert given == [8, 2, 1, 5]

@@ -40,22 +40,22 @@ def _run(script: str, arguments: list[str]) -> int:
 
 
 def _prepare() -> None:
-    from plpp_reg.dassl import patches as mend
+    from plpp_reg.dassl import patches
 
-    lines = mend.mend(mend.before_import())
+    lines = patches.mend(patches.before_import())
     from plpp_reg.dassl.registry import install
 
     install()
-    for line in [*lines, *mend.mend(mend.faults())]:
+    for line in [*lines, *patches.mend(patches.faults())]:
         print(line, flush=True)
 
 
 def _check() -> int:
-    from plpp_reg.dassl import patches as mend
+    from plpp_reg.dassl import patches
     from plpp_reg.dassl.registry import install
 
     install()
-    lines = mend.report()
+    lines = patches.report()
     for line in lines:
         print(line)
     return 1 if lines else 0

@@ -82,18 +82,19 @@ class OurTrainer:
     def train(self) -> None:
         """Train, test and write the record into OUTPUT_DIR; what a run there or in RESUME has done is not done again."""
         from plpp_reg.engine import config
-        from plpp_reg.engine.run import output_dir, record
+        from plpp_reg.engine.learned import in_words, learned
+        from plpp_reg.engine.run import output_dir, record, train_and_test
         from plpp_reg.io.files import locked, write_text
-        from plpp_reg.results import record as results
+        from plpp_reg.results.record import write_result
 
         trainer, folder = self.trainer, output_dir(self.cfg, eval_only=False)
         with locked(folder):
             trainer.output_dir = folder
             write_text(folder / "config.yaml", config.to_yaml(self.cfg))
+            before = in_words(trainer)
             trainer.saving.resume(self.cfg.RESUME or folder)
-            trainer.train(folder)
-            metrics = {} if self.cfg.TEST.NO_TEST else trainer.test(self.cfg.TEST.SPLIT)
-            trainer.log(f"Result: {results.write_result(folder, record(trainer, metrics))}")
+            metrics = train_and_test(trainer, folder)
+            trainer.log(f"Result: {write_result(folder, record(trainer, metrics, learned(before, trainer)))}")
 
     def test(self) -> float:
         return self.trainer.test(self.cfg.TEST.SPLIT)["accuracy"]

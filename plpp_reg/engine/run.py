@@ -18,8 +18,7 @@ from plpp_reg.clip.load import EMBEDDED
 from plpp_reg.data import DataSplit, short_name
 from plpp_reg.data.contents import contents_sha256
 from plpp_reg.data.loaders import load_data, part_of
-from plpp_reg.engine import checkpoint, config, registry
-from plpp_reg.engine import distributed as ranks
+from plpp_reg.engine import checkpoint, config, distributed, registry
 from plpp_reg.engine.learned import in_words, learned
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import PromptTrainer
@@ -27,7 +26,7 @@ from plpp_reg.errors import InputError
 from plpp_reg.io.files import clear_left_behind, locked, write_text
 from plpp_reg.io.paths import usable_path
 from plpp_reg.loss import SUFFIX
-from plpp_reg.results import record as results
+from plpp_reg.results.record import FEW_SHOT, RESULT, versions, write_result
 
 DEFAULT_TRAINER = "CoOp_PLPP"
 DEFAULT_DATASET = "emoji"
@@ -177,7 +176,7 @@ def run(
     if args.model_dir and not args.eval_only:
         raise InputError("--model-dir: expected --eval-only with it (to go on: --resume; to start from it: MODEL.INIT_WEIGHTS)")
     cfg, cls = resolve(args)
-    processes = ranks.start(cfg.USE_CUDA)
+    processes = distributed.start(cfg.USE_CUDA)
     cfg.SEED = processes.of_the_first(cfg.SEED)
     if not processes.first:
         log = RunLog(quiet=True)
@@ -303,18 +302,14 @@ def _run_in(
         if args.no_train:
             return record(trainer, {})
         if cfg.DATASET.NUM_SHOTS > 0:
-            write_text(folder / results.FEW_SHOT, trainer.data.sampled_json())
+            write_text(folder / FEW_SHOT, trainer.data.sampled_json())
         if cfg.RESUME and trainer.epoch and not checkpoint.newest(resumed / trainer.model_name):
             checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.saving.folder)
         elif folder != resumed and (resumed / trainer.model_name).is_dir():
             shutil.copytree(resumed / trainer.model_name, trainer.saving.folder, dirs_exist_ok=True)
-        trainer.train(folder, after_epoch)
-        if cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
-            log("Deploy the model with the best val performance")
-            trainer.saving.load_model(folder)
-        else:
-            log("Deploy the last-epoch model")
-    metrics = {} if cfg.TEST.NO_TEST else trainer.test(cfg.TEST.SPLIT)
+        metrics = train_and_test(trainer, folder, after_epoch)
+    else:
+        metrics = test(trainer)
     result = record(trainer, metrics, learned(before, trainer))
     if further:
         result["tests"] = {test.name: _test_further(folder, trainer, test) for test in further}
@@ -322,9 +317,27 @@ def _run_in(
         result["protocol"] = dict(note)
     if args.eval_only:
         write_text(folder / "config.yaml", config.to_yaml(cfg))
-    path = results.write_result(folder, result)
+    path = write_result(folder, result)
     log(f"Result: {path}")
     return result
+
+
+def train_and_test(
+    trainer: PromptTrainer, folder: Path, after_epoch: Callable[[PromptTrainer], None] | None = None
+) -> dict[str, float]:
+    """What is left of the training, then the test of the model that TEST.FINAL_MODEL names."""
+    trainer.train(folder, after_epoch)
+    if trainer.cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
+        trainer.log("Deploy the model with the best val performance")
+        trainer.saving.load_model(folder)
+    else:
+        trainer.log("Deploy the last-epoch model")
+    return test(trainer)
+
+
+def test(trainer: PromptTrainer) -> dict[str, float]:
+    """The metrics on the part that TEST.SPLIT names; none where TEST.NO_TEST."""
+    return {} if trainer.cfg.TEST.NO_TEST else trainer.test(trainer.cfg.TEST.SPLIT)
 
 
 def record(trainer: PromptTrainer, metrics: dict[str, float], learned: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -341,7 +354,7 @@ def record(trainer: PromptTrainer, metrics: dict[str, float], learned: dict[str,
         "learned": learned,
         "seconds": trainer.seconds,
         "config": config.flat(cfg),
-        "versions": {**results.versions(), "device": trainer.device.type, "precision": trainer.precision},
+        "versions": {**versions(), "device": trainer.device.type, "precision": trainer.precision},
         "files_sha256": trainer.data.sha256(),
         "pictures_sha256": trainer.pictures_sha256,
         "few_shot_sha256": trainer.data.sampled_sha256() if cfg.DATASET.NUM_SHOTS > 0 else None,
@@ -350,7 +363,7 @@ def record(trainer: PromptTrainer, metrics: dict[str, float], learned: dict[str,
 
 def _check_places(folder: Path, model_name: str) -> None:
     """What would be in the way of a run's files: said before it trains, not after."""
-    for name in ("config.yaml", "log.txt", results.FEW_SHOT, results.RESULT):
+    for name in ("config.yaml", "log.txt", FEW_SHOT, RESULT):
         if (folder / name).is_dir():
             raise InputError(f"{str(folder / name)!r}: expected a file or nothing, got a folder")
     for name in (model_name, "tensorboard"):

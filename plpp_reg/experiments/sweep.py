@@ -26,8 +26,8 @@ from plpp_reg.engine.run import UnusableCheckpoint, further_config, parts_read, 
 from plpp_reg.errors import InputError, InUse, line_of
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.io.files import locked, write_text
-from plpp_reg.results import record as results
 from plpp_reg.results.job import FAILED, JOB, SUPERSEDED
+from plpp_reg.results.record import duration, read_if_whole
 
 DYING = 5.0  # seconds: a worker that died may not have left its folder yet when that is known
 POLL = 0.5  # seconds between looks at what other processes have
@@ -78,7 +78,7 @@ class Hashes(dict):
 def finished(job: Job, hashes: Hashes | None = None) -> dict[str, Any] | None:
     """The job's result, if the folder holds one of the same resolved configuration and the same files, in every test."""
     read = hashes if hashes is not None else Hashes()
-    result = results.read_if_whole(job.folder)
+    result = read_if_whole(job.folder)
     if result is None or result.get("protocol") != job.note:
         return None
     cfg, _ = resolve(job.arguments)
@@ -171,7 +171,7 @@ def _other_settings(job: Job, hashes: Hashes | None = None) -> bool:
     cfg, _ = resolve(job.arguments)
     if config.differences(config.from_yaml(there), config.flat(cfg)):
         return True
-    result = results.read_if_whole(job.folder)
+    result = read_if_whole(job.folder)
     read = hashes if hashes is not None else Hashes()
     return result is not None and not read.agree(result, cfg, _parts(job, cfg))
 
@@ -256,9 +256,9 @@ class _Progress:
         if outcome.aside is not None:
             self.say(f"{outcome.job.label}: the run that was there had other settings or files; it is now {outcome.aside}")
         left = (time.perf_counter() - self.start) * (self.total - self.done) / self.done
-        remaining = f", about {results.duration(left)} left" if self.number < len(self.jobs) else ""
+        remaining = f", about {duration(left)} left" if self.number < len(self.jobs) else ""
         what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
-        took = "run by another process" if outcome.elsewhere else results.duration(outcome.seconds)
+        took = "run by another process" if outcome.elsewhere else duration(outcome.seconds)
         self.say(f"[{self.number}/{len(self.jobs)}] {outcome.job.label}: {what} ({took}{remaining})")
         if outcome.result is None:
             self.failed.append(outcome)

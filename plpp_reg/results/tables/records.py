@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plpp_reg.errors import InputError
-from plpp_reg.results import record as results
 from plpp_reg.results.job import JOB, SUPERSEDED, read_failure, read_note, run_label
+from plpp_reg.results.record import RESULT, read_result
 from plpp_reg.results.tables.settings import Made, Name, Settings, relevant, tell_apart
 
 
@@ -69,7 +69,7 @@ def find_runs(folder: str | Path) -> list[Found]:
         if JOB in files:
             folders.clear()  # a run's own folders: checkpoints, event files
             found.append(_planned(Path(place)))
-        elif results.RESULT in files or "config.yaml" in files:
+        elif RESULT in files or "config.yaml" in files:
             found.append(Found(Path(place), {}, *_result_or_why(Path(place), "not finished")))
     return found
 
@@ -87,18 +87,18 @@ def _planned(place: Path) -> Found:
         return Found(place, note, None, f"failed: {failure[0]}" if failure else "not run yet with these settings")
     tested = [result["metrics"], *(test["metrics"] for test in result.get("tests", {}).values())]
     if not all(0 <= metrics.get("accuracy", -1) <= 100 for metrics in tested):
-        return Found(place, note, None, f"no accuracy in its {results.RESULT}")
+        return Found(place, note, None, f"no accuracy in its {RESULT}")
     return Found(place, note, result)
 
 
 def _result_or_why(place: Path, unfinished: str) -> tuple[dict[str, Any] | None, str]:
     """A run's record, or why there is none."""
-    if not os.path.lexists(place / results.RESULT):
+    if not os.path.lexists(place / RESULT):
         return None, unfinished
     try:
-        return results.read_result(place), ""
+        return read_result(place), ""
     except InputError:
-        return None, f"its {results.RESULT} cannot be read"
+        return None, f"its {RESULT} cannot be read"
 
 
 def accuracies(note: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from plpp_reg.results import record as results
+from plpp_reg.results.record import harmonic_mean, paired, summary
 from plpp_reg.results.tables.records import Record
 
 H, MEAN_H, AVERAGE = "H", "mean H", "average"
@@ -71,7 +71,7 @@ def at_every(records: Iterable[Record], columns: Iterable[str]) -> Series:
 def harmonic(series: Series) -> dict[int, float]:
     """Each seed's H."""
     base, new = series.columns.get("base", {}), series.columns.get("new", {})
-    return {seed: results.harmonic_mean(base[seed], new[seed]) for seed in sorted(base.keys() & new.keys())}
+    return {seed: harmonic_mean(base[seed], new[seed]) for seed in sorted(base.keys() & new.keys())}
 
 
 def cells_of(series: Series, form: str, mean_h: float | None) -> dict[str, Figure]:
@@ -79,11 +79,11 @@ def cells_of(series: Series, form: str, mean_h: float | None) -> dict[str, Figur
     cells = {}
     for column, values in series.columns.items():
         if values:
-            cells[column] = Figure(*results.summary([values[s] for s in sorted(values)])[:2])
+            cells[column] = Figure(*summary([values[s] for s in sorted(values)])[:2])
     each = harmonic(series) if form == "halves" else {}
     if each:
         means = [statistics.fmean(series.columns[half][s] for s in each) for half in ("base", "new")]
-        cells[H] = Figure(results.harmonic_mean(*means), results.summary(list(each.values())).std)
+        cells[H] = Figure(harmonic_mean(*means), summary(list(each.values())).std)
         if mean_h is not None:
             cells[MEAN_H] = Figure(mean_h)
     return cells
@@ -107,7 +107,7 @@ def difference(treated: Series, plain: Series, form: str) -> tuple[dict[str, Fig
     for column, (a, b) in pairs.items():
         seeds = sorted(a.keys() & b.keys())
         if seeds:
-            paired = results.paired([a[s] for s in seeds], [b[s] for s in seeds])
-            cells[column] = Figure(paired.mean, paired.half_width)
-            counts.append(paired.n)
+            found = paired([a[s] for s in seeds], [b[s] for s in seeds])
+            cells[column] = Figure(found.mean, found.half_width)
+            counts.append(found.n)
     return cells, _span(counts)
