@@ -37,7 +37,11 @@ ORDER = (
 # The top of the package knows where its public names are. `trainers` itself is a table, which imports nothing.
 ABOVE_ALL = ("plpp_reg", "plpp_reg.trainers", "plpp_reg.configs")
 # What a room may load beside the standard library (and, in a function, beside what its rooms above may).
-LIBRARIES = {"loss": {"torch"}, "io": {"torch", "safetensors", "filelock", "PIL"}, "results": {"matplotlib", "jinja2", "scipy"}}
+LIBRARIES = {
+    "loss": {"torch"},
+    "io": {"torch", "safetensors", "filelock", "PIL", "yaml"},
+    "results": {"matplotlib", "jinja2", "scipy"},
+}
 
 
 def modules() -> dict[str, Path]:
