@@ -397,3 +397,4 @@ def test_no_hub_and_no_library(server: Server, tmp_path: Path, monkeypatch, caps
     assert "expected the file's SHA-256, got None" in refused(capsys, "dtd", *root)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert 'pip install -e ".[data]" (in the clone of plpp-reg)' in refused(capsys, "dtd", *root)
+    assert not (tmp_path / "r").exists()  # what is refused changes nothing

@@ -89,3 +89,33 @@ def test_data_sets_and_predictions_take_the_same_files(tmp_path: Path, capsys: p
     assert len(find_images([tmp_path])) == 4 * len(ENDINGS)
     assert check(tmp_path, [f"folder:{tmp_path}"]) == 0
     assert f"all {4 * len(ENDINGS)} images decode" in capsys.readouterr().out
+
+
+# Formats that are not on the list, and of the list's own a picture that Pillow answers with a ValueError.
+OTHERS = ("ICO", "DDS", "SGI", "IM", "JPEG2000", "AVIF", "TGA", "PCX", "EPS", "PDF")
+NO_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\0IHDR\xa8\xa1\xdeZ" + b"\0" * 40  # an IHDR of length 0
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_a_format_that_is_not_on_the_list_is_refused_whatever_its_file_is_called(tmp_path: Path, form: str) -> None:
+    Image.init()
+    if form not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {form}")
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (16, 16), (200, 30, 60)).save(path, format=form)
+    with pytest.raises(InputError, match=r"x\.jpg: expected a readable picture \(JPEG, PNG.*, got something else"):
+        open_picture(path)
+    with pytest.raises(InputError, match="got something else"):  # cut short too
+        path.write_bytes(path.read_bytes()[:200])
+        open_picture(path)
+
+
+@pytest.mark.parametrize(
+    "content", [NO_HEADER, b"P6 -4 4 255\n", b"P6 99999999 99999999 255\n", b"P6 " + b"9" * 5000 + b" 4 255\n"]
+)
+def test_what_pillow_answers_with_any_error_is_a_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"image .*x\.png: expected a readable picture") as caught:
+        open_picture(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

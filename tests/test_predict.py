@@ -222,3 +222,24 @@ def test_classes_of_one_name_are_told_apart(
     assert cli.main(["predict", str(world / "CoOp"), picture, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert sum(row["probabilities"].values()) == pytest.approx(1) and len(row["probabilities"]) == 5
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_the_others_go_on(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    good = pictures(world)[:3]
+    bad = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    bad[0].write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\0IHDR\xa8\xa1\xdeZ")
+    bad[1].write_bytes(b"no picture")
+    capsys.readouterr()
+    assert cli.main(["predict", str(world / "CoOp"), *map(str, good)]) == 0
+    alone = capsys.readouterr().out
+    mixed = [good[0], bad[0], good[1], bad[1], good[2]]
+    assert cli.main(["predict", str(world / "CoOp"), *map(str, mixed)]) == 1
+    said = capsys.readouterr()
+    assert said.out == alone
+    assert [line.split(": ")[:2] for line in said.err.splitlines()] == [["plpp", f"image {path}"] for path in bad]
+    assert cli.main(["predict", str(world / "CoOp"), *map(str, mixed), "--json"]) == 1
+    assert [row["image"] for row in json.loads(capsys.readouterr().out)] == list(map(str, good))
+    assert cli.main(["predict", str(world / "CoOp"), *map(str, bad)]) == 1
+    assert cli.main(["predict", str(world / "CoOp"), str(bad[0])]) == 2  # nothing else was asked for

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
@@ -119,6 +120,7 @@ def _quiet_about_files(error: threading.ExceptHookArgs) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run itself failed, 2 what was asked for cannot be, 128 and its number by a signal."""
     print_all_letters()
+    warnings.filterwarnings("ignore", module="PIL")  # of a damaged picture: it can be read, or one line says why not
     threading.excepthook = _quiet_about_files
     try:
         with stopped_as_by_ctrl_c():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from plpp_reg.commands import flags
-from plpp_reg.errors import InputError
+from plpp_reg.errors import InputError, line_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,16 +19,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     flags.own_trainer(parser)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     from plpp_reg.prompts.predict import find_images, load_run, predict
 
     if args.top < 1:
         raise InputError(f"--top: expected a number >= 1, got {args.top}")
-    images = find_images(args.images)
-    predictions = predict(load_run(args.run, args.classes, args.load_epoch, trainer=args.trainer), images)
+    images, unreadable = find_images(args.images), []
+    trainer = load_run(args.run, args.classes, args.load_epoch, trainer=args.trainer)
+    predictions = predict(trainer, images, unreadable if len(images) > 1 else None)
     if args.json:
         print(json.dumps([p._asdict() for p in predictions], indent=1))
-        return
-    for p in predictions:
-        best = list(p.probabilities.items())[: args.top]
-        print(f"{p.image}  " + "  ".join(f"{name} {100 * share:.1f}%" for name, share in best), flush=True)
+    else:
+        for p in predictions:
+            best = list(p.probabilities.items())[: args.top]
+            print(f"{p.image}  " + "  ".join(f"{name} {100 * share:.1f}%" for name, share in best), flush=True)
+    for error in unreadable:
+        print(f"plpp: {line_of(error)}", file=sys.stderr)
+    return int(bool(unreadable))

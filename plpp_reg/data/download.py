@@ -131,10 +131,11 @@ def _get(name: str, root: Path, source: str) -> None:
     target, place = root / layout.folder, root / PLACE / f"{short_name(name)}-{source}"
     if os.path.lexists(target):
         raise InputError(f"{str(target)!r}: something is there (see plpp data check); move it away, it is not overwritten")
+    # asked before a folder is made
+    files = [_on_hub(HUB[name])] if source == "hub" else [_published(*file) for file in TORCHVISION[name]]
     with locked(place):
         if os.path.lexists(target):
             return  # another process has got it meanwhile
-        files = [_on_hub(HUB[name])] if source == "hub" else [_published(*file) for file in TORCHVISION[name]]
         _check_room(place, files)
         archives = [fetch(file, place) for file in files]
         unpacked = place / "unpacked"

@@ -112,18 +112,38 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def predict(trainer: PromptTrainer, images: Sequence[str | Path]) -> Iterator[Prediction]:
-    """Class probabilities of each image, in batches of DATALOADER.TEST.BATCH_SIZE."""
+def predict(
+    trainer: PromptTrainer, images: Sequence[str | Path], unreadable: list[InputError] | None = None
+) -> Iterator[Prediction]:
+    """Class probabilities of each image, in batches of DATALOADER.TEST.BATCH_SIZE.
+
+    Args:
+        trainer: of :func:`load_run`.
+        images: files.
+        unreadable: takes the errors of pictures that cannot be read, and the others go on; None: the first one is raised.
+
+    Raises:
+        InputError: a picture cannot be read, and ``unreadable`` is None.
+    """
     names = _told_apart(trainer.data.classnames)
     transform, size = build_transform(trainer.cfg, train=False), trainer.cfg.DATALOADER.TEST.BATCH_SIZE
     with trainer.computing():
         trainer.prepare_inference()
     for i in range(0, len(images), size):
-        paths = images[i : i + size]
-        batch = {"img": torch.stack([transform(open_picture(path)) for path in paths]).to(trainer.device)}
+        pixels = {}
+        for path in images[i : i + size]:
+            try:
+                pixels[path] = transform(open_picture(path))
+            except InputError as e:
+                if unreadable is None:
+                    raise
+                unreadable.append(e)
+        if not pixels:
+            continue
+        batch = {"img": torch.stack(list(pixels.values())).to(trainer.device)}
         with trainer.computing():
             rows = trainer.inference(batch).softmax(-1).tolist()
-        for path, row in zip(paths, rows, strict=True):
+        for path, row in zip(pixels, rows, strict=True):
             ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
             yield Prediction(str(path), dict(ranked))
 
