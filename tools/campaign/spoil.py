@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -70,22 +71,27 @@ def spoilt_bytes(content: bytes, draw: random.Random) -> bytes:
 
 def spoilt_value(content: Any, draw: random.Random) -> Any:
     """A copy of a nest of dicts and lists with one to three values or keys changed."""
-    copy = json.loads(json.dumps(content))
+    changed = json.loads(json.dumps(content))
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        places = list(_places(copy))
+        places = list(_places(changed))
         if not places:
-            return draw.choice(VALUES)
+            return _value(draw)
         node, key = draw.choice(places)
         way = draw.random()
         if way < 0.75:
-            node[key] = draw.choice(VALUES)
+            node[key] = _value(draw)
         elif way < 0.85:
             del node[key]
         elif isinstance(node, dict):
-            node[draw.choice(("x", "", "__class__", "_BASE_", "DATASET", "NAME"))] = draw.choice(VALUES)
+            node[draw.choice(("x", "", "__class__", "_BASE_", "DATASET", "NAME"))] = _value(draw)
         else:
-            node.append(draw.choice(VALUES))
-    return copy
+            node.append(_value(draw))
+    return changed
+
+
+def _value(draw: random.Random) -> Any:
+    """One that nothing else holds: it may be spoilt in its turn."""
+    return copy.deepcopy(draw.choice(VALUES))
 
 
 def _places(node: Any) -> Any:
@@ -176,7 +182,7 @@ def spoilt_checkpoint(content: dict[str, Any], draw: random.Random, trap: str) -
     buffer = io.BytesIO()
     if way < 0.55:
         value = node[key]
-        node[key] = spoilt_tensor(value, draw) if isinstance(value, torch.Tensor) else draw.choice(VALUES)
+        node[key] = spoilt_tensor(value, draw) if isinstance(value, torch.Tensor) else _value(draw)
     elif way < 0.65:
         node[draw.choice((7, None, "x", (1, 2), "module.x", ""))] = torch.ones(3)
     elif way < 0.72:
