@@ -52,6 +52,12 @@ def spoiled(content: dict, how: str):
         extra["streams"] = {"torch": 3}
     elif how == "extra is a number":
         content["plpp_reg"] = 3
+    elif how == "history of text":
+        extra["history"] = "text"
+    elif how == "history without a loss":
+        extra["history"][-1].pop(extra["loss_names"][0])
+    elif how == "seconds are text":
+        extra["seconds"] = "9" * 5000
     elif how == "no history":
         extra.pop("history")
     elif how == "epoch is text":
@@ -103,6 +109,9 @@ WRONG_WEIGHTS = [
     "a tensor",
 ]
 WRONG_STATE = [
+    "history of text",
+    "history without a loss",
+    "seconds are text",
     "weight is nan",
     "no streams",
     "streams of another kind",

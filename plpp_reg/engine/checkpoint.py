@@ -147,6 +147,8 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {str(path)!r}: expected names of tensors in its state_dict, got {wrong!r}")
     if (kind := _unusual_tensor(content)) is not None:
         raise InputError(f"checkpoint {str(path)!r}: expected tensors of plain numbers, got {kind}")
+    if (wrong := _unlike_ours(content.get("plpp_reg"))) is not None:
+        raise InputError(f"checkpoint {str(path)!r}: expected the state of a run of ours in plpp_reg, got another {wrong}")
     return content
 
 
@@ -161,6 +163,37 @@ def _unusual_tensor(content: object) -> str | None:
             seen.add(id(value))
             left += value.values() if isinstance(value, dict) else value
     return None
+
+
+def _unlike_ours(extra: object) -> str | None:
+    """Which of the keys beside the weights is not as :meth:`Saving.content` writes it; None where all are, or none is there."""
+
+    def is_number(value: object) -> bool:
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+        )  # not NaN, nor an integer that is no float
+
+    def are_names(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    if extra is None:
+        return None
+    if not isinstance(extra, dict):
+        return type(extra).__name__
+    history, names = extra.get("history", []), extra.get("loss_names", [])
+    fits = {
+        "loss_names": are_names(names),
+        "classnames": are_names(extra.get("classnames", [])),
+        "seconds": is_number(extra.get("seconds", 0.0)),
+        "best_val": extra.get("best_val") is None or is_number(extra["best_val"]),
+        "same": isinstance(extra.get("same", {}), dict),
+        "history": isinstance(history, list)
+        and all(isinstance(row, dict) and all(map(is_number, row.values())) for row in history),
+    }
+    wrong = [key for key, right in fits.items() if not right]
+    if not wrong and not all(row.keys() >= set(names) for row in history):
+        wrong = ["history"]
+    return wrong[0] if wrong else None
 
 
 def load_weights(
