@@ -77,7 +77,7 @@ def spoiled(content: dict, how: str):
     elif how == "weight of another shape":
         content["state_dict"]["ctx"] = torch.zeros(2, 2)
     elif how == "names are numbers":
-        content["state_dict"][3] = torch.zeros(2)
+        content["state_dict"][None] = torch.zeros(2)
     elif how == "sparse weight":
         content["state_dict"]["ctx"] = content["state_dict"]["ctx"].to_sparse()
     elif how == "weight without data":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_report import report_of
@@ -11,6 +12,7 @@ from plpp_reg.engine import config
 from plpp_reg.engine.registry import config_nodes
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.results import tables
+from plpp_reg.results.tables.notes import unnamed
 from plpp_reg.results.tables.settings import OF_THE_RUN, Made, Name, differing, pair, relevant, tell_apart
 
 from test_tables import record
@@ -295,3 +297,8 @@ def test_an_average_without_one_plain_row_of_its_settings_is_noted(tmp_path: Pat
     assert [line.split(" | ")[1] for line in found if " - CoOp" in line] == ["CoOp_PLPP - CoOp", "CoOp_PLPP - CoOp (LR=2)"]
     note = "- CoOp_PLPP has no difference in Average of 2: no row of CoOp has its settings on all of them."
     assert note in found
+
+
+def test_no_note_tells_of_a_plain_row_that_is_not_there() -> None:
+    row = Name("CoOp", settings="LR=0.01")  # the plain one's record lacks the tests of this table
+    assert unnamed({row: {("dtd", 16): {LR: 0.01}}}, [SimpleNamespace(method=Name("CoOp"), row=row)]) == []

@@ -143,8 +143,8 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {str(path)!r}: expected a whole file of tensors, refused ({e})") from e
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "epoch" not in content:
         raise InputError(f"checkpoint {str(path)!r}: expected keys state_dict and epoch")
-    if wrong := next((key for key in content["state_dict"] if not isinstance(key, str)), None):
-        raise InputError(f"checkpoint {str(path)!r}: expected names of tensors in its state_dict, got {wrong!r}")
+    if unnamed := [key for key in content["state_dict"] if not isinstance(key, str)]:
+        raise InputError(f"checkpoint {str(path)!r}: expected names of tensors in its state_dict, got {unnamed[0]!r}")
     if (kind := _unusual_tensor(content)) is not None:
         raise InputError(f"checkpoint {str(path)!r}: expected tensors of plain numbers, got {kind}")
     if (wrong := _unlike_ours(content.get("plpp_reg"))) is not None:

@@ -46,6 +46,8 @@ def unnamed(kinds: Kinds, records: Iterable[Record]) -> list[str]:
         rows.setdefault(record.method, set()).add(record.row)
     notes = []
     for method, labels in rows.items():
+        if method not in kinds:  # every one of its rows is named for its settings
+            continue
         usual = kinds[method]
         others = [
             (kinds[label][cell], usual[cell]) for label in sorted(labels, key=str) for cell in kinds[label] if cell in usual
