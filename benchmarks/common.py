@@ -36,25 +36,26 @@ class LiteralText:
     """All 77 positions of all classes through the stock transformer, as upstream computes it."""
 
     def __init__(self, clip_model: nn.Module, prompts: PromptLearner) -> None:
-        self.clip_model = clip_model
+        self.clip_model, self.dtype = clip_model, clip_model.text_projection.dtype
+        device = clip_model.text_projection.device
         tokens = torch.zeros(len(prompts.prompts), clip_model.positional_embedding.shape[0], dtype=torch.long)
         for c, symbols in enumerate(prompts.prompts):
             tokens[c, : len(symbols)] = torch.tensor([max(s, 0) for s in symbols])
-        self.embedded = clip_model.token_embedding(tokens)
-        self.rows = torch.arange(len(tokens)).unsqueeze(1)
-        self.at, self.eot = prompts.context_positions(), prompts.eot_positions()
+        self.embedded = clip_model.token_embedding(tokens.to(device))
+        self.rows = torch.arange(len(tokens), device=device).unsqueeze(1)
+        self.at, self.eot = prompts.context_positions().to(device), prompts.eot_positions().to(device)
 
     def __call__(self, context: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """context (M, D) or (C, M, D), deep (M, D) a layer -> (C, embed_dim), not normalised."""
         model, n = self.clip_model, len(self.rows)
         context, *deep = (rows if rows.dim() == 3 else rows.expand(n, -1, -1) for rows in (context, *deep))
         x = self.embedded.index_put((self.rows, self.at), context) + model.positional_embedding
-        x = x.permute(1, 0, 2)
+        x = x.to(self.dtype).permute(1, 0, 2)
         for layer, block in enumerate(model.transformer.resblocks):
             if 0 < layer <= len(deep):
-                x = x.permute(1, 0, 2).index_put((self.rows, self.at), deep[layer - 1]).permute(1, 0, 2)
+                x = x.permute(1, 0, 2).index_put((self.rows, self.at), deep[layer - 1].to(x.dtype)).permute(1, 0, 2)
             x = block(x)
-        x = model.ln_final(x.permute(1, 0, 2))
+        x = model.ln_final(x.permute(1, 0, 2)).to(self.dtype)
         return x[self.rows[:, 0], self.eot] @ model.text_projection
 
 

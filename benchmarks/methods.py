@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plpp_reg.clip.architectures import Architecture
@@ -78,9 +78,9 @@ def class_names(size: Size) -> DataSplit:
     return DataSplit([], [], [], short_names(size.classes))
 
 
-def make_trainer(name: str, size: Size, opts: tuple[str, ...] = ()) -> PromptTrainer:
+def make_trainer(name: str, size: Size, opts: tuple[str, ...] = (), clip_model: nn.Module | None = None) -> PromptTrainer:
     cfg, cls = resolve(run_arguments(name, size, opts))
-    return cls(cfg, data=class_names(size), clip_model=random_clip(size.model), log=RunLog(quiet=True))
+    return cls(cfg, data=class_names(size), clip_model=clip_model or random_clip(size.model), log=RunLog(quiet=True))
 
 
 def make_batch(size: Size, images: int, seed: int = 1) -> dict[str, Tensor]:
@@ -101,8 +101,9 @@ def give_image_features(trainer: PromptTrainer, size: Size, batch: dict[str, Ten
 def literal_images(trainer: PromptTrainer, images: Tensor, prompts: list[Tensor]) -> Tensor:
     """MaPLe's image tower over the stock modules: prompts (M, width) a layer, replaced at the end of the sequence."""
     v = trainer.clip_model.visual
-    x = v.conv1(images).flatten(2).transpose(1, 2)
-    x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], 1) + v.positional_embedding
+    x = v.conv1(images.to(v.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+    x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1) + v.positional_embedding.to(x.dtype)
+    prompts = [rows.to(x.dtype) for rows in prompts]
     x = v.ln_pre(torch.cat([x, prompts[0].expand(len(x), -1, -1)], 1)).permute(1, 0, 2)
     for layer, block in enumerate(v.transformer.resblocks):
         if 0 < layer < len(prompts):
@@ -120,12 +121,15 @@ def literal_losses(trainer: PromptTrainer, tower: LiteralText, batch: dict[str, 
             rows.append(trainer.logits(feature, trainer.normalize(tower(context))))
         return {"ce": F.cross_entropy(torch.stack(rows), batch["label"])}
     w = trainer.normalize(tower(trainer.context(), trainer.deep_context()))
-    f = literal_images(trainer, batch["img"], list(trainer.image_prompts()))
+    if name == "CoOp":
+        f = trainer.frozen_image_features(batch)
+    else:
+        f = literal_images(trainer, batch["img"], list(trainer.image_prompts()))
     logits = trainer.logits(f, w)
     losses = {"ce": F.cross_entropy(logits, batch["label"])}
     if name == "PromptSRC":
         with torch.no_grad():
-            f0 = trainer.normalize(trainer.clip_model.visual(batch["img"]))
+            f0 = trainer.normalize(trainer.clip_model.encode_image(batch["img"]))
         w0, cfg = trainer.frozen_class_features, trainer.method_cfg
         p, p0 = logits.log_softmax(1), trainer.logits(f0, w0).log_softmax(1)
         losses["scl_text"] = cfg.TEXT_LOSS_WEIGHT * F.l1_loss(w, w0)

@@ -7,7 +7,9 @@ not here.
 from __future__ import annotations
 
 import pytest
+import torch
 
+import on_gpu
 import operations
 from operations import NARROW, STEPS, TEXT
 
@@ -39,3 +41,14 @@ def test_a_whole_step_of_the_embedded_model(name):
     row = operations.measure(case, NARROW)
     assert BUDGETS[name] - 60 < row["operations"] <= BUDGETS[name]  # a budget that is far off holds nothing
     assert row["waits"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bash benchmarks/on_gpu.sh runs all of it")
+@pytest.mark.parametrize("method", on_gpu.METHODS)
+def test_the_script_for_a_gpu_measures_steps_on_a_cpu(method):
+    rows = [on_gpu.measure(on_gpu.Case(method, "fp32", 3, which), 1) for which in (on_gpu.LITERAL, on_gpu.PLAIN, on_gpu.PLPP)]
+    literal, plain, plpp = rows
+    assert plain["operations"] < literal["operations"] and plain["operations"] < plpp["operations"]
+    assert plain["waits"] == plpp["waits"] == 1
+    assert all(row["loss_rel_diff"] < 1e-5 and row["grad_rel_diff"] < 1e-4 for row in rows)
+    assert on_gpu.said(plpp).split()[:5] == [method, "fp32", "3", "with", "PLPP"]

@@ -339,3 +339,16 @@ def test_encode_texts_is_encode_text_of_tokenize(make_clip, width, memory_mib):
         with torch.no_grad():
             got, want = encode_texts(TextTower(model, memory_mib), some), model.encode_text(clip.tokenize(some))
         assert_near(got, want, 1e-5)
+
+
+def test_it_is_one_graph():
+    """torch.compile finds nothing that it must leave to Python: with fullgraph it would raise."""
+    model = model_of(64, torch.float32, layers=2)
+    prompts, tower = PromptLearner(model, NAMES, n_ctx=2), TextTower(model)
+    tree, leaves = prompts.tree(tower.max_rows()), [torch.randn(1, 2, 64, requires_grad=True) for _ in range(2)]
+    passes = []
+    for forward in (torch.compile(tower.forward, backend="aot_eager", fullgraph=True, dynamic=False), tower.forward):
+        out = forward(tree, leaves[0], leaves[1:])
+        passes.append([out.features, out.hidden, *gradients(out.features.sum() + out.hidden.square().sum(), leaves)])
+    for got, want in zip(*passes, strict=True):
+        assert_near(got, want, 1e-6)

@@ -144,3 +144,13 @@ def test_a_resnet_takes_no_prompts() -> None:
     for ask in (lambda: tower.width, lambda: tower.depth, lambda: tower(images_of(), torch.zeros(2, WIDTH))):
         with pytest.raises(InputError, match=r"^visual prompts: expected .*vision transformer.*got a ResNet$"):
             ask()
+
+
+def test_it_is_one_graph() -> None:
+    """torch.compile finds nothing that it must leave to Python: with fullgraph it would raise."""
+    tower, (first, *deep) = ImageTower(model_of(torch.float32, layers=2)), (prompts := prompts_of(2, 2, torch.float32))
+    passes = []
+    for forward in (torch.compile(tower.forward, backend="aot_eager", fullgraph=True, dynamic=False), tower.forward):
+        features = forward(images_of(2), first, deep)
+        passes.append([features, *torch.autograd.grad(features.square().sum(), prompts)])
+    assert all(error(got, want) < 1e-6 for got, want in zip(*passes, strict=True))
