@@ -42,6 +42,7 @@ docs = [
 ]
 test = [*demo, *ray, *data, *docs, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build", "scikit-learn"]
 test += ["sybil>=8"]  # runs the Python of the Markdown pages
+test += ["transformers", "accelerate"]  # attach on Hugging Face's CLIP, and in its Trainer
 
 setup(
     name="plpp-reg",

@@ -1,14 +1,13 @@
-"""A term that joins a loss on its way back: the text features pass through unchanged, and the term gets its gradient there."""
+"""A term that joins a loss on its way back: the tower's states pass through unchanged, and the term gets its gradient there."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from plpp_reg.attachment.layout import Rows
 from plpp_reg.errors import InputError
 from plpp_reg.loss.regularizer import Components
 
@@ -21,6 +20,7 @@ class Group:
         self.run_again = False  # its passes were counted without gradients, and make their graph in a second run
         self.in_backward = False  # its passes are seen in a second run alone: the whole model is checkpointed
         self.backward_passes = 0
+        self.rows: list[tuple[Tensor, Rows]] = []  # what was read of prompts without gradients, for the second run
         self.measured: list[tuple[Components, Tensor, Tensor]] = []  # all detached
         self.summary: Components | None = None
 
@@ -34,50 +34,52 @@ class Term(Protocol):
 
     scaler: Any
     loss_scale: float
-    backward_pass: int
-    ever_joined: bool
+    backward_pass: int | tuple[int, ...] | None
+    forward_passes: int
+
+    def passed(self, group: Group, carried: bool) -> None:
+        """A backward pass came by, and carried the term or not."""
 
 
 class Join(torch.autograd.Function):
-    """The text features as they are. On the way back, the term gets the gradient of a summand of the loss."""
+    """The text tower's states as they are. On the way back, the term gets the gradient of a summand of the loss.
+
+    That gradient is a constant, and the states' own passes through: both can be differentiated again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, handle: Term, group: Group, term: Tensor, *features: Tensor) -> Tensor | tuple[Tensor, ...]:
-        ctx.handle, ctx.group, ctx.backward_passes = handle, group, 0
+    def forward(ctx: Any, handle: Term, group: Group, term: Tensor, states: Tensor) -> Tensor:
+        ctx.handle, ctx.group, ctx.backward_passes, ctx.made_graph = handle, group, 0, False
         ctx.dtype, ctx.device = term.dtype, term.device
         ctx.set_materialize_grads(False)
-        copies = tuple(f.clone() for f in features)  # not views: some hosts normalise their features in place
-        return copies if len(copies) > 1 else copies[0]
+        return states.clone()  # not a view: a host may change its states in place
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
+        handle, group = ctx.handle, ctx.group
+        if ctx.made_graph and handle.backward_pass is None:
+            raise InputError(
+                "backward_pass: expected to be told what carries the term where a backward pass makes a graph "
+                "(create_graph=True) and another comes by: 1, that one alone (MAML: its gradient is a step), or (1, 2), both "
+                "(a penalty on the gradient, added to the loss); got None"
+            )
+        ctx.made_graph |= torch.is_grad_enabled()
         ctx.backward_passes += 1
-        ctx.group.backward_passes = max(ctx.group.backward_passes, ctx.backward_passes)
+        group.backward_passes = max(group.backward_passes, ctx.backward_passes)
+        carried = ctx.backward_passes in riding(handle.backward_pass)
+        handle.passed(group, carried)
         on_term = None
-        if ctx.backward_passes == ctx.handle.backward_pass:
-            ctx.handle.ever_joined = True
+        if carried:
             # only now is it known how many text passes share the loss
-            on_term = torch.full((), ctx.handle.loss_scale / ctx.group.passes, dtype=ctx.dtype, device=ctx.device)
-            if ctx.handle.scaler:
-                on_term = ctx.handle.scaler.scale(on_term)
-        return None, None, on_term, *gradients
+            share = handle.loss_scale / (group.passes * handle.forward_passes)
+            on_term = torch.full((), share, dtype=ctx.dtype, device=ctx.device)
+            if handle.scaler:
+                on_term = handle.scaler.scale(on_term)
+        return None, None, on_term, gradient
 
 
-def joined(output: Any, join: Callable[..., Any]) -> Any:
-    """The text encoder's output with every differentiable tensor of it passed through ``join``, all in one call."""
-    items = [output] if isinstance(output, Tensor) else output
-    if not isinstance(items, (tuple, list, dict)):
-        raise InputError(f"text_encoder: expected features, or a tuple or dict with them, got {type(output).__name__}")
-    keys = list(items) if isinstance(items, dict) else range(len(items))
-    at = [k for k in keys if isinstance(items[k], Tensor) and items[k].requires_grad]
-    if not at:
-        raise InputError("text_encoder: expected text features that carry a gradient, got none: the term has nothing to join")
-    values = join(*(items[k] for k in at))
-    new = copy.copy(items) if isinstance(items, dict) else list(items)
-    for k, value in zip(at, values if len(at) > 1 else (values,), strict=True):
-        new[k] = value
-    if isinstance(output, Tensor):
-        return new[0]
-    if isinstance(output, tuple):
-        return type(output)(*new) if hasattr(output, "_fields") else tuple(new)
-    return new
+def riding(backward_pass: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The backward passes that carry the term, counted from 1."""
+    if backward_pass is None:
+        return (1,)
+    return backward_pass if isinstance(backward_pass, tuple) else (backward_pass,)

@@ -1,7 +1,13 @@
-"""Where context vectors stand in the prompts that a text encoder is called with, and which of the prompts differ."""
+"""Where context vectors stand in the prompts that a text tower reads, and which of the prompts differ.
+
+Nothing is remembered from one text pass to the next: prompts may change in what no key could hold (the graph that makes them),
+and looking again costs two backward passes through the making of the prompts. The host waits for the device once, for the
+answer's integers.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,54 +16,91 @@ from torch import Tensor, nn
 from plpp_reg.errors import InputError
 
 POSITIONS = ("end", "middle", "front")
-REMEMBERED = 8  # tokenised prompts whose layout is known
+BYTES_AT_ONCE = 2**26  # of prompts whose bits are summed at a time
 
 
 class Layout(NamedTuple):
-    """Where the context vectors stand in N prompts."""
+    """Where the context vectors stand in N prompts; of a prompt that reads none of them, nothing else counts."""
 
     slot: Tensor  # (N, M) their positions
     owner: Tensor  # (N,) which of the contexts a prompt reads; 0 where all share one
+    reads: Tensor  # (N,) whether it reads any
+    found: Tensor  # (N,) whether each vector is where ``slot`` says, once, as it is or shifted
+
+
+class Rows(NamedTuple):
+    """The distinct prompts among N, on the prompts' device."""
+
+    row: Tensor  # (P,) one of each
+    slot: Tensor  # (P, M) positions of their context vectors
+    shared: bool  # all read one context, with equal vectors: one v serves them
 
 
 class Layouts:
-    """The layouts of one prompt learner's prompts, each found once for the same tokenised prompts.
+    """The layouts of one context's prompts.
 
     Args:
         prompt_learner: what is asked for ``name_lens`` where the name stands before context vectors.
-        context: the learnable vectors (M, D) or (C, M, D).
         position: as :func:`plpp_reg.attach` takes it; None: found by :func:`find_context`.
+        states: "preceding" or "own".
     """
 
-    def __init__(self, prompt_learner: nn.Module, context: Tensor, position: str | Tensor | None) -> None:
-        self.prompt_learner, self.context, self.position = prompt_learner, context, position
-        self._known: list[tuple[torch.Size, Tensor | None, Layout | None]] = []
+    def __init__(self, prompt_learner: nn.Module, position: str | Tensor | None, states: str) -> None:
+        self.prompt_learner, self.position, self.states = prompt_learner, position, states
+        self._length: int | None = None  # as far as the last prompts were read
 
-    def forget(self) -> None:
-        self._known = []
-
-    def of(self, prompts: Tensor, tokens: Tensor | None) -> Layout | None:
-        """Found once for the same tokenised prompts; None where the prompts do not depend on the context."""
-        for shape, known, layout in self._known:
-            if shape == prompts.shape and _same(known, tokens):
-                return layout
+    def of(self, prompts: Tensor, context: Tensor) -> Rows | None:
+        """The distinct ones of prompts (N, T, D); None where they do not depend on the context."""
         if self.position is None:
-            layout = find_context(prompts, self.context)
+            layout = find_context(prompts, context)
         else:
-            layout = self._told_layout(*prompts.shape[:2], prompts.device)
-        if layout is not None and (int(layout.slot.min()) < 1 or int(layout.slot.max()) >= prompts.shape[1]):
-            raise InputError("position: expected context vectors after the first token, to have a state before each")
-        self._known = [*self._known[1 - REMEMBERED :], (prompts.shape, None if tokens is None else tokens.clone(), layout)]
-        return layout
+            layout = self._told_layout(*prompts.shape[:2], context) if _linked(prompts, context) else None
+            layout = layout and Layout(*(t.to(prompts.device, non_blocking=True) for t in layout))
+        if layout is None:
+            return None
+        length = min(self._length or prompts.shape[1], prompts.shape[1])
+        values = _values(prompts, layout, length)
+        end = 1 + max((p for slots, _, reads, *_ in values if reads for p in slots), default=-1)
+        if end > length:
+            values = _values(prompts, layout, end)
+        self._length = end or None
+        return self._distinct(values, prompts)
 
-    def _told_layout(self, n: int, length: int, device: torch.device) -> Layout:
-        m = self.context.shape[-2]
-        owner = torch.arange(n) if self.context.dim() == 3 else torch.zeros(n, dtype=torch.long)
+    def _distinct(self, values: list[tuple], prompts: Tensor) -> Rows | None:
+        chosen: dict[tuple, int] = {}
+        first = 0 if self.states == "own" else 1
+        for n, (slots, owner, reads, found, upto, _) in enumerate(values):
+            if not reads:
+                continue
+            if not found or len(set(slots)) < len(slots):
+                raise InputError(
+                    "position: expected each context vector once in each prompt, as it is or shifted; the prompts depend on it "
+                    f"in another way: give position= ({', '.join(map(repr, POSITIONS))}, or the positions)"
+                )
+            if min(slots) < first or max(slots) >= prompts.shape[1]:
+                before = "after the first token, to have a state before each (states='own' needs none)" if first else ""
+                raise InputError(
+                    f"position: expected context vectors within {prompts.shape[1]} positions {before}, got position "
+                    f"{min(slots)} to {max(slots)}"
+                )
+            chosen.setdefault((owner, slots, upto), n)
+        if not chosen:
+            return None
+        rows = list(chosen.values())
+        shared = len({values[n][1] for n in rows}) == 1 == len({values[n][5] for n in rows})
+        packed = torch.tensor([[n, *values[n][0]] for n in rows]).to(prompts.device, non_blocking=True)
+        return Rows(packed[:, 0], packed[:, 1:], shared)
+
+    def _told_layout(self, n: int, length: int, context: Tensor) -> Layout:
+        m, yes = context.shape[-2], torch.ones(n, dtype=torch.bool)
+        owner = torch.arange(n) if context.dim() == 3 else torch.zeros(n, dtype=torch.long)
         if isinstance(self.position, Tensor):
             slot = self.position.cpu().long()
             if slot.shape not in ((m,), (n, m)):
                 raise InputError(f"position: expected integers ({m},) or ({n}, {m}), got {tuple(slot.shape)}")
-            return Layout(slot.expand(n, m).to(device), owner.to(device))
+            if slot.min() < 0 or slot.max() >= length:
+                raise InputError(f"position: expected integers below {length}, got {int(slot.min())} to {int(slot.max())}")
+            return Layout(slot.expand(n, m), owner, yes, yes)
         order = torch.arange(m)
         lengths = torch.zeros(n, dtype=torch.long)
         if self.position != "end":
@@ -69,83 +112,101 @@ class Layouts:
                 )
             lengths = torch.tensor(list(names))
         after = order >= (m // 2 if self.position == "middle" else 0)
-        slot = 1 + order + lengths.unsqueeze(1) * after
-        return Layout(slot.to(device), owner.to(device))
+        return Layout(1 + order + lengths.unsqueeze(1) * after, owner, yes, yes)
 
 
-def read_context(prompts: Tensor, hidden: Tensor, layout: Layout, states: str = "preceding") -> tuple[Tensor, Tensor]:
+def read_context(prompts: Tensor, hidden: Tensor, rows: Rows, states: str = "preceding") -> tuple[Tensor, Tensor]:
     """The vectors and the states before or at them, each distinct prompt once: v (1 or P, M, D), h (P, M, D)."""
-    rows = distinct_prompts(prompts.detach(), layout)
-    slot, row = layout.slot[rows], rows.unsqueeze(1)
-    v, h = prompts[row, slot], hidden[row, slot - 1 if states == "preceding" else slot]
-    if len(v) > 1 and (layout.owner == layout.owner[0]).all() and torch.equal(v, v[:1].expand_as(v)):
-        v = v[:1]  # one context read in P places: its nearest words are looked up once
-    return v, h
+    row, slot = rows.row.unsqueeze(1), rows.slot
+    h = hidden[row, slot - 1 if states == "preceding" else slot]
+    kept = slice(0, 1) if rows.shared else slice(None)  # one context read in P places: its nearest words are looked up once
+    return prompts[row[kept], slot[kept]], h
 
 
 def find_context(prompts: Tensor, context: Tensor) -> Layout | None:
     """Where each context vector stands in prompts (N, T, D), read off the graph that made them; None if they are not linked.
 
-    A gradient of t + 1 at position t arrives at the vector that stands there as t + 1, as long as vectors go into the prompts
-    as they are or shifted by something else. D prompts are told apart at a time, one by each coordinate.
-
-    Raises:
-        InputError: the prompts depend on the context in another way.
+    What arrives at a vector when position t sends back a_t is a_s, where it stands at s alone, as it is or shifted by something
+    else. Two such a, t + 1 and numbers without order, find s and prove it. D prompts are told apart at a time, one by each
+    coordinate. Nothing here waits for the device.
     """
     n, length, width = prompts.shape
-    contexts_by_class = context.dim() == 3
-    slots, owners = [], []
-    places = torch.arange(1, length + 1, device=prompts.device, dtype=prompts.dtype)
+    if length > 2 / torch.finfo(prompts.dtype).eps:
+        raise InputError(f"prompts: expected at most 256 positions in {prompts.dtype}, got {length}: give position=")
+    sent = _probes(length, prompts.device, prompts.dtype)
+    parts = []
     for first in range(0, n, width):
         rows = torch.arange(first, min(first + width, n), device=prompts.device)
         arrived = []
-        for weights in (places, torch.ones_like(places)):
+        for numbers in sent:
             probe = torch.zeros_like(prompts)
-            probe[rows, :, rows - first] = weights
-            with torch.autocast(prompts.device.type, enabled=False):
-                (gradient,) = torch.autograd.grad(prompts, context, probe, retain_graph=True, allow_unused=True)
+            probe[rows, :, rows - first] = numbers
+            gradient = _gradient(prompts, context, probe)
             if gradient is None:
                 return None
-            arrived.append(gradient.float().view(-1, *context.shape[-2:])[..., : len(rows)])
-        place, count = arrived  # (1 or C, M, rows)
-        owner = count[:, 0].argmax(0)
-        index = owner.expand(1, place.shape[1], -1)
-        place, own = place.gather(0, index)[0], count.gather(0, index)[0]
-        elsewhere = count.abs().sum(0) - own if contexts_by_class else torch.zeros_like(own)
-        if not (own == 1).all() or elsewhere.any() or (place != place.round()).any():
-            raise InputError(
-                "position: expected each context vector once in each prompt, as it is or shifted; the prompts depend on it in "
-                f"another way: give position= ({', '.join(map(repr, POSITIONS))}, or the positions)"
-            )
-        slots.append(place.T.long() - 1)
-        owners.append(owner)
-    return Layout(torch.cat(slots), torch.cat(owners))
+            arrived.append(gradient.float().reshape(-1, *context.shape[-2:])[..., : len(rows)])
+        parts.append(arrived)
+    place, proof = (torch.cat(part, -1) for part in zip(*parts, strict=True))  # (1 or C, M, N)
+    came = (place != 0) | (proof != 0)
+    owner = came.any(1).long().argmax(0)  # (N,)
+    index = owner.expand(1, place.shape[1], -1)
+    own, own_proof = place.gather(0, index)[0].T, proof.gather(0, index)[0].T  # (N, M)
+    slot = own.round().long().clamp(1, length) - 1
+    found = (own == slot + 1).all(1) & (own_proof == sent[1].float()[slot]).all(1) & (came.any(1).sum(0) == 1)
+    return Layout(slot, owner, came.any(0).any(0), found)
 
 
 def distinct_prompts(prompts: Tensor, layout: Layout) -> Tensor:
     """Indices of prompts that differ in something a context vector or a state before one depends on: one of each, (P,)."""
-    n, device = len(prompts), prompts.device
-    everything = torch.arange(n, device=device)
-    if n == 1 or len(layout.owner.unique()) == n:
-        return everything
-    last = layout.slot.amax(1, keepdim=True)
-    upto = int(last.max()) + 1
-    read = torch.arange(upto, device=device) <= last  # (N, upto): what stands after the last context vector does not matter
-    rows = prompts[:, :upto] * read.unsqueeze(2)
-    same_place = (layout.slot == layout.slot[:1]).all() and (layout.owner == layout.owner[:1]).all()
-    if same_place and torch.equal(rows, rows[:1].expand_as(rows)):
-        return everything[:1]
-    # a number for each prompt: equal prompts have equal ones; that equal ones mean equal prompts is checked
-    weights = torch.arange(rows[0].numel(), device=device, dtype=torch.float64).sin().view_as(rows[0])
-    number = (rows * weights).sum((1, 2)) + (layout.slot * layout.slot).sum(1) + layout.owner * torch.pi
-    _, group = number.unique(return_inverse=True)
-    first = torch.full((n,), n, device=device).scatter_reduce(0, group, everything, "amin")[: int(group.max()) + 1]
-    chosen = first[group]
-    equal = torch.equal(rows, rows[chosen]) and torch.equal(layout.slot, layout.slot[chosen])
-    return first.sort().values if equal and torch.equal(layout.owner, layout.owner[chosen]) else everything
+    rows = Layouts(nn.Module(), None, "own")._distinct(_values(prompts, layout, prompts.shape[1]), prompts)
+    return torch.empty(0, dtype=torch.long) if rows is None else rows.row
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+def _gradient(prompts: Tensor, context: Tensor, probe: Tensor) -> Tensor | None:
+    with torch.autocast(prompts.device.type, enabled=False):
+        return torch.autograd.grad(prompts, context, probe, retain_graph=True, allow_unused=True)[0]
+
+
+def _linked(prompts: Tensor, context: Tensor) -> bool:
+    return _gradient(prompts, context, prompts.new_zeros(()).expand_as(prompts)) is not None
+
+
+@functools.lru_cache(maxsize=16)
+def _probes(length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """t + 1, and numbers without order that every floating dtype holds exactly, (T,) each."""
+    numbers = torch.randint(1, 256, (length,), generator=torch.Generator().manual_seed(0))
+    return torch.arange(1, length + 1, device=device, dtype=dtype), numbers.to(device, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _factors(length: int, width: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (length, width), generator=generator).to(device)
+
+
+def _values(prompts: Tensor, layout: Layout, length: int) -> list[tuple]:
+    """Of each prompt: positions, owner, reads, found, and sums for what stands up to its last vector and for its vectors.
+
+    Equal numbers have equal sums. Others have equal ones with a probability below 2^-32: 64 bits of a random linear function
+    of their bits, in integers, whose sum no order changes. This is the one place that waits for the device.
+    """
+    with torch.no_grad():
+        rows = torch.arange(len(prompts), device=prompts.device).unsqueeze(1)
+        last = layout.slot.amax(1, keepdim=True)
+        read = torch.arange(length, device=prompts.device) <= last  # what stands after the last vector does not matter
+        upto = (_sums(prompts.detach()[:, :length]) * read).sum(1)
+        vectors = _sums(prompts.detach()[rows, layout.slot]).sum(1)
+        columns = (layout.slot, *(t.long().unsqueeze(1) for t in (*layout[1:], upto, vectors)))
+        table = torch.cat(columns, 1).tolist()
+    return [(tuple(r[:-5]), *r[-5:]) for r in table]
+
+
+def _sums(x: Tensor) -> Tensor:
+    """(N, L, D) -> (N, L), int64."""
+    size = {2: torch.int16, 4: torch.int32, 8: torch.int32}[x.element_size()]
+    at_once = max(1, BYTES_AT_ONCE // (8 * x[0].numel()))
+    parts = []
+    for part in x.split(at_once):
+        bits = (part + 0.0).contiguous().view(size)  # + 0.0: two zeros are one
+        parts.append((bits * _factors(*bits.shape[1:], x.device)).sum(2))
+    return torch.cat(parts)

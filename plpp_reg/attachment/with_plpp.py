@@ -27,7 +27,7 @@ def with_plpp(
     position: str | Tensor | None = None,
     embedding: str | Callable[[Any], Tensor] | None = None,
     loss_scale: float = 1.0,
-    backward_pass: int = 1,
+    backward_pass: int | tuple[int, ...] | None = None,
 ) -> type:
     """A subclass of ``trainer_class`` that trains with PLPP, named ``<its name>_PLPP``; the same one for the same arguments.
 
@@ -55,7 +55,7 @@ def with_plpp(
 
 
 @functools.cache
-def _subclass(trainer_class: type, embedding: Any, loss_scale: float, backward_pass: int, places: tuple) -> type:
+def _subclass(trainer_class: type, embedding: Any, loss_scale: float, backward_pass: Any, places: tuple) -> type:
     body = {
         "__doc__": f"{trainer_class.__name__} with PLPP (plpp_reg.with_plpp).",
         "__module__": trainer_class.__module__,
@@ -104,7 +104,7 @@ class _WithPLPP:
         if last_batch and not handle.ever_joined:
             raise InputError(
                 f"{type(self).__name__}: expected forward_backward to call {type(handle.text_encoder).__name__} with prompts "
-                f"made of the context, and {handle.backward_pass} backward pass(es) through its features, got none so far"
+                "made of the context, and a backward pass through its features, got none so far"
             )
         if not handle.rows:
             return {}

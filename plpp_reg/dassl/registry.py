@@ -89,7 +89,7 @@ class _Lazy:
             return cls if name.endswith(SUFFIX) or not hasattr(cls, "build_model") else _by_configuration(cls)
         plain = name.removesuffix(SUFFIX)
         if plain != name and plain in own:
-            return with_plpp(super().get(plain), backward_pass=BACKWARD_PASS.get(plain, 1))
+            return with_plpp(super().get(plain), backward_pass=BACKWARD_PASS.get(plain))
         from plpp_reg.dassl.engine_bridge import our_names, our_trainer
 
         if name in our_names():
@@ -106,7 +106,7 @@ def _by_configuration(cls: type) -> type:
                 return super().__new__(self)
             node = getattr(cfg.TRAINER, "PLPP", None)
             wanted = node is not None and node.ENABLED
-            return (with_plpp(cls, backward_pass=BACKWARD_PASS.get(cls.__name__, 1)) if wanted else cls)(cfg, *args, **kwargs)
+            return (with_plpp(cls, backward_pass=BACKWARD_PASS.get(cls.__name__)) if wanted else cls)(cfg, *args, **kwargs)
 
     Chosen.__name__, Chosen.__qualname__, Chosen.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Chosen

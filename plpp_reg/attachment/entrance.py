@@ -1,0 +1,193 @@
+"""Where prompts enter a text tower: what its modules are called with, caught by hooks until its last norm is called.
+
+The first of them that the tower's own input is made of are the prompts as they are: a text encoder's argument, Hugging Face's
+``inputs_embeds``, what a token embedding was made to return. Where a tower is called inline there is only that input itself, to
+which the positions have been added: they are taken off again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from plpp_reg.errors import InputError
+
+ONE_DEVICE = (
+    "model: expected a model on one device, got nn.DataParallel: show one GPU (CUDA_VISIBLE_DEVICES=0), "
+    "or use DistributedDataParallel"
+)
+NEAR = 1e-2  # of a token's embedding: a start token that is there is there to the last bits of its dtype
+
+
+class Caught(NamedTuple):
+    """A tensor on its way into the tower."""
+
+    tensor: Tensor
+    inside: bool  # what a stack of layers was called with
+    with_grad: bool  # whether operations were recorded when it came
+
+
+class Prompts(NamedTuple):
+    """What a text pass reads, (N, T, D), linked to the context."""
+
+    rows: Tensor  # as it came: its bits tell prompts apart
+    root: Tensor  # the very tensor that was caught
+    positions: Tensor | None  # (T, D), part of ``rows``
+    with_grad: bool
+
+
+class Entrance:
+    """The hooks.
+
+    Args:
+        towers: modules that hold the last norm, or are called with prompts.
+        width: D.
+    """
+
+    def __init__(self, towers: list[nn.Module], width: int) -> None:
+        self.width = width
+        self.towers = towers
+        self.caught: list[Caught] = []
+        self.hooks: list[Any] = []
+        self._have_positions: dict[tuple[int, bool], bool] = {}
+        for module, inside in _entered(towers):
+            hook = self._entering_layers if inside else self._entering
+            self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for tower in towers:
+            for name, module in tower.named_modules():
+                if isinstance(module, nn.Embedding) and module.embedding_dim == width and "position" not in name:
+                    self.hooks.append(module.register_forward_hook(self._embedded))
+
+    @torch.compiler.disable
+    def _entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._catch(module, (*args, *kwargs.values()), False)
+
+    @torch.compiler.disable
+    def _entering_layers(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._catch(module, (*args, *kwargs.values()), True)
+
+    @torch.compiler.disable
+    def _embedded(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._catch(module, (output,), False)
+
+    def _catch(self, module: nn.Module, values: tuple, inside: bool) -> None:
+        if getattr(module, "_is_replica", False):
+            raise InputError(ONE_DEVICE)
+        flat = [t for v in values for t in (v if isinstance(v, (list, tuple)) else (v,))]
+        for t in flat:
+            if isinstance(t, Tensor) and t.dim() == 3 and t.is_floating_point() and t.shape[2] == self.width:
+                if t.requires_grad:
+                    self.caught.append(Caught(t, inside, torch.is_grad_enabled()))
+                return
+
+    def take(self, hidden: Tensor, embedding: Tensor) -> Prompts | None:
+        """What made ``hidden``, the norm's output; None where nothing that carries a gradient was seen."""
+        caught, self.caught = self.caught, []
+        shape = hidden.shape
+        turned = torch.Size((shape[1], shape[0], shape[2]))
+        caught = [c for c in caught if c.tensor.shape in (shape, turned)]
+        inputs = [c for c in caught if c.inside]
+        others = [c for c in caught if not c.inside]
+        made = inputs[-1].tensor if inputs else hidden
+        entered = next((c for c in reversed(others) if _made_of(made, c.tensor)), inputs[-1] if inputs else None)
+        if entered is None:
+            return None
+        rows = self._upright(entered, shape, embedding)
+        positions = self._positions(rows.shape[1])
+        if not self._has_positions(entered, rows, positions, embedding):
+            positions = None
+        return Prompts(rows, entered.tensor, positions, entered.with_grad)
+
+    def _upright(self, entered: Caught, shape: torch.Size, embedding: Tensor) -> Tensor:
+        """(N, T, D): a text encoder is called with it so; layers may be called with (T, N, D)."""
+        x = entered.tensor
+        if not entered.inside:
+            return x
+        if shape[0] != shape[1]:
+            return x if x.shape == shape else x.transpose(0, 1)
+        return upright(x)
+
+    def _positions(self, length: int) -> Tensor | None:
+        for tower in self.towers:
+            own = getattr(tower, "positional_embedding", None)
+            if own is None:
+                tables = (m for n, m in tower.named_modules() if n.rpartition(".")[2] == "position_embedding")
+                own = getattr(next(tables, None), "weight", None)
+            if isinstance(own, Tensor) and own.dim() == 2 and own.shape[1] == self.width and len(own) >= length:
+                return own[:length]
+        return None
+
+    def _has_positions(self, entered: Caught, rows: Tensor, positions: Tensor | None, embedding: Tensor) -> bool:
+        """Whether positions are part of the prompts, told by their start token, which is a word; looked at once."""
+        key = (positions is None, entered.inside)
+        if key not in self._have_positions:
+            with torch.no_grad():
+                start = rows[0, 0].to(embedding)
+                bare = (embedding - start).norm(dim=1)
+                scale = embedding[bare.argmin()].norm()
+                plain = bool(bare.min() <= NEAR * scale)
+                added = False
+                if positions is not None:
+                    off = (embedding - (start - positions[0].to(embedding))).norm(dim=1)
+                    added = bool(off.min() <= NEAR * scale) and not plain
+            if not plain and not added and entered.inside:
+                raise InputError(
+                    "text_encoder: expected a tower that is called with its prompts, or a start token that is one of the "
+                    "vocabulary once positional_embedding is taken off: what was added to the prompts cannot be told"
+                )
+            self._have_positions[key] = added
+        return self._have_positions[key]
+
+
+def upright(x: Tensor) -> Tensor:
+    """(N, T, D) of what is that or (T, N, D), where N is T: all prompts begin alike, before and behind a causal tower."""
+    with torch.no_grad():
+        begins_alike = (x[:, 0] - x[:1, 0]).abs().amax() <= (x[0] - x[0, :1]).abs().amax()
+    return x if bool(begins_alike) else x.transpose(0, 1)
+
+
+def _entered(towers: list[nn.Module]) -> Iterator[tuple[nn.Module, bool]]:
+    """The towers, and the modules below them that prompts enter first: a stack of layers (inside), or what embeds."""
+    seen: set[int] = set()
+    for tower in towers:
+        for module, inside in [(tower, False), *_below(tower)]:
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield module, inside
+
+
+def _below(tower: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    for child in tower.children():
+        if any(isinstance(m, (nn.Conv1d, nn.Conv2d)) for m in child.modules()):  # an image tower
+            continue
+        stacks = [m for m in child.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)]
+        if stacks:
+            yield child, True
+            if not isinstance(stacks[0], nn.ModuleList):
+                yield stacks[0], True
+            yield stacks[0][0], True
+        elif any(isinstance(m, nn.Embedding) for m in child.modules()) and not isinstance(child, nn.Embedding):
+            yield child, False
+
+
+def _made_of(x: Tensor, source: Tensor) -> bool:
+    """Whether ``source`` is among what ``x`` was made of, by the graph."""
+    if x is source:
+        return True
+    wanted, start = source.grad_fn, x.grad_fn
+    if start is None:  # no graph: a checkpoint's first run
+        return True
+    seen, ahead = {start}, deque([start])
+    while ahead:
+        node = ahead.popleft()
+        if node is wanted or (wanted is None and getattr(node, "variable", None) is source):
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                ahead.append(following)
+    return False

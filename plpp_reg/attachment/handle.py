@@ -1,0 +1,354 @@
+"""What watches an attached model: its text passes, the backward passes through them, and whether the two meet."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+import weakref
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from plpp_reg.attachment.discovery import Context, is_causal
+from plpp_reg.attachment.entrance import ONE_DEVICE, Entrance, Prompts, upright
+from plpp_reg.attachment.gradient_join import Group, Join, riding
+from plpp_reg.attachment.layout import Layouts, Rows, read_context
+from plpp_reg.errors import InputError
+from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
+
+
+class Handle:
+    """What :func:`attach` returns. ``last`` is for logs; ``remove()`` takes everything away again.
+
+    ``scaler``, ``loss_scale``, ``backward_pass`` and ``forward_passes`` (see :func:`attach`) may be set between steps;
+    ``ever_joined`` says whether any backward pass has carried the term.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        regularizer: PerplexityRegularizer,
+        norm: nn.Module,
+        towers: list[nn.Module],
+        prompt_learner: nn.Module,
+        context: Context,
+        position: str | Tensor | None,
+        states: str = "preceding",
+    ) -> None:
+        self.model, self.regularizer, self.states = model, regularizer, states
+        self.final_norm, self.text_encoder, self.prompt_learner = norm, towers[0], prompt_learner
+        self.scaler: Any = None
+        self.loss_scale = 1.0
+        self.backward_pass: int | tuple[int, ...] | None = None
+        self.forward_passes = 1
+        self.ever_joined = False
+        self._context = context
+        self._entrance = Entrance(towers, regularizer.width)
+        self._layouts = Layouts(prompt_learner, position, states)
+        self._order_known = states == "own" or any(is_causal(tower) for tower in towers)
+        self._told_counts: set[int] = set()
+        self._forget()
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_model),
+            norm.register_forward_hook(self._after_norm),
+            *self._entrance.hooks,
+        ]
+
+    def _forget(self) -> None:
+        """What belongs to a step."""
+        self._group: Group | None = None
+        self._last_states: Tensor | None = None
+        self._came_by: dict[int, bool] = {}  # groups that this backward pass met: whether they carried the term
+        self._unjoined = self._joined = False  # since the last step: a gradient without the term, the term
+        self._looking = False
+        self._hooked: Tensor | None = None
+        self._context_hook = self._step_hook = None
+        self._entrance.caught = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model has a handle of its own; what belongs to a step is not copied."""
+        step = ("_group", "_last_states", "_hooked", "_context_hook", "_step_hook", "_came_by")
+        return {k: v for k, v in self.__dict__.items() if k not in step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def context(self) -> Tensor:
+        """The learnable vectors, as the model has them now."""
+        return self._context.value
+
+    def remove(self) -> None:
+        """The model is as it was before, to the bit; a second call does nothing."""
+        for hook in (*self._hooks, self._context_hook, self._step_hook):
+            if hook is not None:
+                hook.remove()
+        self._hooks = []
+        self._forget()
+
+    @property
+    def last(self) -> Components | None:
+        """The components of the newest loss, detached, means over its text passes; None before the first.
+
+        ``total`` is weighted, the two losses are not (nats). The perplexity is worked out when it is asked for.
+        """
+        group, means = self._group, self.losses
+        if means is None:
+            return None
+        if group.summary is None:
+            with torch.no_grad():
+                nll = [_perplexity(self.regularizer, *measured).log() for measured in group.measured]
+            group.summary = means._replace(perplexity=torch.stack(nll).mean().exp())
+        return group.summary
+
+    @property
+    def losses(self) -> Components | None:
+        """As :attr:`last`, but the perplexity is nan where it would cost a look at the vocabulary."""
+        if self._group is None or not self._group.measured:
+            return None
+        columns = zip(*(parts for parts, _, _ in self._group.measured), strict=True)
+        return Components(*(torch.stack(column).mean() for column in columns))
+
+    @property
+    def rows(self) -> int:
+        """How many context vectors :attr:`last` is a mean over; its perplexity costs a pass over the vocabulary for each."""
+        return sum(max(len(v), len(h)) * v.shape[1] for _, v, h in self._group.measured) if self._group else 0
+
+    # ---- hooks of the forward pass -------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _before_model(self, module: nn.Module, args: Any) -> None:
+        if _in_backward() or not torch.is_grad_enabled() or not self._trains(self.context):
+            return
+        if getattr(module, "_is_replica", False):
+            raise InputError(ONE_DEVICE)
+        self._watch_context()
+        self._open_group()
+
+    @torch.compiler.disable
+    def _after_norm(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not isinstance(output, Tensor) or output.dim() != 3 or not self.regularizer.active:
+            return None
+        if not self.prompt_learner.training:
+            self._entrance.caught = []
+            return None
+        prompts = self._entrance.take(output, self.regularizer.source)
+        again = _in_backward()  # a checkpoint runs the tower once more
+        if prompts is None:
+            self._refuse_second_call(output, again)
+            return None
+        rows = self._read(prompts, again)
+        if rows is None:
+            return None
+        self._watch_context()
+        if not torch.is_grad_enabled():
+            if prompts.with_grad:
+                raise InputError(_NO_GRADIENT)
+            if not again and _in_checkpoint():  # a reentrant one's first run: its second run makes the graph
+                group = self._next_pass()
+                group.run_again = True
+                group.rows.append((prompts.root, rows))
+            return None
+        hidden = self._upright_states(output, prompts)
+        self._check_order(prompts, hidden, rows)
+        v, h = read_context(prompts.rows, hidden, rows, self.states)
+        if prompts.positions is not None:
+            at = rows.slot[:1] if rows.shared else rows.slot
+            v = v.to(torch.promote_types(v.dtype, torch.float32)) - prompts.positions.detach()[at]
+        self._check_scaler(v.device)
+        parts = self.regularizer.components(v, h, with_perplexity=False)
+        group = self._group
+        if not again or group is None or group.in_backward:
+            group = self._next_pass()
+            group.in_backward = again
+        if not again or group.run_again or group.in_backward:
+            group.measure(parts, v, h)
+        states = Join.apply(self, group, parts.total, output)
+        self._last_states = None if again else states.detach()
+        return states
+
+    def _read(self, prompts: Prompts, again: bool) -> Rows | None:
+        if again and self._group is not None:  # a reentrant checkpoint cuts its inputs off from what made them
+            for root, rows in self._group.rows:
+                if root.data_ptr() == prompts.root.data_ptr() and root.shape == prompts.root.shape:
+                    return rows
+        context, self._looking = self.context, True
+        try:
+            return self._layouts.of(prompts.rows, context) if context.requires_grad else None
+        finally:
+            self._looking = False
+
+    # ---- what a pass holds ---------------------------------------------------------------------------------------
+
+    def _trains(self, tensor: Tensor) -> bool:
+        return self.regularizer.active and self.prompt_learner.training and tensor.requires_grad
+
+    def _open_group(self) -> Group:
+        before, awaited = self._group, max(riding(self.backward_pass))
+        if before is not None and 0 < before.backward_passes < awaited:
+            raise InputError(
+                f"backward_pass: expected {awaited} backward passes through one forward pass, the term to ride on "
+                f"the last; got {before.backward_passes}"
+            )
+        self._refuse_unjoined()
+        self._joined = False
+        self._group = Group()
+        return self._group
+
+    def _next_pass(self) -> Group:
+        """The group that a text pass belongs to: the model's forward pass, or, outside one, all since the last backward."""
+        group = self._group
+        if group is None or group.backward_passes:
+            group = self._open_group()
+        group.passes += 1
+        return group
+
+    def _check_scaler(self, device: torch.device) -> None:
+        if self.scaler is None and torch.is_autocast_enabled(device.type):
+            if torch.get_autocast_dtype(device.type) == torch.float16:
+                raise InputError(
+                    "scaler: expected the GradScaler that goes with autocast to float16 (handle.scaler = …; False if there is "
+                    "none): the term must be scaled as the loss is"
+                )
+
+    def _upright_states(self, hidden: Tensor, prompts: Prompts) -> Tensor:
+        """The norm's output as (N, T, D), linked to the prompts."""
+        if not hidden.requires_grad:
+            raise InputError(_NO_GRADIENT)
+        if hidden.shape[0] == hidden.shape[1]:
+            return upright(hidden)
+        return hidden if hidden.shape == prompts.rows.shape else hidden.transpose(0, 1)
+
+    def _check_order(self, prompts: Prompts, hidden: Tensor, rows: Rows) -> None:
+        """Once, of a tower whose code does not say so: that the state before a vector has not seen it."""
+        if self._order_known:
+            return
+        row, place = int(rows.row[0]), int(rows.slot[0, 0]) - 1
+        weights = torch.linspace(-1, 1, hidden.shape[2], device=hidden.device, dtype=hidden.dtype)  # a norm's sum is constant
+        self._looking = True
+        try:
+            state = (hidden[row, place] * weights).sum()
+            (seen,) = torch.autograd.grad(state, prompts.root, retain_graph=True)
+        except RuntimeError as e:
+            raise InputError(
+                f"states: expected a tower whose order its gradient shows, got {str(e).splitlines()[0]!r}: attach "
+                "before it is compiled or checkpointed"
+            ) from e
+        finally:
+            self._looking = False
+        seen = seen if seen.shape == prompts.rows.shape else seen.transpose(0, 1)
+        if seen[row, place + 1 :].any():
+            raise InputError(
+                f"states: expected a causal text tower for 'preceding', got {type(self.text_encoder).__name__}, whose states "
+                "have seen the vectors that they would predict; states='own' needs no order"
+            )
+        self._order_known = True
+
+    def _refuse_second_call(self, output: Tensor, again: bool) -> None:
+        last = self._last_states
+        if last is not None and output.requires_grad and not again and output.shape == last.shape:
+            raise InputError(
+                "final_norm: expected one call for each pass through the tower, got a second of "
+                f"{type(self.final_norm).__name__}: which one the text features are read from cannot be told; name "
+                "the last norm as final_norm="
+            )
+
+    # ---- the backward pass ---------------------------------------------------------------------------------------
+
+    def passed(self, group: Group, carried: bool) -> None:
+        """A backward pass came by the join of a text pass."""
+        self._came_by[id(group)] = carried or self._came_by.get(id(group), False)
+        self.ever_joined |= carried
+        self._last_states = None
+
+    def _watch_context(self) -> None:
+        context = self.context
+        if self._step_hook is None:
+            self._step_hook = register_optimizer_step_pre_hook(functools.partial(_before_step, weakref.ref(self)))
+            weakref.finalize(self, self._step_hook.remove)
+        if self._hooked is not context and context.requires_grad:
+            if self._context_hook is not None:
+                self._context_hook.remove()
+            self._context_hook = context.register_hook(functools.partial(_gradient_arrived, weakref.ref(self)))
+            self._hooked = context
+
+    def _arrived(self) -> None:
+        """A backward pass has reached the context; it has been to all text passes that lie on its way."""
+        if self._looking:
+            return
+        met, self._came_by = self._came_by, {}
+        if not self._trains(self.context):
+            return
+        carried = sum(met.values())
+        if carried:
+            self._joined, self._unjoined = True, False
+            if carried != self.forward_passes and carried not in self._told_counts:
+                self._told_counts.add(carried)
+                warnings.warn(
+                    f"PLPP: {carried} forward passes of {type(self.model).__name__} met in one backward pass, forward_passes "
+                    f"is {self.forward_passes}: the term counts {carried / self.forward_passes:g} times in this loss (attach's "
+                    "forward_passes= says how many share one)",
+                    stacklevel=2,
+                )
+        elif not met and not self._joined:
+            self._unjoined = True
+            if self._group is not None and not self._group.passes:
+                self._refuse_unjoined()
+
+    def _refuse_unjoined(self) -> None:
+        unjoined, self._unjoined = self._unjoined, False
+        if not unjoined:
+            return
+        name, seen = self._context.name, self._group is not None and self._group.passes
+        where = f"{type(self.text_encoder).__name__}'s {type(self.final_norm).__name__}"
+        got = "such text passes that it did not come from" if seen else "no such text pass"
+        raise InputError(
+            f"model: a gradient reached {name} that the term did not join: expected a loss that comes from {where} after "
+            f"prompts (N, T, {self.regularizer.width}) that depend on {name}, got {got}: name final_norm=, text_encoder= or "
+            "context=; compile the model after attach"
+        )
+
+
+_NO_GRADIENT = (
+    "text_encoder: expected its last norm's output to carry a gradient, got none: a part of it is checkpointed with "
+    "use_reentrant=True; checkpoint the whole text encoder, or use use_reentrant=False"
+)
+
+
+def _gradient_arrived(handle: weakref.ref[Handle], gradient: Tensor) -> None:
+    if (h := handle()) is not None:
+        h._arrived()
+
+
+def _before_step(handle: weakref.ref[Handle], optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    h = handle()
+    if h is None or not h._hooks:
+        return
+    if h._unjoined or h._joined:
+        context = h.context
+        if any(p is context for group in optimizer.param_groups for p in group["params"]):
+            h._refuse_unjoined()
+            h._joined = False
+
+
+def _perplexity(regularizer: PerplexityRegularizer, parts: Components, v: Tensor, h: Tensor) -> Tensor:
+    """The figure where the losses had it at hand, else by one more look at the vocabulary."""
+    return parts.perplexity if parts.perplexity.isfinite() else regularizer.components(v, h).perplexity
+
+
+def _in_checkpoint() -> bool:
+    """Whether this forward pass is a checkpoint's; other passes without gradients (a teacher's) have no second run."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: then a forward pass is a checkpoint's second run."""
+    return torch._C._current_graph_task_id() != -1
