@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.multiprocessing
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -288,31 +290,36 @@ def test_a_model_that_is_compiled_after(clip_model, batch):
     assert_close(gradients(host), expected(clip_model, regularizer, batch, kind="forward"), 1e-9)
 
 
-def _ddp(rank, file, host, regularizer, batch, out):
+def _in_one_of_two(rank, file, host, regularizer, batch, out):
+    """A step with DistributedDataParallel, and one with a prompt learner that fully_shard has sharded."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
-        torch.manual_seed(rank)
+        sharded = copy.deepcopy(host)
         attach(host, regularizer)
         model = nn.parallel.DistributedDataParallel(host)
         images, labels = batch[0][rank : rank + 1], batch[1][rank : rank + 1]
         for _ in range(2):
             host.zero_grad()
             F.cross_entropy(model(images), labels).backward()
+        fully_shard(sharded.prompt_learner, mesh=init_device_mesh("cpu", (2,)))
+        attach(sharded, regularizer)
+        F.cross_entropy(sharded(images), labels).backward()
+        whole = sharded.prompt_learner.ctx.grad.full_tensor()
         if rank == 0:
-            torch.save({n: p.grad for n, p in host.named_parameters() if p.grad is not None}, out)
+            torch.save([gradients(host), {"prompt_learner.ctx": whole}], out)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_distributed_data_parallel(clip_model, batch, tmp_path):
+def test_two_processes(clip_model, batch, tmp_path):
     regularizer = make_regularizer(clip_model)
     host, other = make_host(clip_model), make_host(clip_model)
-    host.prompt_learner.meta_net.requires_grad_(False)  # unused
-    other.prompt_learner.meta_net.requires_grad_(False)
+    for model in (host, other):
+        model.prompt_learner.meta_net.requires_grad_(False)  # unused
     context = torch.multiprocessing.get_context("fork")
     arguments = (str(tmp_path / "rendezvous"), host, regularizer, batch, str(tmp_path / "gradients"))
-    processes = [context.Process(target=_ddp, args=(rank, *arguments)) for rank in range(2)]
+    processes = [context.Process(target=_in_one_of_two, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -320,7 +327,8 @@ def test_distributed_data_parallel(clip_model, batch, tmp_path):
         assert process.exitcode == 0
     halves = [(batch[0][i : i + 1], batch[1][i : i + 1]) for i in range(2)]
     (sum(host_loss(other, half) for half in halves) / 2 + term(other, regularizer, batch)).backward()
-    assert_close(torch.load(tmp_path / "gradients"), gradients(other))
+    for got in torch.load(tmp_path / "gradients"):
+        assert_close(got, gradients(other))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -299,6 +299,23 @@ def test_a_loss_beside_the_text_features_stops_the_optimizer(clip_model):
     torch.optim.SGD([elsewhere], 0.1).step()
 
 
+def test_training_in_evaluation_mode_stops_the_optimizer(clip_model):
+    """Hugging Face's from_pretrained gives a model in evaluation mode."""
+    host = OpenAI(clip_model, words_of(clip_model.token_embedding.weight)).eval()
+    handle = attach(host, make_regularizer(clip_model))
+    optimizer = torch.optim.SGD([host.ctx], 0.1)
+    host().backward()
+    with pytest.raises(InputError, match="^prompt_learner: expected OpenAI in training mode where ctx is trained, got eval"):
+        optimizer.step()
+    host.train()
+    host().backward()
+    optimizer.step()
+    host.eval()
+    handle.remove()
+    host().backward()
+    optimizer.step()
+
+
 def test_a_second_call_of_the_last_norm_is_refused(clip_model):
     class Intermediates(OpenAILayers):
         def tower(self, prompts):

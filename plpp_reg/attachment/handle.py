@@ -35,7 +35,7 @@ class Handle:
         norm: nn.Module,
         towers: list[nn.Module],
         prompt_learner: nn.Module,
-        context: Context,
+        context: tuple[str, nn.Module, str],
         position: str | Tensor | None,
         states: str = "preceding",
     ) -> None:
@@ -46,7 +46,7 @@ class Handle:
         self.backward_pass: int | tuple[int, ...] | None = None
         self.forward_passes = 1
         self.ever_joined = False
-        self._context = context
+        self._context = Context(*context)
         self._entrance = Entrance(towers, regularizer.width)
         self._layouts = Layouts(prompt_learner, position, states)
         self._order_known = states == "own" or any(is_causal(tower) for tower in towers)
@@ -57,13 +57,14 @@ class Handle:
             norm.register_forward_hook(self._after_norm),
             *self._entrance.hooks,
         ]
+        self._watch_context()
 
     def _forget(self) -> None:
         """What belongs to a step."""
         self._group: Group | None = None
         self._last_states: Tensor | None = None
         self._came_by: dict[int, bool] = {}  # groups that this backward pass met: whether they carried the term
-        self._unjoined = self._joined = False  # since the last step: a gradient without the term, the term
+        self._unjoined = self._evaluated = self._joined = False  # since the last step: gradients without the term, with it
         self._looking = False
         self._hooked: Tensor | None = None
         self._context_hook = self._step_hook = None
@@ -123,12 +124,13 @@ class Handle:
 
     @torch.compiler.disable
     def _before_model(self, module: nn.Module, args: Any) -> None:
-        if _in_backward() or not torch.is_grad_enabled() or not self._trains(self.context):
+        if _in_backward() or not torch.is_grad_enabled() or not self.context.requires_grad:
             return
         if getattr(module, "_is_replica", False):
             raise InputError(ONE_DEVICE)
         self._watch_context()
-        self._open_group()
+        if self._trains(self.context):
+            self._open_group()
 
     @torch.compiler.disable
     def _after_norm(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
@@ -282,11 +284,14 @@ class Handle:
         if self._looking:
             return
         met, self._came_by = self._came_by, {}
-        if not self._trains(self.context):
+        if not self.regularizer.active:
+            return
+        if not self.prompt_learner.training and not met:
+            self._evaluated = True
             return
         carried = sum(met.values())
         if carried:
-            self._joined, self._unjoined = True, False
+            self._joined, self._unjoined, self._evaluated = True, False, False
             if carried != self.forward_passes and carried not in self._told_counts:
                 self._told_counts.add(carried)
                 warnings.warn(
@@ -299,6 +304,14 @@ class Handle:
             self._unjoined = True
             if self._group is not None and not self._group.passes:
                 self._refuse_unjoined()
+
+    def _refuse_evaluated(self) -> None:
+        evaluated, self._evaluated = self._evaluated, False
+        if evaluated and not self._joined:
+            raise InputError(
+                f"prompt_learner: expected {type(self.prompt_learner).__name__} in training mode where {self._context.name} is "
+                "trained, got evaluation mode, in which the term is off: call train() on it, or remove() on the handle"
+            )
 
     def _refuse_unjoined(self) -> None:
         unjoined, self._unjoined = self._unjoined, False
@@ -329,9 +342,10 @@ def _before_step(handle: weakref.ref[Handle], optimizer: torch.optim.Optimizer, 
     h = handle()
     if h is None or not h._hooks:
         return
-    if h._unjoined or h._joined:
+    if h._unjoined or h._evaluated or h._joined:
         context = h.context
         if any(p is context for group in optimizer.param_groups for p in group["params"]):
+            h._refuse_evaluated()
             h._refuse_unjoined()
             h._joined = False
 
