@@ -184,9 +184,14 @@ def test_a_loss_that_never_goes_through_the_text_features(cfg):
             self.update(self.model.prompt_learner.ctx.square().sum())
             return {"loss": 0.0}
 
-    trainer = with_plpp(Detached)(cfg)
+    class Idle(TRAINERS["MiniCoOp"]):
+        def forward_backward(self, batch):
+            return {"loss": 0.0}
+
+    with pytest.raises(InputError, match="a gradient reached prompt_learner.ctx that the term did not join"):
+        with_plpp(Detached)(cfg).train()
     with pytest.raises(InputError, match="expected forward_backward to call TextEncoder with prompts made of the context"):
-        trainer.train()
+        with_plpp(Idle)(cfg).train()
 
 
 def test_the_class(cfg):
