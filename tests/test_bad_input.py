@@ -101,6 +101,7 @@ BAD_VALUES = [
     ("DATALOADER.TRAIN_X.BATCH_SIZE", "0", "BATCH_SIZE"),
     ("DATALOADER.TEST.BATCH_SIZE", "0", "BATCH_SIZE"),
     ("DATALOADER.NUM_WORKERS", "-1", "NUM_WORKERS"),
+    ("DATALOADER.NUM_WORKERS", "100000000", "NUM_WORKERS"),
     ("DATASET.NAME", "tinny", "'tiny'"),
     ("DATASET.SUBSAMPLE_CLASSES", "bases", "'base'"),
     ("DATASET.NUM_SHOTS", "many", "an integer"),

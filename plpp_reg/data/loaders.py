@@ -25,6 +25,7 @@ from plpp_reg.io.pictures import open_picture
 
 Item = TypeVar("Item")
 DECODED_BYTES = 64 * 2**20  # of a part's pictures, kept decoded from one view to the next
+MOST_WORKERS = 1024  # more is a slip of the hand, which a machine would not survive
 BATCHES_AHEAD = 1  # of pictures, made while the one before is encoded
 
 
@@ -190,8 +191,8 @@ def build_loader(
             f"DATALOADER.TRAIN_X.BATCH_SIZE: expected a batch that {ranks.size} processes can share equally, "
             f"got {min(batch_size, len(items))} images"
         )
-    if cfg.DATALOADER.NUM_WORKERS < 0:
-        raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer >= 0, got {cfg.DATALOADER.NUM_WORKERS}")
+    if not 0 <= cfg.DATALOADER.NUM_WORKERS <= MOST_WORKERS:
+        raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer, 0 to {MOST_WORKERS}, got {cfg.DATALOADER.NUM_WORKERS}")
     workers = cfg.DATALOADER.NUM_WORKERS if pixels else 0
     kept = 0 if workers else DECODED_BYTES  # or each worker would keep its own
     images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg), kept)

@@ -329,7 +329,7 @@ class Campaign:
         """How many points there are, and what is wrong at some."""
         self.prepare(command)
         points, expected, said = self.record(command)
-        again = self._undisturbed(command)
+        again = self.undisturbed(command)
         wrong = [f"two uninterrupted runs differ: {w}"] if (w := difference(again, expected)) else []
         chosen = points[::every]
         for i, point in enumerate(chosen):
@@ -340,7 +340,8 @@ class Campaign:
                 say(f"  {wrong[-1]}")
         return len(chosen), wrong
 
-    def _undisturbed(self, command: Command) -> dict[str, object]:
+    def undisturbed(self, command: Command) -> dict[str, object]:
+        """What a command leaves when nobody interrupts it."""
         self.start()
         assert self.forked(command).status == 0
         return left_in(self.world.place)
