@@ -186,6 +186,21 @@ def test_no_shared_memory_is_a_line(said: str) -> None:
     assert "/dev/shm" in text and "NUM_WORKERS 0" in text and "\n" not in text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a small /dev/shm")
+def test_a_small_dev_shm_is_a_line(world: Path, tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]
+    if subprocess.run(["unshare", "-m", *mount], capture_output=True).returncode:
+        pytest.skip("no mount")
+    keys = ["DATASET.NAME", f"folder:{world / 'data'}", "DATASET.NUM_SHOTS", "2", "DATALOADER.NUM_WORKERS", "2"]
+    argv = [*line(world, tmp_path / "out", trainer="VPT"), *keys]  # a method that sees pixels
+    code = "import sys; from plpp_reg.commands.cli import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    words = ["unshare", "-m", "sh", "-c", f'{" ".join(mount)} && exec "$@"', "sh", sys.executable, "-c", code, *argv]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "/dev/shm" in done.stderr and "NUM_WORKERS 0" in done.stderr
+
+
 # ---- the terminal -----------------------------------------------------------------------------------------------------
 
 
