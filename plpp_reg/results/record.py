@@ -16,6 +16,7 @@ from plpp_reg.errors import InputError
 from plpp_reg.io.files import read_json, write_text
 
 RESULT = "result.json"
+PLAIN = (str, bool, float, type(None))  # values of a configuration, beside integers and lists
 FEW_SHOT = "few_shot.json"  # which images a run was trained on
 
 # Two runs that differ in these alone give the same result, so one may resume the other.
@@ -175,13 +176,14 @@ def is_texts(value: object) -> bool:
 
 def is_settings(value: object) -> bool:
     """Names and plain values, or lists of them."""
-    return isinstance(value, dict) and all(
-        all(map(_is_plain, v)) if isinstance(v, list) else _is_plain(v) for v in value.values()
-    )
+    if not isinstance(value, dict):
+        return False
+    others = [v for v in value.values() if type(v) not in PLAIN]  # of thousands of records, most of the time is here
+    return all(all(map(_is_plain, v)) if isinstance(v, list) else is_number(v) for v in others)
 
 
 def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (str, bool, float)) or is_number(value)
+    return type(value) in PLAIN or is_number(value)
 
 
 def _is_test(test: object) -> bool:

@@ -112,14 +112,16 @@ def workers(folder: Path, rng: random.Random) -> str:
 
     def swept(name: str, phase: str = "") -> list[dict]:
         argv = ["run", str(folder / "small.yaml"), *flags, "--output", str(folder / name)]
-        sweep = subprocess.Popen([sys.executable, "-m", "plpp_reg", *argv], stdout=subprocess.DEVNULL)
+        said = (folder / "said").open("w")
+        sweep = subprocess.Popen([sys.executable, "-m", "plpp_reg", *argv], stdout=said, stderr=said)
         run = folder / name / "small" / "images" / "shots2" / "CoOp" / "seed1"
         while phase and sweep.poll() is None:
             if (run / phase).exists() and (holder := _holder(run / ".lock")) is not None:
                 os.kill(holder, signal.SIGKILL)
                 break
             time.sleep(0.002)
-        assert sweep.wait() == 0, "the sweep failed"
+        said.close()
+        assert sweep.wait() == 0, (folder / "said").read_text()
         results = [json.loads(path.read_text()) for path in sorted((folder / name).rglob("result.json"))]
         for result in results:
             result.pop("seconds"), result["config"].pop("OUTPUT_DIR")

@@ -70,7 +70,7 @@ def find_runs(folder: str | Path) -> list[Found]:
             folders.clear()  # a run's own folders: checkpoints, event files
             found.append(_planned(Path(place)))
         elif RESULT in files or "config.yaml" in files:
-            found.append(Found(Path(place), {}, *_result_or_why(Path(place), "not finished")))
+            found.append(Found(Path(place), {}, *_result_or_why(Path(place))))
     return found
 
 
@@ -79,22 +79,20 @@ def _planned(place: Path) -> Found:
         note = read_note(place)
     except InputError:
         return Found(place, {}, None, f"its {JOB} cannot be read")
-    failure = read_failure(place)
-    result, why = _result_or_why(place, f"failed: {failure[0]}" if failure else "not finished")
-    if result is None:
-        return Found(place, note, None, why)
-    if result.get("protocol") != note:
-        return Found(place, note, None, f"failed: {failure[0]}" if failure else "not run yet with these settings")
+    result, why = _result_or_why(place)
+    if result is None or result.get("protocol") != note:
+        failure = read_failure(place)
+        return Found(place, note, None, f"failed: {failure[0]}" if failure else why or "not run yet with these settings")
     tested = [result["metrics"], *(test["metrics"] for test in result.get("tests", {}).values())]
     if not all(0 <= metrics.get("accuracy", -1) <= 100 for metrics in tested):
         return Found(place, note, None, f"no accuracy in its {RESULT}")
     return Found(place, note, result)
 
 
-def _result_or_why(place: Path, unfinished: str) -> tuple[dict[str, Any] | None, str]:
+def _result_or_why(place: Path) -> tuple[dict[str, Any] | None, str]:
     """A run's record, or why there is none."""
     if not os.path.lexists(place / RESULT):
-        return None, unfinished
+        return None, "not finished"
     try:
         return read_result(place), ""
     except InputError:
