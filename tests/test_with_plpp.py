@@ -198,6 +198,8 @@ def test_the_class(cfg):
     cls = with_plpp(TRAINERS["MiniCoOp"])
     assert cls is with_plpp(TRAINERS["MiniCoOp"]) and cls.__name__ == "MiniCoOp_PLPP" and issubclass(cls, TRAINERS["MiniCoOp"])
     assert with_plpp(TRAINERS["MiniCoOp"], backward_pass=2) is not cls
+    named = with_plpp(TRAINERS["MiniCoOp"], forward_passes=2, final_norm="text_encoder.ln_final")(cfg)
+    assert named.plpp.forward_passes == 2 and named.plpp.final_norm is named.model.text_encoder.ln_final
     with pytest.raises(InputError, match="MiniCoOp_PLPP has PLPP already"):
         with_plpp(cls)
     for wrong in (nn.Linear, cfg):

@@ -28,6 +28,8 @@ def with_plpp(
     embedding: str | Callable[[Any], Tensor] | None = None,
     loss_scale: float = 1.0,
     backward_pass: int | tuple[int, ...] | None = None,
+    forward_passes: int = 1,
+    final_norm: str | None = None,
 ) -> type:
     """A subclass of ``trainer_class`` that trains with PLPP, named ``<its name>_PLPP``; the same one for the same arguments.
 
@@ -39,7 +41,8 @@ def with_plpp(
 
     Args:
         trainer_class: the trainer.
-        text_encoder, prompt_learner, context, position, loss_scale, backward_pass: as in :func:`plpp_reg.attach`.
+        text_encoder, prompt_learner, context, position, loss_scale, backward_pass, forward_passes, final_norm: as in
+            :func:`plpp_reg.attach`.
         embedding: the token embedding: its name below ``self.model``, or a function of the trainer that returns its weight;
             None: the embedding that ``build_model`` looked its tokenised prompts up in.
 
@@ -50,17 +53,18 @@ def with_plpp(
         raise InputError(f"trainer_class: expected a class with build_model and forward_backward, got {trainer_class!r}")
     if issubclass(trainer_class, _WithPLPP):
         raise InputError(f"trainer_class: {trainer_class.__name__} has PLPP already")
-    places = {"text_encoder": text_encoder, "prompt_learner": prompt_learner, "context": context, "position": position}
-    return _subclass(trainer_class, embedding, loss_scale, backward_pass, tuple(places.items()))
+    arguments = {"text_encoder": text_encoder, "prompt_learner": prompt_learner, "context": context, "position": position}
+    arguments |= {"loss_scale": loss_scale, "backward_pass": backward_pass, "forward_passes": forward_passes}
+    return _subclass(trainer_class, embedding, (*arguments.items(), ("final_norm", final_norm)))
 
 
 @functools.cache
-def _subclass(trainer_class: type, embedding: Any, loss_scale: float, backward_pass: Any, places: tuple) -> type:
+def _subclass(trainer_class: type, embedding: Any, arguments: tuple) -> type:
     body = {
         "__doc__": f"{trainer_class.__name__} with PLPP (plpp_reg.with_plpp).",
         "__module__": trainer_class.__module__,
         "plpp_embedding": embedding if embedding is None or isinstance(embedding, str) else staticmethod(embedding),
-        "plpp_arguments": {**dict(places), "loss_scale": loss_scale, "backward_pass": backward_pass},
+        "plpp_arguments": dict(arguments),
     }
     return type(trainer_class.__name__ + SUFFIX, (_WithPLPP, trainer_class), body)
 
