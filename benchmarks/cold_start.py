@@ -70,14 +70,14 @@ def run(started: float, argv: list[str]) -> dict[str, dict[str, float]]:
     from plpp_reg.data import emoji
     from plpp_reg.engine import run as _  # noqa: F401  (what the command imports before it does anything)
     from plpp_reg.engine.features import FrozenFeatures
-    from plpp_reg.engine.trainer import PromptTrainer
+    from plpp_reg.engine.trainer import Trainer
 
     phases.switch("rest")
     phases.note(builtins, "__import__", "imports")
     phases.note(emoji, "rasterise", "pictures")
     phases.note(FrozenFeatures, "of", "features")
-    phases.note(PromptTrainer, "train", "steps")
-    phases.note(PromptTrainer, "test", "test")
+    phases.note(Trainer, "train", "steps")
+    phases.note(Trainer, "test", "test")
     status = cli.main(["train", *argv])
     phases.switch("rest")
     if status:

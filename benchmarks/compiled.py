@@ -86,11 +86,12 @@ def step(size: Size) -> tuple[Pass, Pass]:
         trainer, batch = make_trainer("CoOp_PLPP", size), make_batch(size, 32)
         give_image_features(trainer, size, batch)
         if fast:
-            trainer.tower.forward = compiled(trainer.tower.forward)
+            tower = trainer.method.clip.text
+            tower.forward = compiled(tower.forward)
 
         def run() -> tuple[Tensor, ...]:
             values = trainer.step(batch)
-            return torch.tensor(values["loss"]), *(p.detach().clone() for p in trainer.trained())
+            return torch.tensor(values["loss"]), *(p.detach().clone() for p in trainer.parameters)
 
         return run
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from plpp_reg.clip.architectures import without_weights
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.frozen import normalize
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.estimate.estimate import estimate
 
 import common
@@ -52,14 +53,14 @@ def prepare(name: str, size: Size, images: int) -> Callable[[], dict[str, float]
     trainer = make_trainer(name, size, batch_size(images))
     trainer.optimizer.param_groups[0]["lr"] = trainer.cfg.OPTIM.LR  # not the warm-up epoch's
     if name.startswith("PromptSRC"):
-        trainer.frozen_class_features = trainer.normalize(torch.randn(size.classes, size.model.embed_dim))
+        trainer.method.frozen_class_features = normalize(torch.randn(size.classes, size.model.embed_dim))
     batches = iter([give(trainer, size, images, seed) for seed in range(size.repeats + 1)])
     return lambda: trainer.step(next(batches))
 
 
-def give(trainer: PromptTrainer, size: Size, images: int, seed: int) -> dict[str, torch.Tensor]:
+def give(trainer: Trainer, size: Size, images: int, seed: int) -> dict[str, torch.Tensor]:
     batch = make_batch(size, images, seed)
-    if trainer.features_ahead("train"):
+    if trainer.method.inputs.of("train"):
         give_image_features(trainer, size, batch, seed)
     return batch
 

@@ -31,9 +31,10 @@ from plpp_reg.data import DataSplit, Datum
 from plpp_reg.data.loaders import load_data
 from plpp_reg.engine import features
 from plpp_reg.engine.evaluation import Classification
+from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 
 from common import SMALL, VIT_B_16, LiteralText, machine, random_clip, seconds
 from names import short_names
@@ -41,7 +42,7 @@ from names import short_names
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
-def ablation(case: str, make: Callable[[float, float], PromptTrainer], points: int) -> dict[str, Any]:
+def ablation(case: str, make: Callable[[float, float], Trainer], points: int) -> dict[str, Any]:
     """Seconds of all points: without the store, filling it, with it full."""
     times: dict[str, float] = {}
     prompts: dict[str, list[torch.Tensor]] = {}
@@ -52,7 +53,7 @@ def ablation(case: str, make: Callable[[float, float], PromptTrainer], points: i
             trainer = make(weight, max_gib)
             trainer.train()
             trainer.test()
-            prompts[name].append(trainer.prompts.ctx.detach().clone())
+            prompts[name].append(trainer.method.prompt_learner.ctx.detach().clone())
         times[name] = time.perf_counter() - start
     same = all(torch.equal(a, b) for name in ("cold", "warm") for a, b in zip(prompts["off"], prompts[name], strict=True))
     return {
@@ -70,11 +71,11 @@ def ablation(case: str, make: Callable[[float, float], PromptTrainer], points: i
 def embedded(quick: bool) -> dict[str, Any]:
     model, data = load_clip(), load_data(resolve(RunArguments(trainer="CoOp_PLPP"))[0])  # drawn here, outside of what is timed
 
-    def make(weight: float, max_gib: float) -> PromptTrainer:
+    def make(weight: float, max_gib: float) -> Trainer:
         opts = ["TRAINER.PLPP.WEIGHT", str(weight), "FEATURES.MAX_GIB", str(max_gib)]
         opts += ["OPTIM.MAX_EPOCH", "1"] if quick else []
         cfg, cls = resolve(RunArguments(trainer="CoOp_PLPP", opts=tuple(opts)))
-        return cls(cfg, data=data, clip_model=model, log=RunLog(quiet=True))
+        return Trainer(cls, cfg, data=data, clip_model=model, log=RunLog(quiet=True))
 
     return ablation("embedded", make, 2 if quick else 10)
 
@@ -99,12 +100,12 @@ def vit_b_16(quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = random_images(Path(folder), 10 if quick else 100, 1 if quick else 2, sizes.resolution)
 
-        def make(weight: float, max_gib: float) -> PromptTrainer:
+        def make(weight: float, max_gib: float) -> Trainer:
             side = sizes.resolution
             opts = ("TRAINER.PLPP.WEIGHT", str(weight), "FEATURES.MAX_GIB", str(max_gib), "OPTIM.MAX_EPOCH", "2")
             opts += ("INPUT.SIZE", f"({side},{side})", "DATALOADER.NUM_WORKERS", "0", "DATASET.NAME", "random")
             cfg, cls = resolve(RunArguments(trainer="CoOp_PLPP", backbone="ViT-B/16", opts=opts))
-            return cls(cfg, data=data, clip_model=model, log=RunLog(quiet=True))
+            return Trainer(cls, cfg, data=data, clip_model=model, log=RunLog(quiet=True))
 
         return ablation("vit-b-16", make, 2 if quick else 10)
 
@@ -119,28 +120,29 @@ def evaluation(quick: bool) -> dict[str, Any]:
     cfg, cls = resolve(RunArguments(trainer="CoOp", backbone="ViT-B/16", opts=opts))
     with tempfile.TemporaryDirectory() as folder:
         data = random_images(Path(folder), classes, images // classes, 8)  # whose pixels nobody reads: their features are known
-        trainer = cls(cfg, data=data, clip_model=random_clip(sizes), log=RunLog(quiet=True))
+        trainer = Trainer(cls, cfg, data=data, clip_model=random_clip(sizes), log=RunLog(quiet=True))
         known = F.normalize(torch.randn(images, sizes.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
         label = torch.tensor([datum.label for datum in data.test])
-        frozen = trainer.frozen_features
+        method = trainer.method
+        frozen = trainer.frozen_features["features"]
         frozen.store.keep(frozen._described("test", 0), {"features": known})
-        literal = LiteralText(trainer.clip_model, trainer.learner)
+        literal = LiteralText(trainer.clip_model, method.prompt_learner)
 
         def once() -> dict[str, float]:
-            trainer.frozen_features = features.FrozenFeatures(trainer)  # which has read nothing of the store yet
+            del trainer.frozen_features  # made anew, it has read nothing of the store yet
             return trainer.test()
 
         def every_batch(class_features: Callable[[], torch.Tensor]) -> dict[str, float]:
             evaluator = Classification(classes)
             for f, y in zip(known.split(batch), label.split(batch), strict=True):
-                evaluator.process(trainer.logits(f, class_features()), y)
+                evaluator.process(method.cosines(f, class_features()), y)
             return evaluator.evaluate()
 
         def upstream() -> dict[str, float]:
-            return every_batch(lambda: trainer.normalize(literal(trainer.context())))
+            return every_batch(lambda: normalize(literal(method.prompt_learner.ctx)))
 
         def by_the_fast_tower() -> dict[str, float]:
-            return every_batch(trainer.class_features)
+            return every_batch(lambda: method.encode_classes().features)
 
         ways = (once, upstream, by_the_fast_tower)
         same = once() == upstream() == by_the_fast_tower()

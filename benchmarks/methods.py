@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plpp_reg.clip.architectures import Architecture
+from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.data import DataSplit
+from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 
 from common import SMALL, VIT_B_16, LiteralText, arguments, machine, peak_mib, random_clip, seconds
 from names import short_names
@@ -78,9 +80,10 @@ def class_names(size: Size) -> DataSplit:
     return DataSplit([], [], [], short_names(size.classes))
 
 
-def make_trainer(name: str, size: Size, opts: tuple[str, ...] = (), clip_model: nn.Module | None = None) -> PromptTrainer:
+def make_trainer(name: str, size: Size, opts: tuple[str, ...] = (), clip_model: nn.Module | None = None) -> Trainer:
     cfg, cls = resolve(run_arguments(name, size, opts))
-    return cls(cfg, data=class_names(size), clip_model=clip_model or random_clip(size.model), log=RunLog(quiet=True))
+    clip_model = clip_model or random_clip(size.model)
+    return Trainer(cls, cfg, data=class_names(size), clip_model=clip_model, log=RunLog(quiet=True))
 
 
 def make_batch(size: Size, images: int, seed: int = 1) -> dict[str, Tensor]:
@@ -92,13 +95,18 @@ def make_batch(size: Size, images: int, seed: int = 1) -> dict[str, Tensor]:
     }
 
 
-def give_image_features(trainer: PromptTrainer, size: Size, batch: dict[str, Tensor], seed: int = 1) -> None:
+def give_image_features(trainer: Trainer, size: Size, batch: dict[str, Tensor], seed: int = 1) -> None:
     """What the frozen image tower says is known."""
     g = torch.Generator().manual_seed(1000 + seed)
-    batch["features"] = trainer.normalize(torch.randn(len(batch["label"]), size.model.embed_dim, generator=g))
+    batch["features"] = normalize(torch.randn(len(batch["label"]), size.model.embed_dim, generator=g))
 
 
-def literal_images(trainer: PromptTrainer, images: Tensor, prompts: list[Tensor]) -> Tensor:
+def learner_of(trainer: Trainer) -> PromptLearner:
+    (learner,) = (module for module in trainer.method.modules() if isinstance(module, PromptLearner))
+    return learner
+
+
+def literal_images(trainer: Trainer, images: Tensor, prompts: list[Tensor]) -> Tensor:
     """MaPLe's image tower over the stock modules: prompts (M, width) a layer, replaced at the end of the sequence."""
     v = trainer.clip_model.visual
     x = v.conv1(images.to(v.conv1.weight.dtype)).flatten(2).transpose(1, 2)
@@ -109,37 +117,38 @@ def literal_images(trainer: PromptTrainer, images: Tensor, prompts: list[Tensor]
         if 0 < layer < len(prompts):
             x = torch.cat([x[: -len(prompts[layer])], prompts[layer].unsqueeze(1).expand(-1, x.shape[1], -1)])
         x = block(x)
-    return trainer.normalize(v.ln_post(x[0]) @ v.proj)
+    return normalize(v.ln_post(x[0]) @ v.proj)
 
 
-def literal_losses(trainer: PromptTrainer, tower: LiteralText, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def literal_losses(trainer: Trainer, tower: LiteralText, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same losses by the plain computation, with the trainer's own parameters."""
-    name = type(trainer).__name__
+    method, name = trainer.method, type(trainer.method).__name__
     if name == "CoCoOp":
-        rows = []
-        for feature, context in zip(trainer.frozen_image_features(batch), _contexts(trainer, batch), strict=True):
-            rows.append(trainer.logits(feature, trainer.normalize(tower(context))))
+        rows, features = [], method.frozen_features(batch)
+        for feature, context in zip(features, method.prompt_learner.context(features), strict=True):
+            rows.append(method.cosines(feature, normalize(tower(context))))
         return {"ce": F.cross_entropy(torch.stack(rows), batch["label"])}
-    w = trainer.normalize(tower(trainer.context(), trainer.deep_context()))
+    visual: list[Tensor] = []
     if name == "CoOp":
-        f = trainer.frozen_image_features(batch)
+        learner, deep = method.prompt_learner, []
+    elif name == "MaPLe":
+        learner = method.prompt_learner
+        deep, visual = learner.compound_prompts_text, learner.image_prompts()
     else:
-        f = literal_images(trainer, batch["img"], list(trainer.image_prompts()))
-    logits = trainer.logits(f, w)
+        learner, deep, visual = method.prompts.prompt_learner, method.prompts.deep_text, method.prompts.layers
+    w = normalize(tower(learner.ctx, list(deep)))
+    f = literal_images(trainer, batch["img"], visual) if visual else method.frozen_features(batch)
+    logits = method.cosines(f, w)
     losses = {"ce": F.cross_entropy(logits, batch["label"])}
     if name == "PromptSRC":
         with torch.no_grad():
-            f0 = trainer.normalize(trainer.clip_model.encode_image(batch["img"]))
-        w0, cfg = trainer.frozen_class_features, trainer.method_cfg
-        p, p0 = logits.log_softmax(1), trainer.logits(f0, w0).log_softmax(1)
-        losses["scl_text"] = cfg.TEXT_LOSS_WEIGHT * F.l1_loss(w, w0)
-        losses["scl_image"] = cfg.IMAGE_LOSS_WEIGHT * F.l1_loss(f, f0)
+            f0 = normalize(trainer.clip_model.encode_image(batch["img"]))
+        w0, config = method.frozen_class_features, method.config
+        p, p0 = logits.log_softmax(1), method.cosines(f0, w0).log_softmax(1)
+        losses["scl_text"] = config.text_loss_weight * F.l1_loss(w, w0)
+        losses["scl_image"] = config.image_loss_weight * F.l1_loss(f, f0)
         losses["scl_logits"] = F.kl_div(p, p0, reduction="sum", log_target=True) / logits.numel()
     return losses
-
-
-def _contexts(trainer: PromptTrainer, batch: dict[str, Tensor]) -> Tensor:
-    return trainer.prompts.context(trainer.frozen_image_features(batch))
 
 
 def prepare_literal(case: str, size: Size, which: str) -> Callable[[], tuple[dict[str, float], Tensor]]:
@@ -148,15 +157,15 @@ def prepare_literal(case: str, size: Size, which: str) -> Callable[[], tuple[dic
     trainer, batch = make_trainer(name, size), make_batch(size, images)
     if name == "CoCoOp":
         give_image_features(trainer, size, batch)
-    tower = LiteralText(trainer.clip_model, trainer.learner)
+    tower = LiteralText(trainer.clip_model, learner_of(trainer))
 
     def gradient(losses: dict[str, Tensor]) -> tuple[dict[str, float], Tensor]:
-        gradients = torch.autograd.grad(sum(losses.values()), trainer.trained())
+        gradients = torch.autograd.grad(sum(losses.values()), trainer.parameters)
         return {n: loss.item() for n, loss in losses.items()}, torch.cat([g.flatten() for g in gradients])
 
     def step() -> tuple[dict[str, float], Tensor]:
         if which == "fast":
-            return gradient(trainer.compute_losses(batch))
+            return gradient(trainer.losses(batch)[0])
         if name != "CoCoOp":
             return gradient(literal_losses(trainer, tower, batch))
         if which == "two images":
@@ -192,11 +201,11 @@ def measure_literal(case: str, size: Size) -> dict[str, Any]:
     }
 
 
-def prepare_plpp(name: str, size: Size, images: int, opts: tuple[str, ...], count: int = 1) -> tuple[PromptTrainer, list]:
+def prepare_plpp(name: str, size: Size, images: int, opts: tuple[str, ...], count: int = 1) -> tuple[Trainer, list]:
     """A trainer and ``count`` different batches."""
     trainer = make_trainer(name, size, opts)
     batches = [make_batch(size, images, seed) for seed in range(count)]
-    if not hasattr(trainer, "image_prompts"):
+    if not trainer.method.inputs.pixels:
         for seed, batch in enumerate(batches):
             give_image_features(trainer, size, batch, seed)
     trainer.optimizer.param_groups[0]["lr"] = trainer.cfg.OPTIM.LR  # not the warm-up epoch's
@@ -221,9 +230,10 @@ def measure_plpp(case: str, size: Size) -> dict[str, Any]:
         pair = {t: seconds(lambda t=t, batch=batch: t.step(batch)) for t in order}
         looked_up, rows = looked_up + nearest.looked_up - before, rows + len(nearest.left_out)
         nearest.forget()
-        losses = treated.compute_losses(batch)  # as far as the step is plain's, timed with every row looked up
-        times.append((pair[plain], pair[treated], seconds(lambda: treated._plpp_losses(False))))
-        del losses
+        images = treated.method.image_features(batch) if treated.method.classes_depend_on_image else None
+        classes = treated.method.encode_classes(images, with_states=True)  # the term alone is timed, with all rows looked up
+        times.append((pair[plain], pair[treated], seconds(lambda c=classes: treated.plpp(c.contexts, False))))
+        del classes
     return {
         "case": f"plpp-{case}",
         "classes": size.classes,

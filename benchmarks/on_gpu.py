@@ -29,13 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from plpp_reg.clip.load import PRECISIONS, set_precision
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.frozen import normalize
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers import NODES
 
 from common import LiteralText, arguments, machine, random_clip
 from compiled import compiled
 from counting import Operations, Waits
-from methods import FULL, QUICK, Size, give_image_features, literal_losses, make_batch, make_trainer
+from methods import FULL, QUICK, Size, give_image_features, learner_of, literal_losses, make_batch, make_trainer
 
 SECONDS = 200.0
 CUDA = torch.cuda.is_available()
@@ -77,7 +78,7 @@ def size_of(classes: int) -> Size:
     return (FULL if CUDA else QUICK)._replace(classes=classes)
 
 
-def prepare(case: Case, cuda: bool = CUDA) -> tuple[PromptTrainer, Step]:
+def prepare(case: Case, cuda: bool = CUDA) -> tuple[Trainer, Step]:
     """A trainer whose prompts stay as they are, and its step on one batch."""
     size, images = size_of(case.classes), METHODS[case.method]
     opts = ("USE_CUDA", str(cuda), f"TRAINER.{NODES[case.method]}.PREC", case.precision)
@@ -89,21 +90,21 @@ def prepare(case: Case, cuda: bool = CUDA) -> tuple[PromptTrainer, Step]:
     if case.method == "PromptSRC":  # which it makes once a run, of 60 templates
         g = torch.Generator().manual_seed(2)
         features = torch.randn(size.classes, size.model.embed_dim, generator=g)
-        trainer.frozen_class_features = trainer.normalize(features).to(trainer.device)
+        trainer.method.frozen_class_features = normalize(features).to(trainer.device)
     batch = {name: t.to(trainer.device) for name, t in batch.items()}
     if case.which == LITERAL:
         return trainer, literal_step(trainer, batch)
     step = functools.partial(trainer.step, batch)
     if case.which == COMPILED:
         step()
-        for tower in (trainer.tower, trainer.image_tower):
+        for tower in (trainer.method.clip.text, trainer.method.clip.image):
             tower.forward = compiled(tower.forward, "reduce-overhead")
-        trainer.regularizer.components = compiled(trainer.regularizer.components, "reduce-overhead")
+        trainer.regularizer.weighted = compiled(trainer.regularizer.weighted, "reduce-overhead")
     return trainer, step
 
 
-def literal_step(trainer: PromptTrainer, batch: dict[str, Tensor]) -> Step:
-    tower = LiteralText(trainer.clip_model, trainer.learner)
+def literal_step(trainer: Trainer, batch: dict[str, Tensor]) -> Step:
+    tower = LiteralText(trainer.clip_model, learner_of(trainer))
 
     def step() -> dict[str, float]:
         with trainer.computing():
@@ -122,11 +123,11 @@ class Outcome(NamedTuple):
     gradient: Tensor  # of everything trained, in one vector on the CPU
 
 
-def outcome(trainer: PromptTrainer, step: Step) -> Outcome:
+def outcome(trainer: Trainer, step: Step) -> Outcome:
     """Of a first step; a gradient scaler's first ones may overflow, which it answers with a smaller scale."""
     for _ in range(10):
         loss = step()["loss"]
-        gradient = torch.cat([p.grad.flatten() for p in trainer.trained()]).cpu()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.parameters]).cpu()
         if gradient.isfinite().all():
             break
     return Outcome(loss, gradient)

@@ -27,6 +27,7 @@ from plpp_reg.clip.text import TextTower
 from plpp_reg.data import DataSplit
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
+from plpp_reg.engine.trainer import Trainer
 
 from common import VIT_B_16, LiteralText, arguments, machine, random_clip
 from counting import Operations, Waits
@@ -85,7 +86,7 @@ def whole_step(name: str, images: int) -> Callable[[], object]:
     """A training step on the embedded model, by the method's own recipe."""
     cfg, cls = resolve(RunArguments(trainer=name))
     clip_model = load_clip()
-    trainer = cls(cfg, data=DataSplit([], [], [], short_names(17)), clip_model=clip_model, log=RunLog(quiet=True))
+    trainer = Trainer(cls, cfg, data=DataSplit([], [], [], short_names(17)), clip_model=clip_model, log=RunLog(quiet=True))
     if trainer.regularizer is not None:
         trainer.regularizer.nearest.remembers = False
     side, g = clip_model.visual.input_resolution, torch.Generator().manual_seed(0)

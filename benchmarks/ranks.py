@@ -34,7 +34,7 @@ def steps(rank: int, processes: int, case: str, size: Size, threads: int, folder
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
     name, images = CASES[case]
     trainer, batch = make_trainer(name, size), make_batch(size, images)
-    if trainer.features_ahead("train"):
+    if trainer.method.inputs.of("train"):
         give_image_features(trainer, size, batch)
     share = {key: values[rank::processes] for key, values in batch.items()}
     trainer.optimizer.param_groups[0]["lr"] = trainer.cfg.OPTIM.LR  # not the warm-up epoch's

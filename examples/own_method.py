@@ -1,24 +1,25 @@
 """A method of one's own on the package's engine: CoOp with label smoothing. docs/guide.md says how to run it."""
 
+from dataclasses import dataclass
+
 from torch.nn import functional as F
 
 from plpp_reg.clip.prompts import PromptLearner
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.method import Method, Settings, setting
 
 
-class Smooth(PromptTrainer):
-    config_node = "SMOOTH"  # its keys: TRAINER.SMOOTH.N_CTX, …
-    config_defaults = {"N_CTX": 4, "EPSILON": 0.1, "PREC": "fp32"}
+class Smooth(Method):
+    @dataclass(frozen=True)
+    class Config(Settings, node="SMOOTH"):  # its keys: TRAINER.SMOOTH.N_CTX, …
+        n_ctx: int = setting(4, least=1)
+        epsilon: float = setting(0.1, least=0, most=1)
+
     learns_text_context = True  # so there is a Smooth_PLPP
-    sees_pixels = False  # of an image it reads CLIP's frozen features alone
+    not_exported = ""  # its class features classify CLIP's own image features
 
-    def build(self, clip_model, classnames):
-        return PromptLearner(clip_model, classnames, n_ctx=self.method_cfg.N_CTX)
+    def build(self):
+        self.prompt_learner = PromptLearner(self.clip.model, self.classnames, n_ctx=self.config.n_ctx)
 
-    def trained(self):
-        return [self.prompts.ctx]
-
-    def compute_losses(self, batch):
-        logits = self.logits(self.image_features(batch), self.class_features())
-        epsilon = self.method_cfg.EPSILON
-        return {"smooth_ce": F.cross_entropy(logits, batch["label"], label_smoothing=epsilon)}
+    def losses(self, batch, classes):
+        logits = self.logits(batch, classes)
+        return {"smooth_ce": F.cross_entropy(logits, batch["label"], label_smoothing=self.config.epsilon)}

@@ -21,9 +21,11 @@ from PIL import Image
 from plpp_reg.clip.load import freeze, openai_clip
 from plpp_reg.data import DATASETS, DatasetEntry, DataSplit, Datum
 from plpp_reg.engine import config
+from plpp_reg.engine.evaluation import Classifier
 from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.method import Classes, Method
 from plpp_reg.engine.run import RunArguments, run
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.coop import CoOp
 
 HERE = Path(__file__).parent
@@ -143,10 +145,10 @@ def make_cfg(*opts: object, **nodes: object):
 
 
 def make_trainer(
-    data: DataSplit, *opts: object, clip_model: torch.nn.Module | None = None, cls: type[PromptTrainer] = CoOp
-) -> PromptTrainer:
+    data: DataSplit, *opts: object, clip_model: torch.nn.Module | None = None, cls: type[Method] = CoOp
+) -> Trainer:
     """A quiet trainer on the tiny model."""
-    return cls(make_cfg(*opts), data=data, clip_model=clip_model or tiny_clip(), log=RunLog(quiet=True))
+    return Trainer(cls, make_cfg(*opts), data=data, clip_model=clip_model or tiny_clip(), log=RunLog(quiet=True))
 
 
 def quietly(arguments: RunArguments) -> dict[str, Any]:
@@ -166,13 +168,25 @@ def fixed_batches(n: int, size: int = 6, seed: int = 3) -> list[dict[str, torch.
     ]
 
 
-def noisy_losses(self: CoOp, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def logits_of(trainer: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, C), as a test computes them."""
+    return Classifier(trainer.method)(batch)
+
+
+def losses_of(trainer: Trainer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The method's own, without PLPP's."""
+    method = trainer.method
+    images = method.image_features(batch) if method.classes_depend_on_image else None
+    return method.losses(batch, method.encode_classes(images))
+
+
+def noisy_losses(self: CoOp, batch: dict[str, torch.Tensor], classes: Classes) -> dict[str, torch.Tensor]:
     """CoOp's loss, scaled by a draw from each random stream: a stream that a resume does not restore shows in the context."""
     draws = torch.rand(()).item() + random.random() + np.random.random()
-    return {"ce": _losses(self, batch)["ce"] * (0.5 + draws / 3)}
+    return {"ce": _losses(self, batch, classes)["ce"] * (0.5 + draws / 3)}
 
 
-_losses = CoOp.compute_losses
+_losses = CoOp.losses
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:

@@ -179,6 +179,8 @@ def maple(model, names, p: Parameters, batch: Batch, *, words: str, depth: int) 
 
 
 def visual_prompts(p: Parameters, depth: int) -> list[Tensor]:
+    if depth == 0:
+        return []
     return [p["image_encoder.VPT"]] + [p[f"image_encoder.transformer.resblocks.{i}.VPT_shallow"] for i in range(1, depth)]
 
 

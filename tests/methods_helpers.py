@@ -16,7 +16,8 @@ from plpp_reg.clip.vocabulary import whole_word_ids
 from plpp_reg.data import DatasetEntry, DataSplit, Datum
 from plpp_reg.data.templates import SIXTY
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.method import Method
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.cocoop import CoCoOp
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.ivlp import IVLP
@@ -74,13 +75,13 @@ def promptsrc(model: nn.Module, names: list[str], p: lm.Parameters, batch: lm.Ba
 class Case(NamedTuple):
     """A method with settings of which no two are equal, and its reference."""
 
-    cls: type[PromptTrainer]
+    cls: type[Method]
     options: dict[str, object]  # below TRAINER.<the method's node>, or whole keys
     reference: Callable[..., lm.Pass]
     losses: tuple[str, ...] = ("ce",)
 
     def node(self, key: str) -> str:
-        return key if "." in key else f"TRAINER.{self.cls.config_node}.{key}"
+        return key if "." in key else f"TRAINER.{self.cls.Config.node}.{key}"
 
 
 def deep(text: int, vision: int, depth_text: int, depth_vision: int) -> dict[str, object]:
@@ -120,6 +121,7 @@ CASES = {
         deep(4, 2, TEXT_LAYERS, VISION_LAYERS),
         partial(lm.ivlp, words=WORDS, depth_text=TEXT_LAYERS, depth_vision=VISION_LAYERS),
     ),
+    "IVLP language only": Case(IVLP, deep(4, 0, 3, 0), partial(lm.ivlp, words=WORDS, depth_text=3, depth_vision=0)),
     "VPT": Case(
         VPT,
         {"N_CTX_VISION": 4, "PROMPT_DEPTH_VISION": 3, "CTX_INIT": "one_nice picture of"},
@@ -158,7 +160,7 @@ def build(
     log: RunLog | None = None,
     as_started: bool = False,
     **case_options: object,
-) -> PromptTrainer:
+) -> Trainer:
     """A quiet trainer of a case, on the CPU, from seed 1; its parameters shaken unless they are wanted ``as_started``.
 
     ``case_options`` override the case's, as its keys are named.
@@ -170,23 +172,25 @@ def build(
     options |= dict(zip(opts[::2], opts[1::2], strict=True))
     cfg = helpers.make_cfg(*(x for item in options.items() for x in item))
     cfg.TRAINER.NAME = case.cls.__name__ + ("_PLPP" if cfg.TRAINER.PLPP.ENABLED else "")
-    trainer = case.cls(cfg, data=data or no_images(NAMES), clip_model=clip_model or clip_of(), log=log or RunLog(quiet=True))
+    trainer = Trainer(
+        case.cls, cfg, data=data or no_images(NAMES), clip_model=clip_model or clip_of(), log=log or RunLog(quiet=True)
+    )
     if not as_started:
         shake(trainer)
     return trainer
 
 
-def shake(trainer: PromptTrainer) -> None:
+def shake(trainer: Trainer) -> None:
     """Away from the start, where some of MaPLe's layers are copies of each other and PromptSRC's losses nearly 0."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for p in trainer.trained():
+        for p in trainer.parameters:
             p.add_(torch.randn(p.shape, generator=generator) * 0.05)
 
 
-def leaves(trainer: PromptTrainer) -> lm.Parameters:
+def leaves(trainer: Trainer) -> lm.Parameters:
     """The trained parameters by their names in the checkpoint."""
-    return dict(trainer.prompts.named_parameters())
+    return dict(trainer.method.saved.named_parameters())
 
 
 def exact(parameters: lm.Parameters) -> lm.Parameters:
@@ -219,14 +223,14 @@ def plpp_terms(passed: lm.Pass) -> dict[str, Tensor]:
 class Batches(list):
     """Batches of noise in the place of a trainer's loader, the same ones in each epoch."""
 
-    def __init__(self, trainer: PromptTrainer, batches: list[lm.Batch]) -> None:
+    def __init__(self, trainer: Trainer, batches: list[lm.Batch]) -> None:
         super().__init__(batches)
         trainer._loaders["train"] = self
         trainer.batches = lambda split: iter(self)
 
 
 def with_gradients(
-    trainer: PromptTrainer, batch: lm.Batch, with_perplexity: bool = False
+    trainer: Trainer, batch: lm.Batch, with_perplexity: bool = False
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """What a step logs, and the gradients that it gave the optimizer; the parameters stay where they are."""
     trainer.optimizer.param_groups[0]["lr"] = 0.0

@@ -11,7 +11,7 @@ import torch
 
 from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine.run import RunArguments
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.io import files
 from plpp_reg.trainers.coop import CoOp
 
@@ -39,7 +39,7 @@ def make_world(world: Path) -> Path:
 
 def make_tiny_and_noisy(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
-    patch.setattr(CoOp, "compute_losses", helpers.noisy_losses)
+    patch.setattr(CoOp, "losses", helpers.noisy_losses)
 
 
 def arguments(world: Path, out: Path, **more) -> RunArguments:
@@ -93,9 +93,9 @@ def kill_at(patch: pytest.MonkeyPatch, place: str, number: int) -> None:
         return call
 
     if place == "step":
-        patch.setattr(PromptTrainer, "step", dying(PromptTrainer.step))
+        patch.setattr(Trainer, "step", dying(Trainer.step))
     elif place == "after step":
-        patch.setattr(PromptTrainer, "step", dying(PromptTrainer.step, after=True))
+        patch.setattr(Trainer, "step", dying(Trainer.step, after=True))
     elif place == "before rename":
         patch.setattr(files.os, "replace", dying(os.replace))
     elif place == "after rename":

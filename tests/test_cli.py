@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 from plpp_reg.commands import cli
 from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine import config
+from plpp_reg.engine.method import precision, setting
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.coop import CoOp
 
 import engine_helpers as helpers
@@ -27,11 +29,13 @@ from cli_helpers import line, make_world, refused
 class OwnTrainer(CoOp):
     """A trainer of a user's own, with keys of its own."""
 
-    config_node = "OWN"
-    config_defaults = {**CoOp.config_defaults, "PREC": "fp32", "FACTOR": 1.0}
+    @dataclass(frozen=True)
+    class Config(CoOp.Config, node="OWN"):
+        prec: str = precision("fp32")
+        factor: float = setting(1.0)
 
-    def compute_losses(self, batch):
-        return {"own": self.method_cfg.FACTOR * super().compute_losses(batch)["ce"]}
+    def losses(self, batch, classes):
+        return {"own": self.config.factor * super().losses(batch, classes)["ce"]}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,7 @@ def test_a_run_draws_nothing_from_what_came_before_in_any_stream(world: Path, tm
 @pytest.mark.parametrize("trainer", ["CoOp", "CoOp_PLPP", "ZeroshotCLIP"])
 def test_eval_only_never_trains(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str) -> None:
     for name in ("step", "train", "train_epoch"):
-        monkeypatch.setattr(PromptTrainer, name, lambda *args: pytest.fail("trained"))
+        monkeypatch.setattr(Trainer, name, lambda *args: pytest.fail("trained"))
     model = [] if trainer == "ZeroshotCLIP" else ["--model-dir", str(world / "done")]
     before = helpers.files_below(world / "done")
     assert cli.main(line(world, tmp_path / "out", "--eval-only", *model, trainer=trainer)) == 0
@@ -146,7 +150,7 @@ def test_eval_only_never_takes_a_training_runs_record_away(world: Path, tmp_path
 
 def test_no_train_builds_and_stops(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("step", "train", "test"):
-        monkeypatch.setattr(PromptTrainer, name, lambda *args: pytest.fail("not built only"))
+        monkeypatch.setattr(Trainer, name, lambda *args: pytest.fail("not built only"))
     assert cli.main(line(world, tmp_path / "out", "--no-train")) == 0
     assert not list(tmp_path.rglob("model*")) and not list(tmp_path.rglob("result.json"))
 
@@ -192,10 +196,12 @@ def test_a_trainer_of_ones_own_with_its_own_keys(world: Path, tmp_path: Path, ca
 def test_a_diverging_run_ends_with_status_1_and_one_line(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    original = CoOp.compute_losses
-    monkeypatch.setattr(
-        CoOp, "compute_losses", lambda self, batch: {"ce": original(self, batch)["ce"] * (float("nan") if self.epoch else 1)}
-    )
+    original, left = CoOp.losses, iter(range(4))  # the steps of the first epoch
+
+    def losses(*args):
+        return {"ce": original(*args)["ce"] * (1 if next(left, None) is not None else float("nan"))}
+
+    monkeypatch.setattr(CoOp, "losses", losses)
     assert cli.main(line(world, tmp_path / "out")) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "'ce'" in error and "model.pth.tar-1" in error
@@ -208,7 +214,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PromptTrainer, "step", interrupt)
+    monkeypatch.setattr(Trainer, "step", interrupt)
     assert cli.main(line(world, tmp_path / "out")) == 130
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -91,7 +91,7 @@ def test_the_site_has_every_page_and_the_docstrings(site):
         "with_plpp",
         "clip.text.TextTower",
         "clip.prompts.PromptLearner",
-        "engine.trainer.PromptTrainer.compute_losses",
+        "engine.method.Method.losses",
     ):
         assert f'id="plpp_reg.{name}"' in reference
 

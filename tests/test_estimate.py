@@ -17,9 +17,10 @@ from plpp_reg.clip.vision import ImageTower
 from plpp_reg.commands import cli
 from plpp_reg.data import DataSplit
 from plpp_reg.engine import registry
+from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError, install
 from plpp_reg.estimate.estimate import LIBRARIES_MIB, Estimate, estimate, swapped_parameters, typical_names
 from plpp_reg.estimate.trace import ALL, IMAGE, OTHER, PLPP, TEXT, Passes, Tracer, passes_of
@@ -48,11 +49,11 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plpp_reg.estimate.estimate.plpp_seconds", lambda *_: 1.0)
 
 
-def without_numbers(name: str) -> PromptTrainer:
+def without_numbers(name: str) -> Trainer:
     cfg, cls = resolve(RunArguments(trainer=name, backbone="ViT-B/16"))
     data = DataSplit([], [], [], typical_names(5))
     with swapped_parameters():
-        return cls(cfg, data=data, clip_model=clip_without_weights("ViT-B/16"), log=RunLog(quiet=True))
+        return Trainer(cls, cfg, data=data, clip_model=clip_without_weights("ViT-B/16"), log=RunLog(quiet=True))
 
 
 def passes(name: str) -> Passes:
@@ -74,8 +75,8 @@ def test_the_passes_are_the_method_s_own():
     once = of["PromptSRC"].once
     assert once.flops(TEXT) == once.flops() > 5 * text["PromptSRC"] and not of["CoOp_PLPP"].once.flops()  # 60 templates
     plpp = {name: made.plpp for name, made in of.items()}
-    assert plpp["CoOp_PLPP"] == ((1, 16, 512), (1, 16, 512)) and plpp["VPT"] is None
-    assert plpp["CoCoOp_PLPP"] == ((4, 4, 512), (4, 4, 512))
+    assert plpp["CoOp_PLPP"] == [((1, 16, 512), (1, 16, 512))] and plpp["VPT"] == []
+    assert plpp["CoCoOp_PLPP"] == [((4, 4, 512), (4, 4, 512))]
     assert of["CoOp_PLPP"].step.flops(PLPP) == 2 * 16 * 512 * (49408 + 10)  # each vector meets each word
     test = of["CoCoOp_PLPP"]
     assert not test.classes.flops() and test.batch.flops(TEXT) > 2 * test.few.flops(TEXT)  # ten images, and four
@@ -252,15 +253,15 @@ def test_a_step_s_memory_is_what_lives_in_a_real_one(name):
     )
     cost = estimate(run, data=names, clip_model=without_weights(sizes))
     cfg, cls = resolve(run)
-    trainer = cls(cfg, data=names, clip_model=random_clip(sizes), log=RunLog(quiet=True))
+    trainer = Trainer(cls, cfg, data=names, clip_model=random_clip(sizes), log=RunLog(quiet=True))
 
     def step() -> None:
         count = cfg.DATALOADER.TRAIN_X.BATCH_SIZE
         batch = {"label": torch.zeros(count, dtype=torch.long)}
-        if trainer.sees_pixels:
+        if trainer.method.inputs.pixels:
             batch["img"] = torch.randn(count, 3, 32, 32)
-        if trainer.sees_frozen_features:
-            batch["features"] = trainer.normalize(torch.randn(count, 32))
+        if trainer.method.inputs.of("train"):
+            batch["features"] = normalize(torch.randn(count, 32))
         trainer.step(batch)
 
     tracer = Tracer()
@@ -281,7 +282,7 @@ def test_only_what_shapes_cannot_do_is_told_so(error, raised, message, monkeypat
         raise error
 
     trainer = without_numbers("CoOp")
-    monkeypatch.setattr(trainer, "compute_losses", fails)
+    monkeypatch.setattr(trainer, "losses", fails)
     with pytest.raises(raised, match=message):
         passes_of(trainer, {"train": 4, "test": 10}, {"train": 64, "test": 64})
 

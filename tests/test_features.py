@@ -18,7 +18,9 @@ from plpp_reg.data import DataSplit
 from plpp_reg.data.contents import files_sha256
 from plpp_reg.engine import features
 from plpp_reg.engine.distributed import Ranks
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.frozen import weights_sha256
+from plpp_reg.engine.method import Method
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.cocoop import CoCoOp
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.ivlp import IVLP
@@ -52,10 +54,10 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def trained(data: DataSplit, *opts: object, cls: type[PromptTrainer] = CoOp) -> tuple[dict, dict]:
+def trained(data: DataSplit, *opts: object, cls: type[Method] = CoOp) -> tuple[dict, dict]:
     trainer = helpers.make_trainer(data, *opts, cls=cls)
     trainer.train()
-    return dict(trainer.prompts.state_dict()), {"history": trainer.history, **trainer.test()}
+    return dict(trainer.method.saved.state_dict()), {"history": trainer.state.history, **trainer.test()}
 
 
 def test_off_cold_and_warm_are_the_same_bits(data: DataSplit, encoded: list[int], own_cache: Path) -> None:
@@ -93,8 +95,7 @@ def test_another_method_weight_or_prompt_seed_on_the_same_images_encodes_nothing
 )
 def test_what_changes_a_feature_is_another_one(data: DataSplit, encoded: list[int], changed: tuple) -> None:
     on = ("FEATURES.MAX_GIB", 1.0)
-    first = helpers.make_trainer(data, *on).frozen_features
-    second = helpers.make_trainer(data, *on, *changed).frozen_features
+    first, second = (helpers.make_trainer(data, *on, *c).frozen_features["features"] for c in ((), changed))
     assert not torch.equal(first.of("train", 1), second.of("train", 1))
     assert len(encoded) == 2
 
@@ -102,7 +103,8 @@ def test_what_changes_a_feature_is_another_one(data: DataSplit, encoded: list[in
 def test_other_weights_are_another_model(data: DataSplit) -> None:
     on = ("FEATURES.MAX_GIB", 1.0)
     one, two = (
-        helpers.make_trainer(data, *on, clip_model=helpers.tiny_clip(seed)).frozen_features.of("test") for seed in (0, 1)
+        helpers.make_trainer(data, *on, clip_model=helpers.tiny_clip(seed)).frozen_features["features"].of("test")
+        for seed in (0, 1)
     )
     assert not torch.equal(one, two)
 
@@ -110,11 +112,11 @@ def test_other_weights_are_another_model(data: DataSplit) -> None:
 def test_another_make_of_cpu_is_another_device(data: DataSplit, encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two machines may share a home folder; with one instruction set, but other caches, their last bits may differ."""
     on = ("FEATURES.MAX_GIB", 1.0)
-    helpers.make_trainer(data, *on).frozen_features.of("test")
-    helpers.make_trainer(data, *on).frozen_features.of("test")
+    helpers.make_trainer(data, *on).frozen_features["features"].of("test")
+    helpers.make_trainer(data, *on).frozen_features["features"].of("test")
     assert len(encoded) == 1
     monkeypatch.setattr(features, "_processor", lambda: "another")
-    helpers.make_trainer(data, *on).frozen_features.of("test")
+    helpers.make_trainer(data, *on).frozen_features["features"].of("test")
     assert len(encoded) == 2
 
 
@@ -125,20 +127,20 @@ def test_the_cpu_has_a_name() -> None:
 
 def test_a_picture_that_was_changed_is_encoded_again(data: DataSplit, encoded: list[int]) -> None:
     on = ("FEATURES.MAX_GIB", 1.0)
-    before = helpers.make_trainer(data, *on).frozen_features.of("test")
+    before = helpers.make_trainer(data, *on).frozen_features["features"].of("test")
     first, other = data.test[0].impath, data.test[-1].impath
     Path(first).write_bytes(Path(other).read_bytes())
     os.utime(first, (1, 1))
-    after = helpers.make_trainer(data, *on).frozen_features.of("test")
+    after = helpers.make_trainer(data, *on).frozen_features["features"].of("test")
     assert not torch.equal(before[0], after[0]) and torch.equal(before[1:], after[1:])
 
 
 def test_a_feature_does_not_depend_on_its_neighbours(data: DataSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list of images that is cut short has the same features as far as its full batches go, and nearly so after them."""
     monkeypatch.setattr(features, "BATCH", 4)
-    whole = helpers.make_trainer(data).frozen_features.of("train", 3)
+    whole = helpers.make_trainer(data).frozen_features["features"].of("train", 3)
     some = dataclasses.replace(data, train=data.train[:6])
-    part = helpers.make_trainer(some).frozen_features.of("train", 3)
+    part = helpers.make_trainer(some).frozen_features["features"].of("train", 3)
     assert torch.equal(part[:4], whole[:4])
     torch.testing.assert_close(part[4:], whole[4:6], rtol=0, atol=1e-6)
 
@@ -157,7 +159,7 @@ def test_a_small_set_has_the_same_bits_off_cold_warm_and_with_any_number_of_work
     small = dataclasses.replace(data, train=data.train[:count])
     ways = [("FEATURES.MAX_GIB", 0.0)] + [("FEATURES.MAX_GIB", 1.0)] * 2
     ways += [("FEATURES.MAX_GIB", 0.0, "DATALOADER.NUM_WORKERS", n) for n in (1, 2)]
-    found = [helpers.make_trainer(small, *opts).frozen_features.of("train", 1) for opts in ways]
+    found = [helpers.make_trainer(small, *opts).frozen_features["features"].of("train", 1) for opts in ways]
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert encoded == [count] * 4  # not of the warm one
 
@@ -169,7 +171,7 @@ def test_processes_share_canonical_batches_and_get_the_bits_of_one(
     """Also where the last batch is a small one, and where there are fewer batches than processes."""
     monkeypatch.setattr(features, "BATCH", 4)
     some = dataclasses.replace(data, train=data.train[:count])
-    alone = helpers.make_trainer(some).frozen_features.of("train", 1)
+    alone = helpers.make_trainer(some).frozen_features["features"].of("train", 1)
     batches = -(-count // 4)
     whole, shares = torch.full((batches, 4, alone.shape[1]), torch.nan), []
     monkeypatch.setattr(Ranks, "all_agree", lambda ranks, this: this)
@@ -177,7 +179,7 @@ def test_processes_share_canonical_batches_and_get_the_bits_of_one(
     for rank in range(size):
         trainer = helpers.make_trainer(some)
         trainer.ranks = Ranks(rank, size)
-        trainer.frozen_features.of("train", 1)
+        trainer.frozen_features["features"].of("train", 1)
         share, total = shares[rank]
         assert total == batches
         whole[rank::size] = share  # as the processes exchange them
@@ -189,28 +191,28 @@ def test_a_fill_that_was_killed_leaves_whole_views_alone(
 ) -> None:
     monkeypatch.setattr(features, "BATCH", 4)
     on = ("FEATURES.MAX_GIB", 1.0, "INPUT.VIEWS", 2)
-    expected = [helpers.make_trainer(data).frozen_features.of("train", view) for view in range(2)]
+    expected = [helpers.make_trainer(data).frozen_features["features"].of("train", view) for view in range(2)]
     killed = helpers.make_trainer(data, *on)
-    killed.frozen_features.of("train", 0)
-    original, left = killed.encode_frozen, iter(range(3))
+    killed.frozen_features["features"].of("train", 0)
+    original, left = ImageTower.forward, iter(range(3))
 
-    def dying(images: torch.Tensor) -> torch.Tensor:
+    def dying(self: ImageTower, images: torch.Tensor) -> torch.Tensor:
         if next(left, None) is None:
             raise Killed
-        return original(images)
+        return original(self, images)
 
-    monkeypatch.setattr(killed, "encode_frozen", dying)
-    with pytest.raises(Killed):
-        killed.frozen_features.of("train", 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ImageTower, "forward", dying)
+        killed.frozen_features["features"].of("train", 1)
     assert len(list(own_cache.iterdir())) == 1
     encoded.clear()
-    after = helpers.make_trainer(data, *on).frozen_features
+    after = helpers.make_trainer(data, *on).frozen_features["features"]
     assert torch.equal(after.of("train", 0), expected[0]) and encoded == []
     assert torch.equal(after.of("train", 1), expected[1]) and sum(encoded) == len(data.train)
 
 
 def test_epochs_differ_and_evaluation_does_not(data: DataSplit) -> None:
-    frozen = helpers.make_trainer(data).frozen_features
+    frozen = helpers.make_trainer(data).frozen_features["features"]
     assert not torch.equal(frozen.of("train", 0), frozen.of("train", 1))
     assert torch.equal(frozen.of("test", 0), frozen.of("test", 1))
 
@@ -222,47 +224,48 @@ def test_with_views_the_tower_runs_once_a_view_and_other_runs_find_them(data: Da
     assert torch.equal(views_of(helpers.make_trainer(data, *on))(1), second) and len(encoded) == 2  # an epoch's own is the same
 
 
-def views_of(trainer: PromptTrainer) -> Callable[[int], torch.Tensor]:
-    return functools.partial(trainer.frozen_features.of, "train")
+def views_of(trainer: Trainer) -> Callable[[int], torch.Tensor]:
+    return functools.partial(trainer.frozen_features["features"].of, "train")
 
 
 def test_features_are_those_of_the_tower(data: DataSplit) -> None:
     trainer = helpers.make_trainer(data)
     for batch in trainer.batches("train"):
         assert "img" not in batch
-        direct = trainer.encode_frozen(torch.stack([image(trainer, i) for i in batch["index"].tolist()]))
+        direct = trainer.method.frozen.encode(torch.stack([image(trainer, i) for i in batch["index"].tolist()]))
         torch.testing.assert_close(batch["features"], direct, rtol=0, atol=1e-6)
 
 
-def image(trainer: PromptTrainer, index: int) -> torch.Tensor:
+def image(trainer: Trainer, index: int) -> torch.Tensor:
     from plpp_reg.data.augmentation import build_transform
     from plpp_reg.data.loaders import ImageDataset
 
-    return ImageDataset(trainer.data.train, build_transform(trainer.cfg, True), trainer.cfg.SEED)[trainer.epoch, index]["img"]
+    images = ImageDataset(trainer.data.train, build_transform(trainer.cfg, True), trainer.cfg.SEED)
+    return images[trainer.state.epoch, index]["img"]
 
 
 @pytest.mark.parametrize(("cls", "names"), [(IVLP, {"img"}), (PromptSRC, {"img", "features"}), (CoOp, {"features"})])
-def test_a_batch_holds_what_its_method_sees(data: DataSplit, cls: type[PromptTrainer], names: set[str]) -> None:
-    node = cls.config_node
+def test_a_batch_holds_what_its_method_sees(data: DataSplit, cls: type[Method], names: set[str]) -> None:
+    node = cls.Config.node
     depths = ("TRAINER.IVLP.PROMPT_DEPTH_VISION", 1, "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", 1)
     depths += ("TRAINER.IVLP.PROMPT_DEPTH_TEXT", 2, "TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", 2)
     trainer = helpers.make_trainer(data, f"TRAINER.{node}.PREC", "fp32", *depths, cls=cls)
     batch = next(iter(trainer.batches("train")))
     assert batch.keys() == names | {"label", "index"}
     if "features" in names and "img" in names:  # the frozen tower's, of the very same crops
-        torch.testing.assert_close(batch["features"], trainer.encode_frozen(batch["img"]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch["features"], trainer.method.frozen.encode(batch["img"]), rtol=0, atol=1e-6)
 
 
 def test_a_model_is_more_than_its_tensors() -> None:
     one, two, three = (helpers.tiny_clip().visual for _ in range(3))
-    assert features.weights_sha256(one) == features.weights_sha256(two)
+    assert weights_sha256(one) == weights_sha256(two)
     two.transformer.resblocks[0].mlp.gelu = torch.nn.GELU()
     three.transformer.resblocks[0].attn.num_heads = 2
     three.proj.mul_(1)  # whoever changes a tensor in place is seen, whatever it was before
-    assert len({features.weights_sha256(m) for m in (one, two, three)}) == 3
-    before = features.weights_sha256(one)
+    assert len({weights_sha256(m) for m in (one, two, three)}) == 3
+    before = weights_sha256(one)
     one.proj.mul_(2)
-    assert features.weights_sha256(one) != before
+    assert weights_sha256(one) != before
 
 
 def test_pictures_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 from plpp_reg.engine.distributed import Ranks
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.loss.nearest import NearestWords
 from plpp_reg.loss.regularizer import PerplexityRegularizer
 
@@ -29,7 +29,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.05, "amp": 0.05, "bf16": 0.1}  # of the gradient, relative; bf16 on a CPU: 0.03
 
 
-def on_device(name: str, precision: str) -> PromptTrainer:
+def on_device(name: str, precision: str) -> Trainer:
     """With PLPP, where the method has text to act on; on a model of its own."""
     model = copy.deepcopy(mh.clip_of(precision))
     trainer = build(name, "USE_CUDA", True, plpp=name in WITH_TEXT, clip_model=model, PREC=precision)
@@ -38,11 +38,11 @@ def on_device(name: str, precision: str) -> PromptTrainer:
     return trainer
 
 
-def two_steps(trainer: PromptTrainer) -> tuple[list[dict[str, float]], Tensor]:
+def two_steps(trainer: Trainer) -> tuple[list[dict[str, float]], Tensor]:
     """What they log, and the first one's gradient, in one vector."""
     first, second = ({key: t.to(trainer.device) for key, t in batch.items()} for batch in helpers.fixed_batches(2))
     row = trainer.step(first, with_perplexity=True)
-    gradient = torch.cat([p.grad.flatten() for p in trainer.trained()]).cpu()
+    gradient = torch.cat([p.grad.flatten() for p in trainer.parameters]).cpu()
     return [row, trainer.step(second, with_perplexity=True)], gradient
 
 
@@ -56,7 +56,7 @@ def test_two_steps_are_those_of_a_cpu(name: str, precision: str):
     rows_of_cpu, gradient_of_cpu = two_steps(build(name, plpp=name in WITH_TEXT))
     for row, want in zip(rows, rows_of_cpu, strict=True):
         assert set(row) == set(want)
-        for key in trainer.loss_names:
+        for key in trainer.state.loss_names:
             assert row[key] == pytest.approx(want[key], rel=1e-4 if precision == "fp32" else 0.05, abs=0.02), key
     assert (gradient - gradient_of_cpu).norm() < TOLERANCE[precision] * gradient_of_cpu.norm()
 

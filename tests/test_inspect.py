@@ -13,6 +13,7 @@ from plpp_reg.clip.prompts import encode
 from plpp_reg.clip.reading import SAMPLE
 from plpp_reg.commands.cli import main
 from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.prompts.inspect import as_json, as_text, inspect_prompts
 from plpp_reg.trainers.coop import CoOp
@@ -173,8 +174,8 @@ def our_run(tmp_path_factory, backbone):
     ):
         cfg = make_cfg("TRAINER.PLPP.ENABLED", True, "MODEL.BACKBONE.NAME", backbone, "TRAIN.CHECKPOINT_FREQ", 1, *keys)
         cfg.TRAINER.NAME = f"{cls.__name__}_PLPP"
-        trainer = cls(cfg, data=data, clip_model=tiny_clip(), log=RunLog(quiet=True))
-        before = trainer.measure_prompts().perplexity.item(), trainer.context().detach().clone()
+        trainer = Trainer(cls, cfg, data=data, clip_model=tiny_clip(), log=RunLog(quiet=True))
+        before = trainer.measure_prompts().perplexity.item(), trainer.method.contexts()[0].context.detach().clone()
         from plpp_reg.engine.config import to_yaml
 
         (folder / name).mkdir()
@@ -192,7 +193,7 @@ def test_our_run_before_and_after(our_run, name):
     assert [v.norm for v in found.before.vectors] == pytest.approx(start.norm(dim=-1).tolist())
     assert found.after.perplexity == pytest.approx(trainer.measure_prompts().perplexity.item(), rel=1e-4)
     assert set(found.epochs) == {0, 1, 2} and found.epochs[2] == found.after.perplexity
-    assert found.logged == {i: e["perplexity"] for i, e in enumerate(trainer.history, 1)}
+    assert found.logged == {i: e["perplexity"] for i, e in enumerate(trainer.state.history, 1)}
     assert (found.trainer, found.epoch) == (trainer.cfg.TRAINER.NAME, 2)
 
 

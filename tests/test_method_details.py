@@ -11,7 +11,8 @@ from torch import Tensor
 from plpp_reg.clip.prompts import encode
 from plpp_reg.clip.text import TextTower
 from plpp_reg.data import DATASETS, DatasetEntry, templates
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.method import Method
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.cocoop import CoCoOp
 from plpp_reg.trainers.prograd import align
@@ -38,8 +39,7 @@ def test_any_number_of_context_vectors(position: str) -> None:
         trainer = build("CoOp", N_CTX=n_ctx, CLASS_TOKEN_POSITION=position)
         want = lm.coop(mh.exact_clip(), NAMES, mh.exact(leaves(trainer)), mh.exact_batch(batch), position=position)
         with torch.no_grad():
-            trainer.prepare_inference()
-            assert difference(trainer.inference(batch), want.logits) < 1e-5, n_ctx
+            assert difference(helpers.logits_of(trainer, batch), want.logits) < 1e-5, n_ctx
 
 
 @pytest.mark.parametrize("name", ["CoOp", "KgCoOp", "CoCoOp"])
@@ -47,15 +47,14 @@ def test_any_number_of_context_vectors(position: str) -> None:
 def test_init_words_start_at_zero_shot_clip_with_those_words(name: str, words: str) -> None:
     # as many vectors as tokens, however many words: nothing of the sentence is lost
     trainer = build(name, CTX_INIT=words, as_started=True)
-    assert trainer.prompts.n_ctx == len(encode(words.replace("_", " ")))
+    assert trainer.method.saved.n_ctx == len(encode(words.replace("_", " ")))
     if name == "CoCoOp":  # whose meta-net shifts the words: not here
-        torch.nn.init.zeros_(trainer.prompts.meta_net.linear2.weight)
-        torch.nn.init.zeros_(trainer.prompts.meta_net.linear2.bias)
+        torch.nn.init.zeros_(trainer.method.saved.meta_net.linear2.weight)
+        torch.nn.init.zeros_(trainer.method.saved.meta_net.linear2.bias)
     (batch,) = helpers.fixed_batches(1, size=2)
     want = lm.zeroshot(mh.exact_clip(), NAMES, batch["img"], [words.replace("_", " ") + " {}."])
     with torch.no_grad():
-        trainer.prepare_inference()
-        assert difference(trainer.inference(batch), want) < 1e-5
+        assert difference(helpers.logits_of(trainer, batch), want) < 1e-5
 
 
 def save_checkpoint(path, state_dict, classnames=None):
@@ -67,7 +66,7 @@ def save_checkpoint(path, state_dict, classnames=None):
 
 def test_class_specific_context_is_refused_for_other_classes(tmp_path) -> None:
     trainer = build("CoOp class-specific")
-    state = trainer.prompts.state_dict()
+    state = trainer.method.saved.state_dict()
     others = [*NAMES[:-1], "fox"]  # as many: the shapes fit
     refusal = "TRAINER.COOP.CSC: expected shared context.*the new classes have no vectors"
     with pytest.raises(InputError, match=refusal):
@@ -79,7 +78,7 @@ def test_class_specific_context_is_refused_for_other_classes(tmp_path) -> None:
     with pytest.raises(InputError, match=refusal):
         on_new.saving.load_weights(unknown)
     shared = build("CoOp", "DATASET.SUBSAMPLE_CLASSES", "new")
-    shared.saving.load_weights(save_checkpoint(tmp_path / "shared", shared.prompts.state_dict(), others))
+    shared.saving.load_weights(save_checkpoint(tmp_path / "shared", shared.method.saved.state_dict(), others))
 
 
 # ---- KgCoOp --------------------------------------------------------------------------------------------------------------
@@ -87,7 +86,7 @@ def test_class_specific_context_is_refused_for_other_classes(tmp_path) -> None:
 
 def test_kgcoops_weight_is_its_factor_and_nothing_else() -> None:
     (batch,) = helpers.fixed_batches(1)
-    one, three, none = (build("KgCoOp", W=w).compute_losses(batch) for w in (1.0, 3.0, 0.0))
+    one, three, none = (helpers.losses_of(build("KgCoOp", W=w), batch) for w in (1.0, 3.0, 0.0))
     assert 0 < one["kg"].item() < 2
     assert three["kg"].item() == pytest.approx(3 * one["kg"].item(), rel=1e-6) and none["kg"].item() == 0
     assert one["ce"].equal(three["ce"]) and one["ce"].equal(none["ce"])
@@ -95,7 +94,7 @@ def test_kgcoops_weight_is_its_factor_and_nothing_else() -> None:
 
 def test_kgcoop_starts_at_no_distance_from_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DATASETS, "tiny", DatasetEntry(mh.ENTRY.reader, mh.WORDS + " {}."))
-    losses = build("KgCoOp", as_started=True).compute_losses(helpers.fixed_batches(1)[0])
+    losses = helpers.losses_of(build("KgCoOp", as_started=True), helpers.fixed_batches(1)[0])
     assert abs(losses["kg"].item()) < 1e-5
 
 
@@ -130,10 +129,10 @@ def test_a_general_gradient_of_zero_changes_nothing(dtype: torch.dtype) -> None:
     assert opposite.isfinite().all() and opposite.abs().max() < 1e-5
 
 
-def prograd_step(trainer: PromptTrainer, conflict: bool) -> tuple[lm.Batch, Tensor, Tensor, Tensor]:
+def prograd_step(trainer: Trainer, conflict: bool) -> tuple[lm.Batch, Tensor, Tensor, Tensor]:
     """A batch whose gradients disagree (or do not), and those of all losses but kl, of ce alone, and of kl."""
     for batch in helpers.fixed_batches(20):
-        losses = {**trainer.compute_losses(batch), **trainer._plpp_losses(with_perplexity=False)}
+        losses, _ = trainer.losses(batch)
         (general,) = gradient(losses.pop("kl"), leaves(trainer))
         (domain,) = gradient(sum(losses.values()), leaves(trainer))
         (ce,) = gradient(losses["ce"], leaves(trainer))
@@ -193,8 +192,8 @@ def test_cocoop_gives_each_image_what_it_gets_alone() -> None:
     mean_grads = {key: sum(grads[key] for _, grads in alone) / 5 for key in alone[0][1]}
     assert_same_step(with_gradients(trainer, batch), (mean_values, mean_grads))
     with torch.no_grad():
-        together = trainer.inference(batch)
-        alone = torch.cat([trainer.inference({"img": image[None]}) for image in batch["img"]])
+        together = helpers.logits_of(trainer, batch)
+        alone = torch.cat([helpers.logits_of(trainer, {"img": image[None]}) for image in batch["img"]])
     assert difference(together, alone) < 1e-5
 
 
@@ -220,26 +219,25 @@ def test_cocoop_in_parts_of_the_classes_is_the_same(monkeypatch: pytest.MonkeyPa
     whole, parted = build("CoCoOp", plpp=True), build("CoCoOp", "MODEL.TEXT_MEMORY_MIB", 1, plpp=True)
     assert_same_step(with_gradients(parted, batch), with_gradients(whole, batch))
     parts, all_at_once = ran
-    assert len(all_at_once) == 1 < len(parts) and max(parts) <= parted.tower.max_rows(5) < parted.tower.max_rows(1)
+    tower = parted.method.clip.text
+    assert len(all_at_once) == 1 < len(parts) and max(parts) <= tower.max_rows(5) < tower.max_rows(1)
     assert max(parts) < max(all_at_once)
 
 
 def test_cocoop_tests_as_many_images_at_once_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     (batch,) = helpers.fixed_batches(1, size=5)
     sizes: list[int] = []
-    original = CoCoOp.conditional_logits
-    monkeypatch.setattr(
-        CoCoOp, "conditional_logits", lambda self, f, need_hidden: sizes.append(len(f)) or original(self, f, need_hidden)
-    )
+    original = CoCoOp.encode_classes
+    monkeypatch.setattr(CoCoOp, "encode_classes", lambda self, f: sizes.append(len(f)) or original(self, f))
     a_class = 4 * mh.EMBED  # bytes of one class's features
     trainer = build("CoCoOp")
     with torch.no_grad():
-        whole = trainer.inference(batch)
+        whole = helpers.logits_of(trainer, batch)
         assert sizes == [5]
         for images, want in ((2, [2, 2, 1]), (1, [1] * 5), (0.1, [1] * 5)):
             sizes.clear()
-            trainer.tower.memory_mib = 8 * images * a_class * len(NAMES) / 2**20 * 1.01
-            assert difference(trainer.inference(batch), whole) < 1e-5
+            trainer.method.clip.text.memory_mib = 8 * images * a_class * len(NAMES) / 2**20 * 1.01
+            assert difference(helpers.logits_of(trainer, batch), whole) < 1e-5
             assert sizes == want
 
 
@@ -250,12 +248,13 @@ def test_cocoop_tests_as_many_images_at_once_as_memory_holds(monkeypatch: pytest
 def test_what_each_term_of_plpp_reaches(name: str, deeper: int) -> None:
     """Deep prompts stand in the context's place from layer 1 on: the last of them predict the words of layer 0."""
     trainer, (batch,) = build(name, plpp=True), helpers.fixed_batches(1)
-    trainer.compute_losses(batch)
-    terms = trainer._plpp_losses(with_perplexity=False)
-    parameters, deep = leaves(trainer), trainer.deep_context()
+    losses, _ = trainer.losses(batch)
+    terms = {term: losses[term] for term in ("ppl", "inverse_ppl")}
+    parameters = leaves(trainer)
+    deep = [n for n in parameters if "compound_prompts_text" in n or n.startswith("text_encoder.")]
     assert len(deep) == deeper
     (context,) = (n for n in parameters if n.endswith("ctx"))
-    (*_, deepest) = [context, *(n for prompt in deep for n, p in parameters.items() if p is prompt)]
+    (*_, deepest) = [context, *deep]
     reached = {
         term: {n for n, g in zip(parameters, gradient(loss, parameters), strict=True) if g.any()}
         for term, loss in terms.items()
@@ -267,21 +266,20 @@ def test_what_each_term_of_plpp_reaches(name: str, deeper: int) -> None:
 # ---- zero-shot CLIP ------------------------------------------------------------------------------------------------------
 
 
-def zeroshot(cls: type[PromptTrainer], dataset: str) -> tuple[PromptTrainer, Tensor, Tensor]:
+def zeroshot(cls: type[Method], dataset: str) -> tuple[Trainer, Tensor, Tensor]:
     """A trainer, images, and its logits."""
     cfg = helpers.make_cfg("DATASET.NAME", dataset, "USE_CUDA", False)
-    trainer = cls(cfg, data=mh.no_images(NAMES), clip_model=mh.clip_of(), log=helpers.RunLog(quiet=True))
+    trainer = Trainer(cls, cfg, data=mh.no_images(NAMES), clip_model=mh.clip_of(), log=helpers.RunLog(quiet=True))
     images = helpers.fixed_batches(1)[0]["img"]
     with torch.no_grad():
-        trainer.prepare_inference()
-        return trainer, images, trainer.inference({"img": images})
+        return trainer, images, helpers.logits_of(trainer, {"img": images})
 
 
 @pytest.mark.parametrize(("dataset", "template"), [("tiny", mh.TEMPLATE), ("nobody knows it", "a photo of a {}.")])
 def test_zeroshot_has_the_data_sets_template_or_the_fallback(dataset: str, template: str) -> None:
     trainer, images, logits = zeroshot(ZeroshotCLIP, dataset)
     assert difference(logits, lm.zeroshot(mh.exact_clip(), NAMES, images, [template])) < 1e-5
-    assert trainer.trained() == [] and trainer.prompts is None
+    assert trainer.parameters == [] and not trainer.method.learns and not trainer.method.saved.state_dict()
 
 
 @pytest.mark.parametrize("dataset", ["tiny", "ImageNet"])
@@ -298,7 +296,7 @@ def test_zeroshot2_is_the_mean_of_several_templates_however_often_it_is_built(da
     before = templates.SEVEN
     built = [zeroshot(ZeroshotCLIP2, dataset) for _ in range(3)]
     for trainer, images, logits in built:
-        assert trainer.templates == want
+        assert trainer.method.templates == want
         assert difference(logits, lm.zeroshot(mh.exact_clip(), NAMES, images, want)) < 1e-5
         assert logits.equal(built[0][2])
     assert templates.SEVEN == before and len(before) == 7

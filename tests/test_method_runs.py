@@ -17,7 +17,7 @@ from plpp_reg.data.loaders import build_loader
 from plpp_reg.engine import checkpoint
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, run
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.ivlp import IVLP
 
@@ -59,7 +59,7 @@ def arguments(images: Path, tmp_path: Path):
     return make
 
 
-def quietly(arguments: RunArguments) -> tuple[dict, PromptTrainer]:
+def quietly(arguments: RunArguments) -> tuple[dict, Trainer]:
     return run(arguments, RunLog(quiet=True), clip_model=mh.clip_of())
 
 
@@ -86,8 +86,7 @@ def test_what_was_trained_on_base_classes_evaluates_on_new_ones(case: str, argum
     test = {key: torch.cat([batch[key] for batch in batches]) for key in ("img", "label")}
     want = CASES[case].reference(mh.exact_clip(), NEW, mh.exact(leaves(trainer)), mh.exact_batch(test)).logits
     with torch.no_grad():
-        trainer.prepare_inference()
-        assert difference(trainer.inference(test), want) < 1e-5
+        assert difference(helpers.logits_of(trainer, test), want) < 1e-5
     assert result["metrics"]["accuracy"] == pytest.approx(100 * (want.argmax(1) == test["label"]).double().mean().item())
     assert json.loads((Path(arguments(case, "new").output_dir) / "result.json").read_text())["metrics"] == result["metrics"]
 
@@ -108,7 +107,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(case: str, arguments, monke
 
     whole, _ = quietly(make("whole"))
     steps = [5]  # two of them an epoch: the first of the third
-    original = PromptTrainer.step
+    original = Trainer.step
 
     def step(self, *args, **options):
         steps[0] -= 1
@@ -117,7 +116,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(case: str, arguments, monke
         return original(self, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "step", step)
+        patch.setattr(Trainer, "step", step)
         with pytest.raises(Killed):
             quietly(make("cut"))
     so_far = content(make("cut").output_dir, case)
@@ -250,14 +249,13 @@ def test_an_upstream_checkpoint_is_found_and_loaded(case: str, tmp_path: Path) -
     (batch,) = helpers.fixed_batches(1, size=2)
     want = CASES[case].reference(mh.exact_clip(), NAMES, mh.exact(leaves(trainer)), mh.exact_batch(batch)).logits
     with torch.no_grad():
-        trainer.prepare_inference()
-        assert difference(trainer.inference(batch), want) < 1e-5
+        assert difference(helpers.logits_of(trainer, batch), want) < 1e-5
 
 
 @pytest.mark.parametrize("case", METHODS)
 def test_our_names_are_upstreams(case: str) -> None:
     # so that ours load there with strict=False, which its code uses: what is learned is there, and nothing unknown
-    ours, theirs = build(case).prompts.state_dict(), upstream_state(case)
+    ours, theirs = build(case).method.saved.state_dict(), upstream_state(case)
     assert set(ours) == set(UPSTREAM[case][0]) <= set(theirs)
     assert {key: t.shape for key, t in ours.items()} == {key: theirs[key].shape for key in ours}
 
@@ -300,7 +298,7 @@ def test_prompts_of_more_layers_than_the_configuration_has_are_refused(case: str
 
 
 @functools.cache
-def learner_of(case: str) -> PromptTrainer:
+def learner_of(case: str) -> Trainer:
     return build(case)
 
 
@@ -308,7 +306,7 @@ def learner_of(case: str) -> PromptTrainer:
 @pytest.mark.parametrize("ours", METHODS)
 def test_another_methods_checkpoint_is_refused_unless_it_holds_the_same(ours: str, theirs: str) -> None:
     trainer, state = learner_of(ours), upstream_state(theirs)
-    load = functools.partial(checkpoint.load_weights, trainer.prompts, state, "theirs", trainer.not_loaded)
+    load = functools.partial(checkpoint.load_weights, trainer.method.saved, state, "theirs", trainer.method.not_loaded)
     if UPSTREAM[ours][0] == UPSTREAM[theirs][0]:  # CoOp's and ProGrad's: one context vector is like another
         assert load() is None and {ours, theirs} in ({ours}, {"CoOp", "ProGrad"})
     else:

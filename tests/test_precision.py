@@ -13,7 +13,7 @@ from torch import Tensor
 from plpp_reg.data import DATASETS
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.registry import find_trainer
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.trainers import TRAINERS
 from plpp_reg.trainers.zeroshot import ZeroshotCLIP, ZeroshotCLIP2
@@ -52,7 +52,7 @@ class Lines(RunLog):
         self.lines.append(line)
 
 
-def two_steps(method: str, plpp: bool, precision: str, resnet: bool) -> tuple[PromptTrainer, dict[str, float], Tensor]:
+def two_steps(method: str, plpp: bool, precision: str, resnet: bool) -> tuple[Trainer, dict[str, float], Tensor]:
     """An epoch of two steps: the trainer, its history's only row, and logits of a test batch."""
     weights = "fp32" if precision == "fp16" else precision  # on a CPU load_clip is asked for what the trainer falls back on
     log = Lines(quiet=True)
@@ -62,8 +62,7 @@ def two_steps(method: str, plpp: bool, precision: str, resnet: bool) -> tuple[Pr
     mh.Batches(trainer, batches[:2])
     trainer.train()
     with torch.no_grad(), trainer.computing():
-        trainer.prepare_inference()
-        return trainer, trainer.history[-1], trainer.inference(batches[2])
+        return trainer, trainer.state.history[-1], helpers.logits_of(trainer, batches[2])
 
 
 @functools.cache
@@ -73,11 +72,10 @@ def in_float32(method: str, plpp: bool, resnet: bool) -> tuple[dict[str, float],
 
 def zero_shot_logits(cls: type[ZeroshotCLIP], precision: str, resnet: bool) -> Tensor:
     cfg = helpers.make_cfg("USE_CUDA", False, "TRAINER.ZEROSHOT.PREC", precision)
-    trainer = cls(cfg, data=mh.no_images(NAMES), clip_model=mh.clip_of(precision, resnet), log=RunLog(quiet=True))
+    trainer = Trainer(cls, cfg, data=mh.no_images(NAMES), clip_model=mh.clip_of(precision, resnet), log=RunLog(quiet=True))
     assert trainer.precision == precision
     with torch.no_grad(), trainer.computing():
-        trainer.prepare_inference()
-        return trainer.inference(helpers.fixed_batches(1)[0])
+        return helpers.logits_of(trainer, helpers.fixed_batches(1)[0])
 
 
 @pytest.mark.parametrize("resnet", [False, True], ids=["ViT", "ResNet"])
@@ -105,10 +103,10 @@ def test_two_steps_of_each_method_in_each_precision_on_each_backbone(
     trainer, row, logits = two_steps(method, plpp, precision, resnet)
     named = ALL_LOSSES[method] | ({"ppl", "inverse_ppl"} if plpp else set())
     assert set(row) == {"loss", "acc", "lr", *named, *(("perplexity",) if plpp else ())}
-    assert set(trainer.loss_names) == {"loss", *named} and trainer.precision == precision
+    assert set(trainer.state.loss_names) == {"loss", *named} and trainer.precision == precision
     assert all(math.isfinite(value) for value in row.values())
     assert row["loss"] == pytest.approx(sum(row[key] for key in named), rel=1e-5)
-    assert all(p.dtype == torch.float32 and p.grad.any() for p in trainer.trained())
+    assert all(p.dtype == torch.float32 and p.grad.any() for p in trainer.parameters)
     last = trainer.log.lines[-2]  # before "Finish training": the batch's figure and the mean so far, of every loss
     assert all(f" {key} " in last and f"({row[key]:.4f})" in last.split(f" {key} ")[1] for key in {"loss", *named})
     # The same thing in another precision: CLIP's scale of 14 makes a bfloat16 cosine's last digit 0.1.
@@ -148,7 +146,8 @@ def test_the_frozen_tower_sees_the_images_whose_features_are_read(method: str, a
 
     for split in ("train", "test"):
         trainer._loaders[split] = Loader([{**batch, "index": torch.arange(2)}])
-    trainer.frozen_features.of = lambda split, epoch: asked.append(split) or torch.zeros(2, mh.EMBED)
+    kept = SimpleNamespace(of=lambda split, epoch: asked.append(split) or torch.zeros(2, mh.EMBED))
+    trainer.frozen_features = {"features": kept}
     given = {split: ["features" in b for b in trainer.batches(split)] for split in ("train", "test")}
     assert asked == ahead and given == {split: [split in ahead] for split in ("train", "test")}
 
@@ -160,4 +159,4 @@ def test_a_given_model_computes_in_what_is_asked_for() -> None:
         build("CoOp", PREC="bf16")
     with pytest.raises(InputError, match=r"unknown TRAINER.COOP.PREC 'fp64': did you mean 'fp16'\?"):
         build("CoOp", PREC="fp64")
-    assert build("CoOp", PREC="bf16", clip_model=mh.clip_of("bf16")).tower.dtype == torch.bfloat16
+    assert build("CoOp", PREC="bf16", clip_model=mh.clip_of("bf16")).method.clip.text.dtype == torch.bfloat16

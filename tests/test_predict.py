@@ -151,7 +151,7 @@ def test_an_exported_file_holds_what_was_learned(world: Path, name: str, tmp_pat
     said = capsys.readouterr().out.splitlines()
     with safe_open(tmp_path / "prompt.safetensors", "pt") as file:
         names = set(file.keys())
-        for key, value in trainer.prompts.state_dict().items():
+        for key, value in trainer.method.saved.state_dict().items():
             assert torch.equal(file.get_tensor(key), value)
         assert json.loads(file.metadata()["trainer"]) == trainer.cfg.TRAINER.NAME
         left_out = json.loads(file.metadata()["left_out"])

@@ -23,7 +23,7 @@ engine_helpers.register()
 from plpp_reg.commands.cli import main
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 
 def watch(cls, name, note):
     original = getattr(cls, name)
@@ -35,7 +35,7 @@ def watch(cls, name, note):
 
 watch(TextTower, "forward", lambda out, *more: seen["prompts"].append(out.features.shape[:-1].numel()))
 watch(ImageTower, "forward", lambda _, images, *more: seen["images"].append(len(images)))
-watch(PromptTrainer, "step", lambda values, *more: seen["steps"].append(values))
+watch(Trainer, "step", lambda values, *more: seen["steps"].append(values))
 for line in json.load(open(sys.argv[1])):
     seen = {"prompts": [], "images": [], "steps": []}
     if (status := main(line)) != 0:

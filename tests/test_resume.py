@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from plpp_reg.commands import cli
 from plpp_reg.engine import checkpoint
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.results import record as results
 
 import engine_helpers as helpers
@@ -88,17 +88,17 @@ def test_a_run_killed_again_and_again(world: Path, tmp_path: Path, monkeypatch: 
 DRIVER = """
 import os, signal, sys
 import engine_helpers
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.coop import CoOp
 engine_helpers.register()
-CoOp.compute_losses = engine_helpers.noisy_losses
-original, left = PromptTrainer.step, [int(sys.argv[1])]
+CoOp.losses = engine_helpers.noisy_losses
+original, left = Trainer.step, [int(sys.argv[1])]
 def step(self, *args, **options):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGTERM if os.name == "nt" else signal.SIGKILL)  # on Windows any of them is final
     return original(self, *args, **options)
-PromptTrainer.step = step
+Trainer.step = step
 from plpp_reg.commands.cli import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -135,15 +135,15 @@ def test_best_on_validation_is_deployed_when_it_was_before_the_resume(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Validation falls after epoch 1, so the best model lies in the old folder only.
-    original, tested = PromptTrainer.test, []
+    original, tested = Trainer.test, []
 
     def fake(self, split="test"):
         if split == "val":
-            return {"accuracy": 90.0 - self.epoch}
-        tested.append(self.prompts.ctx.detach().clone())
+            return {"accuracy": 90.0 - self.state.epoch}
+        tested.append(self.method.saved.ctx.detach().clone())
         return original(self, split)
 
-    monkeypatch.setattr(PromptTrainer, "test", fake)
+    monkeypatch.setattr(Trainer, "test", fake)
     with monkeypatch.context() as patch:
         kill_at(patch, "step", 2 * STEPS + 2)
         with pytest.raises(Killed):
@@ -156,7 +156,7 @@ def test_best_on_validation_is_deployed_when_it_was_before_the_resume(
 
 def test_a_finished_run_is_tested_again_and_not_trained(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(world / "whole", tmp_path / "out")
-    monkeypatch.setattr(PromptTrainer, "step", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(Trainer, "step", lambda *args: pytest.fail("trained"))
     quietly(arguments(world, tmp_path / "out"))
     assert_as_uninterrupted(world, tmp_path / "out")
 
@@ -169,7 +169,7 @@ def test_a_finished_run_that_is_started_again_and_killed_keeps_its_result(
     before = (tmp_path / "out" / "result.json").read_bytes()
     with monkeypatch.context() as patch:
         if place == "test":
-            patch.setattr(PromptTrainer, "test", lambda *args: (_ for _ in ()).throw(Killed))
+            patch.setattr(Trainer, "test", lambda *args: (_ for _ in ()).throw(Killed))
         else:
             kill_at(patch, place, 2)
         with pytest.raises(Killed):
@@ -235,7 +235,7 @@ def test_a_run_holds_the_lock_that_the_other_looks_at(world: Path, tmp_path: Pat
 
         return call
 
-    monkeypatch.setattr(PromptTrainer, "train", look(PromptTrainer.train))
+    monkeypatch.setattr(Trainer, "train", look(Trainer.train))
     monkeypatch.setattr("plpp_reg.engine.run.write_result", look(results.write_result))
     quietly(arguments(world, tmp_path / "out"))
     assert held == [True, True]

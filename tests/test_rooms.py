@@ -98,7 +98,7 @@ def test_the_table_of_methods_imports_nothing_and_is_right() -> None:
     assert not list(imports(MODULES["plpp_reg.trainers"]))
     for name in plpp_reg.trainers.TRAINERS:
         cls, *_ = registry.find_trainer(name)
-        assert plpp_reg.trainers.NODES[name] == cls.config_node
+        assert plpp_reg.trainers.NODES[name] == cls.Config.node
         assert (name in plpp_reg.trainers.UNTRAINED) != protocols.learns(name)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from plpp_reg.data import DATASETS, DatasetEntry, DataSplit
 from plpp_reg.engine import checkpoint
 from plpp_reg.engine.run import RunArguments, run
-from plpp_reg.engine.trainer import NonFiniteLoss, PromptTrainer
+from plpp_reg.engine.trainer import NonFiniteLoss, Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.coop import CoOp
 
@@ -131,10 +131,9 @@ def test_figures_are_scikit_learns_on_the_final_context(arguments, data: DataSpl
     a = arguments("out")
     result = quietly(a)
     trainer = helpers.make_trainer(data)
-    trainer.prompts.ctx.data.copy_(load(a.output_dir)["state_dict"]["ctx"])
+    trainer.method.saved.ctx.data.copy_(load(a.output_dir)["state_dict"]["ctx"])
     with torch.no_grad():
-        text = trainer.class_features()
-        logits = torch.cat([trainer.logits(trainer.image_features(b), text) for b in trainer.batches("test")])
+        logits = torch.cat([helpers.logits_of(trainer, b) for b in trainer.batches("test")])
     truth, guess = [d.label for d in data.test], logits.argmax(1).numpy()
     assert result["metrics"]["accuracy"] == pytest.approx(100 * accuracy_score(truth, guess))
     assert result["metrics"]["error"] == pytest.approx(100 - 100 * accuracy_score(truth, guess))
@@ -146,15 +145,15 @@ def test_figures_are_scikit_learns_on_the_final_context(arguments, data: DataSpl
 def test_best_val_deploys_the_best_model_on_validation(arguments, monkeypatch: pytest.MonkeyPatch, data: DataSplit) -> None:
     # Epoch 2 is made the best by decree; the last one must not be what is tested.
     accuracies = iter([20.0, 60.0, 60.0, 40.0])
-    original, tested = PromptTrainer.test, []
+    original, tested = Trainer.test, []
 
     def fake(self, split="test"):
         if split == "val":
             return {"accuracy": next(accuracies)}
-        tested.append(self.prompts.ctx.detach().clone())
+        tested.append(self.method.saved.ctx.detach().clone())
         return original(self, split)
 
-    monkeypatch.setattr(PromptTrainer, "test", fake)
+    monkeypatch.setattr(Trainer, "test", fake)
     a = arguments("out", recipe={"OPTIM__MAX_EPOCH": 4, "TEST__FINAL_MODEL": "best_val"}, opts=("TRAIN.CHECKPOINT_FREQ", "1"))
     quietly(a)
     best = load(a.output_dir, "model-best.pth.tar")
@@ -169,7 +168,7 @@ def test_best_val_really_measures_the_validation_images(arguments, data: DataSpl
     quietly(a)
     best = load(a.output_dir, "model-best.pth.tar")
     trainer = helpers.make_trainer(data)
-    trainer.prompts.ctx.data.copy_(best["state_dict"]["ctx"])
+    trainer.method.saved.ctx.data.copy_(best["state_dict"]["ctx"])
     assert trainer.test("val")["accuracy"] == best["val_result"]
 
 
@@ -192,20 +191,20 @@ def test_a_data_set_without_validation_images_is_refused_before_training(
 
 def break_loss(monkeypatch: pytest.MonkeyPatch, name: str, value: float, epoch: int) -> None:
     """Let ``name`` be ``value`` from the second batch of ``epoch`` (0, 1, ...) on."""
-    original = PromptTrainer.step
-    compute, plpp = CoOp.compute_losses, PromptTrainer._plpp_losses
+    original = Trainer.step
+    compute = Trainer.losses
     now = {"bad": False}
 
     def step(self, batch, index=0, **options):
-        now["bad"] = self.epoch == epoch and index >= 1
+        now["bad"] = self.state.epoch == epoch and index >= 1
         return original(self, batch, index, **options)
 
-    def spoil(losses):
-        return {n: loss * value if n == name and now["bad"] else loss for n, loss in losses.items()}
+    def spoiled(self, *args):
+        losses, logs = compute(self, *args)
+        return {n: loss * value if n == name and now["bad"] else loss for n, loss in losses.items()}, logs
 
-    monkeypatch.setattr(PromptTrainer, "step", step)
-    monkeypatch.setattr(CoOp, "compute_losses", lambda self, batch: spoil(compute(self, batch)))
-    monkeypatch.setattr(PromptTrainer, "_plpp_losses", lambda self, *args: spoil(plpp(self, *args)))
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "losses", spoiled)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -242,17 +241,17 @@ def test_a_non_finite_loss_in_the_first_epoch_says_that_there_is_no_checkpoint(
 def test_a_context_that_became_non_finite_is_never_saved_as_good(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     # A finite loss can have a NaN gradient (an fp16 overflow): in the last batch of an epoch no later loss shows it before
     # the checkpoint is written.
-    original = CoOp.compute_losses
+    original = CoOp.losses
     seen = {"batches": 0}
 
-    def compute(self, batch):
-        losses = original(self, batch)
+    def compute(self, batch, classes):
+        losses = original(self, batch, classes)
         seen["batches"] += 1
         if seen["batches"] == 8:  # 4 batches an epoch: the last of epoch 2
             losses["ce"].register_hook(lambda grad: grad * math.nan)
         return losses
 
-    monkeypatch.setattr(CoOp, "compute_losses", compute)
+    monkeypatch.setattr(CoOp, "losses", compute)
     a = arguments("out", recipe={"OPTIM__MAX_EPOCH": 3})
     with pytest.raises(NonFiniteLoss):
         quietly(a)
@@ -342,9 +341,10 @@ def test_an_upstream_checkpoint_evaluates(arguments, data: DataSplit, tmp_path: 
     a = arguments("out", eval_only=True, model_dir=str(tmp_path / "theirs"), load_epoch=epoch)
     result = quietly(a)
     trainer = helpers.make_trainer(data)
-    untrained = trainer.class_features()
-    trainer.prompts.ctx.data.copy_(content["state_dict"]["ctx"].float())
-    assert (trainer.class_features() - untrained).abs().max() > 0.1  # another classifier than the one that was built
+    untrained = trainer.method.encode_classes().features
+    trainer.method.saved.ctx.data.copy_(content["state_dict"]["ctx"].float())
+    trained = trainer.method.encode_classes().features
+    assert (trained - untrained).abs().max() > 0.1  # another classifier than the one that was built
     assert result["metrics"] == trainer.test()
     assert not (Path(a.output_dir) / "prompt_learner").exists()
     assert helpers.files_below(tmp_path / "theirs") == ["prompt_learner", f"prompt_learner/{name}"]
@@ -356,8 +356,8 @@ def test_upstream_weights_are_taken_and_its_token_vectors_are_not(data: DataSpli
     torch.save(content, tmp_path / "model.pth.tar-50")
     trainer = helpers.make_trainer(data)
     trainer.saving.load_weights(tmp_path / "model.pth.tar-50")
-    assert torch.equal(trainer.prompts.ctx, content["state_dict"]["module.ctx"].float())
-    assert trainer.prompts.ctx.dtype == torch.float32
+    assert torch.equal(trainer.method.saved.ctx, content["state_dict"]["module.ctx"].float())
+    assert trainer.method.saved.ctx.dtype == torch.float32
 
 
 def test_an_upstream_checkpoint_cannot_be_resumed_and_says_so(arguments, data: DataSplit, tmp_path: Path) -> None:

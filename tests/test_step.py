@@ -39,12 +39,12 @@ def test_the_host_waits_once(name, plpp):
 @pytest.mark.parametrize("name", ["CoOp", "PromptSRC"])
 def test_the_figures_are_those_of_the_losses(name):
     trainer, batch = build(name, plpp=True), helpers.fixed_batches(1)[0]
-    losses = trainer.compute_losses(batch)
-    acc = trainer.metrics["acc"].item()
+    losses = helpers.losses_of(trainer, batch)
+    acc = trainer.method.metrics["acc"].item()
     values = trainer.step(batch, with_perplexity=True)
     assert values["acc"] == acc and {n: values[n] for n in losses} == {n: loss.item() for n, loss in losses.items()}
-    assert values["loss"] == sum(values[n] for n in trainer.loss_names[1:])
-    assert set(values) == {"acc", "perplexity", *trainer.loss_names}
+    assert values["loss"] == sum(values[n] for n in trainer.state.loss_names[1:])
+    assert set(values) == {"acc", "perplexity", *trainer.state.loss_names}
 
 
 def test_scalars_of_several_types_come_over_exactly():

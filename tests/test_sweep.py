@@ -21,6 +21,7 @@ from plpp_reg.commands.cli import main
 from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine.run import RunArguments
 from plpp_reg.engine.run import run as run_once
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.experiments import sweep
 from plpp_reg.experiments.protocols import Choice, Job, plan
@@ -176,21 +177,21 @@ def read_other(root: str | Path):
 
 
 def test_a_failed_run_is_passed_named_and_mended(bench: Bench, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    losses = CoOp.compute_losses
+    losses = Trainer.losses
 
-    def broken(self, batch):
-        if self.cfg.SEED == 1 and self.epoch == 1:
+    def broken(self, batch, with_perplexity):
+        if self.cfg.SEED == 1 and self.state.epoch == 1:
             raise RuntimeError("out of memory, say")
-        return losses(self, batch)
+        return losses(self, batch, with_perplexity)
 
-    monkeypatch.setattr(CoOp, "compute_losses", broken)
+    monkeypatch.setattr(Trainer, "losses", broken)
     assert main(bench.argv("--methods", "CoOp")) == 1
     out = capsys.readouterr().out
     assert "[2/2] small: tiny, 2 shots, CoOp, seed 2: base " in out  # it went on
     end = out[out.index("FAILED small: tiny, 2 shots, CoOp, seed 1: RuntimeError: out of memory, say") :]
     assert "| epoch [1/2]" in end and "in broken" in end  # the last log lines, and where it was
     assert "- small: tiny, 2 shots, CoOp, seed 1: failed: RuntimeError: out of memory, say" in bench.tables()["markdown"]
-    monkeypatch.setattr(CoOp, "compute_losses", losses)
+    monkeypatch.setattr(Trainer, "losses", losses)
     assert main(bench.argv("--methods", "CoOp")) == 0
     out = capsys.readouterr().out
     assert "1 of 2 runs are there already" in out and "[1/1]" in out
@@ -308,7 +309,7 @@ def test_setting_aside_can_be_killed_anywhere(copy: Bench, monkeypatch: pytest.M
 
 def sweep_killed_at(jobs: list[Job], event: int) -> None:
     """A sweep that dies, nothing tidied up, before or after the ``event``-th file of it gets its name, or at a step."""
-    replace, compute_losses, seen = os.replace, CoOp.compute_losses, itertools.count(1)
+    replace, compute_losses, seen = os.replace, CoOp.losses, itertools.count(1)
 
     def count() -> None:
         if next(seen) == event:
@@ -323,7 +324,7 @@ def sweep_killed_at(jobs: list[Job], event: int) -> None:
         count()
         return compute_losses(*args)
 
-    os.replace, CoOp.compute_losses = counted_replace, counted_losses
+    os.replace, CoOp.losses = counted_replace, counted_losses
     sweep.sweep(jobs, say=quiet)
 
 

@@ -16,7 +16,8 @@ from plpp_reg.clip.text import TextTower
 from plpp_reg.data import DataSplit
 from plpp_reg.data.loaders import build_loader
 from plpp_reg.engine.evaluation import Classification
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.frozen import normalize
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.zeroshot import ZeroshotCLIP
 
@@ -49,35 +50,34 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSplit:
 def test_the_gradient_reaches_the_context_and_nothing_else(data: DataSplit, layout: dict, plpp: bool) -> None:
     trainer = helpers.make_trainer(data, *pairs(layout), *(PLPP if plpp else ()))
     before = copy.deepcopy(trainer.clip_model.state_dict())
-    context = trainer.prompts.ctx.detach().clone()
+    context = trainer.method.saved.ctx.detach().clone()
     for batch in helpers.fixed_batches(2):
         trainer.step(batch)
-    assert trainer.prompts.ctx.grad.abs().amin(-1).gt(0).all()  # each vector, not only some
-    assert not torch.equal(trainer.prompts.ctx, context)
+    assert trainer.method.saved.ctx.grad.abs().amin(-1).gt(0).all()  # each vector, not only some
+    assert not torch.equal(trainer.method.saved.ctx, context)
     helpers.assert_same(dict(trainer.clip_model.state_dict()), dict(before))
     assert all(p.grad is None and not p.requires_grad for p in trainer.clip_model.parameters())
     optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    assert len(optimized) == 1 and optimized[0] is trainer.prompts.ctx
-    assert [name for name, _ in trainer.prompts.named_parameters()] == ["ctx"]
+    assert len(optimized) == 1 and optimized[0] is trainer.method.saved.ctx
+    assert [name for name, _ in trainer.method.saved.named_parameters()] == ["ctx"]
 
 
 def test_perplexity_alone_moves_the_context(data: DataSplit) -> None:
     # Its gradient goes to the vectors and, through the states, to those before them.
     trainer = helpers.make_trainer(data, *PLPP)
-    trainer.compute_losses = lambda batch: {
-        "ce": PromptTrainer.cross_entropy(trainer, trainer.class_features(), torch.arange(5)) * 0
-    }
+    method = trainer.method
+    method.losses = lambda batch, classes: {"ce": method.cross_entropy(classes.features, torch.arange(5)) * 0}
     trainer.step(helpers.fixed_batches(1)[0])
-    assert trainer.prompts.ctx.grad.abs().amax(-1).gt(0).all()
+    assert trainer.method.saved.ctx.grad.abs().amax(-1).gt(0).all()
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------------
 
 
-def plpp_by_itself(trainer: PromptTrainer):
+def plpp_by_itself(trainer: Trainer):
     """Unweighted components of the trainer's present prompts, by a regularizer of the test's own."""
     reg = PerplexityRegularizer(trainer.clip_model.token_embedding.weight, weight=1.0, inverse_weight=1.0)
-    return reg.components(trainer.prompts.ctx, trainer.prompts(trainer.tower).hidden)
+    return reg.components(trainer.method.saved.ctx, trainer.method.saved(trainer.method.clip.text).hidden)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,10 @@ def test_the_step_descends_the_weighted_sum(data: DataSplit) -> None:
     stepped, literal = (helpers.make_trainer(data, *options) for _ in range(2))
     stepped.step(batch)
     parts = plpp_by_itself(literal)
-    logits = literal.logits(literal.image_features(batch), literal.class_features())
+    logits = literal.method.logits(batch, literal.method.encode_classes())
     total = F.cross_entropy(logits, batch["label"]) + 0.3 * parts.perplexity_loss + 0.7 * parts.inverse_loss
     total.backward()
-    torch.testing.assert_close(stepped.prompts.ctx.grad, literal.prompts.ctx.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(stepped.method.saved.ctx.grad, literal.method.saved.ctx.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_every_setting_of_the_configuration_reaches_the_regularizer(data: DataSplit) -> None:
@@ -143,8 +143,8 @@ def test_weights_of_zero_are_bit_identical_to_coop(data: DataSplit, layout: dict
         values = [trainer.step(batch) for batch in helpers.fixed_batches(5)]
         return (
             values,
-            trainer.prompts.ctx.detach(),
-            trainer.prompts.ctx.grad,
+            trainer.method.saved.ctx.detach(),
+            trainer.method.saved.ctx.grad,
             trainer.optimizer.state_dict(),
             torch.get_rng_state(),
         )
@@ -155,12 +155,12 @@ def test_weights_of_zero_are_bit_identical_to_coop(data: DataSplit, layout: dict
 
 def test_measuring_the_prompts_changes_nothing(data: DataSplit) -> None:
     trainer = helpers.make_trainer(data)
-    before, stream = trainer.prompts.ctx.detach().clone(), torch.get_rng_state()
+    before, stream = trainer.method.saved.ctx.detach().clone(), torch.get_rng_state()
     measured = trainer.measure_prompts()
     expected = plpp_by_itself(trainer)
     assert measured.perplexity.item() == pytest.approx(expected.perplexity.item(), rel=1e-6)
-    assert torch.equal(trainer.prompts.ctx, before) and torch.equal(torch.get_rng_state(), stream)
-    assert trainer.regularizer is None and trainer.prompts.ctx.grad is None
+    assert torch.equal(trainer.method.saved.ctx, before) and torch.equal(torch.get_rng_state(), stream)
+    assert trainer.regularizer is None and trainer.method.saved.ctx.grad is None
 
 
 # ---- parity with CoOp ----------------------------------------------------------------------------------------------------
@@ -194,22 +194,22 @@ def literal_coop(data: DataSplit, ctx: torch.Tensor, batches: list, lr: float, c
 @pytest.mark.parametrize("class_specific", [False, True])
 def test_ten_steps_equal_a_literal_coop(data: DataSplit, class_specific: bool) -> None:
     trainer = helpers.make_trainer(data, "TRAINER.COOP.CSC", class_specific, "OPTIM.WARMUP_EPOCH", -1)
-    start = trainer.prompts.ctx.detach().clone()
+    start = trainer.method.saved.ctx.detach().clone()
     batches = helpers.fixed_batches(10)
     expected = literal_coop(data, start, batches, trainer.cfg.OPTIM.LR, class_specific)
     for batch in batches:
         trainer.step(batch)
     assert (expected - start).abs().max() > 0.01  # it went a thousand times further than the tolerance
-    torch.testing.assert_close(trainer.prompts.ctx.detach(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainer.method.saved.ctx.detach(), expected, rtol=0, atol=1e-5)
 
 
 def test_the_context_starts_as_normal_noise_of_the_seed_alone(data: DataSplit) -> None:
     torch.manual_seed(123)  # whatever was drawn before
-    one = helpers.make_trainer(data, "SEED", 5).prompts.ctx.detach()
+    one = helpers.make_trainer(data, "SEED", 5).method.saved.ctx.detach()
     torch.manual_seed(5)
     expected = torch.empty(3, helpers.WIDTH).normal_(std=0.02)
     assert torch.equal(one, expected)
-    assert not torch.equal(one, helpers.make_trainer(data, "SEED", 0).prompts.ctx)
+    assert not torch.equal(one, helpers.make_trainer(data, "SEED", 0).method.saved.ctx)
 
 
 # ---- testing -------------------------------------------------------------------------------------------------------------
@@ -224,17 +224,17 @@ def test_classes_are_encoded_once_in_a_test_pass(data: DataSplit, monkeypatch: p
     trainer.test()
     assert len(calls) == 1 and len(trainer.loader("test")) == 4
     if cls is CoOp:  # and anew once the model has changed
-        before = trainer.test_features
         trainer.step(helpers.fixed_batches(1)[0])
+        calls.clear()
         trainer.test()
-        assert not torch.equal(trainer.test_features, before)
+        assert len(calls) == 1
 
 
 def test_testing_changes_no_weight_and_no_stream(data: DataSplit) -> None:
     trainer = helpers.make_trainer(data, *PLPP)
-    before, stream = trainer.prompts.ctx.detach().clone(), torch.get_rng_state()
+    before, stream = trainer.method.saved.ctx.detach().clone(), torch.get_rng_state()
     assert trainer.test() == trainer.test()
-    assert torch.equal(trainer.prompts.ctx, before) and torch.equal(torch.get_rng_state(), stream)
+    assert torch.equal(trainer.method.saved.ctx, before) and torch.equal(torch.get_rng_state(), stream)
 
 
 def test_zeroshot_is_clip_with_the_template(data: DataSplit) -> None:
@@ -243,10 +243,10 @@ def test_zeroshot_is_clip_with_the_template(data: DataSplit) -> None:
     with torch.no_grad():
         text = model.encode_text(clip.tokenize([f"a photo of a {n.replace('_', ' ')}." for n in data.classnames]))
         text = text / text.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(trainer.class_features(), text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainer.method.encode_classes().features, text, rtol=0, atol=1e-5)
     with torch.no_grad():
         images = torch.cat([b["img"] for b in build_loader(trainer.cfg, data.test, train=False)])
-        guess = (trainer.normalize(model.encode_image(images)) @ text.t()).argmax(1)
+        guess = (normalize(model.encode_image(images)) @ text.t()).argmax(1)
     truth = torch.tensor([d.label for d in data.test])
     assert trainer.test()["accuracy"] == pytest.approx(100 * (guess == truth).float().mean().item())
 

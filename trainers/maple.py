@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from plpp_reg.clip.deep import check_prompts, random_prompt
-from plpp_reg.clip.prompts import PromptLearner
+from plpp_reg.clip.deep import check_depth, random_prompt
+from plpp_reg.clip.prompts import PromptLearner, first_words
 from plpp_reg.clip.vision import ImageTower
-from plpp_reg.trainers.ivlp import IVLP, first_context
+from plpp_reg.engine.method import Batch, Classes, Inputs, Method, Settings, precision, setting
+from plpp_reg.trainers.ivlp import IVLP, prompted_features, say_context
 
 
 class MultiModalPromptLearner(PromptLearner):
     """Text prompts of the first ``depth`` layers, and for each a linear map that makes the image tower's of them."""
 
     def __init__(self, clip_model: nn.Module, classnames: Sequence[str], n_ctx: int, ctx_init: str, depth: int) -> None:
-        super().__init__(clip_model, classnames, **first_context(n_ctx, ctx_init))
+        super().__init__(clip_model, classnames, **first_words(n_ctx, ctx_init))
         image_tower = ImageTower(clip_model)
-        check_prompts("PROMPT_DEPTH", depth, min(len(clip_model.transformer.resblocks), image_tower.depth))
+        check_depth("PROMPT_DEPTH", depth, min(len(clip_model.transformer.resblocks), image_tower.depth))
         shape, widths = self.ctx.shape, (self.ctx.shape[1], image_tower.width)
         self.proj = nn.Linear(*widths)
         self.compound_prompts_text = nn.ParameterList(random_prompt(*shape) for _ in range(depth - 1))
@@ -33,25 +35,29 @@ class MultiModalPromptLearner(PromptLearner):
         return [self.proj(self.ctx), *(projection(prompt) for projection, prompt in deep)]
 
 
-class MaPLe(IVLP):
-    """IVLP whose visual prompts are linear maps of the text prompts, layer by layer."""
+class MaPLe(Method):
+    """Deep prompts in both towers, as IVLP's, whose visual ones are linear maps of the text prompts, layer by layer."""
 
-    config_node = "MAPLE"
-    config_defaults = {"N_CTX": 2, "CTX_INIT": "a photo of a", "PREC": "fp16", "PROMPT_DEPTH": 9}
+    @dataclass(frozen=True)
+    class Config(Settings, node="MAPLE"):
+        n_ctx: int = setting(2, least=1)
+        ctx_init: str = setting("a photo of a")
+        prec: str = precision("fp16")
+        prompt_depth: int = setting(9, least=1)  # layers with prompts of their own, the first included
+
+    learns_text_context = True
     model_name = "MultiModalPromptLearner"
+    not_loaded = IVLP.not_loaded
+    not_exported = IVLP.not_exported
+    inputs = Inputs(pixels=True)
 
-    def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
-        cfg = self.method_cfg
-        learner = MultiModalPromptLearner(clip_model, classnames, cfg.N_CTX, cfg.CTX_INIT, cfg.PROMPT_DEPTH)
-        self.say_context(learner)
-        return nn.ModuleDict({"prompt_learner": learner})
+    def build(self) -> None:
+        c = self.config
+        self.prompt_learner = MultiModalPromptLearner(self.clip.model, self.classnames, c.n_ctx, c.ctx_init, c.prompt_depth)
+        say_context(self.say, self.prompt_learner, c.ctx_init)
 
-    @property
-    def learner(self) -> MultiModalPromptLearner:
-        return self.prompts["prompt_learner"]
+    def encode_classes(self, image_features: Tensor | None = None, with_states: bool = False) -> Classes:
+        return self.encode(self.prompt_learner, list(self.prompt_learner.compound_prompts_text), with_states)
 
-    def deep_context(self) -> Sequence[Tensor]:
-        return list(self.learner.compound_prompts_text)
-
-    def image_prompts(self) -> Sequence[Tensor]:
-        return self.learner.image_prompts()
+    def image_features(self, batch: Batch) -> Tensor:
+        return prompted_features(self.clip.image, batch["img"], self.prompt_learner.image_prompts())

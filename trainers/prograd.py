@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from dataclasses import dataclass
 
-from plpp_reg.engine.trainer import check_weight
-from plpp_reg.errors import InputError
+import torch
+from torch import Tensor
+
+from plpp_reg.engine.method import Batch, Classes, setting
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.kgcoop import KgCoOp
 
@@ -30,27 +31,24 @@ class ProGrad(CoOp):
     passes do for any number of losses.
     """
 
-    def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
-        if not self.cfg.LOSS.T > 0:
-            raise InputError(f"LOSS.T: expected a number > 0, got {self.cfg.LOSS.T}")
-        check_weight("LOSS.LAMBDA", self.cfg.LOSS.LAMBDA)
-        return super().build(clip_model, classnames)
+    @dataclass(frozen=True)
+    class Config(CoOp.Config):  # its own keys where its own code has them
+        t: float = setting(1.0, above=0, key="LOSS.T")
+        strength: float = setting(1.0, least=0, key="LOSS.LAMBDA")
+        dataset: str = setting("", key="DATASET.NAME")  # which names the template
 
+    apart = ("kl",)
     hand_crafted = KgCoOp.hand_crafted
 
-    def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        images, t = self.image_features(batch), self.cfg.LOSS.T
-        logits = self.logits(images, self.class_features())
+    def losses(self, batch: Batch, classes: Classes) -> dict[str, Tensor]:
+        images, t = self.image_features(batch), self.config.t
+        logits = self.cosines(images, classes.features)
         with torch.no_grad():
-            zero_shot = (self.logits(images, self.hand_crafted).float() / t).softmax(-1)
+            zero_shot = (self.cosines(images, self.hand_crafted).float() / t).softmax(-1)
         return {
             "ce": self.cross_entropy(logits, batch["label"]),
             "kl": -(zero_shot * (logits.float() / t).log_softmax(-1)).sum(-1).mean() * t**2,
         }
 
-    def backward(self, losses: dict[str, Tensor]) -> None:
-        general = torch.autograd.grad(self.scaler.scale(losses["kl"]), self.trained(), retain_graph=True)
-        self.ranks.average(general)
-        super().backward({name: loss for name, loss in losses.items() if name != "kl"})
-        for p, g in zip(self.trained(), general, strict=True):
-            p.grad = align(p.grad, g, self.cfg.LOSS.LAMBDA)
+    def gradients(self, rest: list[Tensor], apart: dict[str, list[Tensor]]) -> list[Tensor]:
+        return [align(g, general, self.config.strength) for g, general in zip(rest, apart["kl"], strict=True)]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from plpp_reg.data.templates import SIXTY
-from plpp_reg.engine.trainer import check_weight
-from plpp_reg.errors import InputError
+from plpp_reg.engine.frozen import normalize
+from plpp_reg.engine.method import Batch, Classes, Inputs, setting
 from plpp_reg.trainers.ivlp import IVLP
 from plpp_reg.trainers.zeroshot import template_features
 
@@ -29,55 +30,52 @@ class PromptSRC(IVLP):
     weights of a Gaussian (mean GPA_MEAN, standard deviation GPA_STD epochs).
     """
 
-    config_node = "PROMPTSRC"
-    sees_frozen_features = True
-    config_defaults = {
-        **IVLP.config_defaults,
-        "N_CTX_VISION": 4,
-        "N_CTX_TEXT": 4,
-        "TEXT_LOSS_WEIGHT": 25.0,
-        "IMAGE_LOSS_WEIGHT": 10.0,
-        "GPA_MEAN": 15.0,
-        "GPA_STD": 1.0,
-    }
+    @dataclass(frozen=True)
+    class Config(IVLP.Config, node="PROMPTSRC"):
+        n_ctx_vision: int = setting(4, least=0)
+        n_ctx_text: int = setting(4, least=1)
+        text_loss_weight: float = setting(25.0, least=0)
+        image_loss_weight: float = setting(10.0, least=0)
+        gpa_mean: float = setting(15.0)
+        gpa_std: float = setting(1.0, above=0)
+        epochs: int = setting(10, least=1, key="OPTIM.MAX_EPOCH")
 
-    def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
-        cfg, epochs = self.method_cfg, range(1, self.cfg.OPTIM.MAX_EPOCH + 1)
-        for key in ("TEXT_LOSS_WEIGHT", "IMAGE_LOSS_WEIGHT"):
-            check_weight(f"TRAINER.PROMPTSRC.{key}", cfg[key])
-        if not cfg.GPA_STD > 0:
-            raise InputError(f"TRAINER.PROMPTSRC.GPA_STD: expected a number > 0, got {cfg.GPA_STD}")
-        exponents = [-((epoch - cfg.GPA_MEAN) ** 2) / (2 * cfg.GPA_STD**2) for epoch in epochs]
+    def build(self) -> None:
+        c = self.config
+        exponents = [-((epoch - c.gpa_mean) ** 2) / (2 * c.gpa_std**2) for epoch in range(1, c.epochs + 1)]
         # from the largest: far from the mean, all of them would be 0
         gauss = [math.exp(exponent - max(exponents)) for exponent in exponents]
         self.epoch_weights = [g / sum(gauss) for g in gauss]
-        prompts = super().build(clip_model, classnames)
-        self.average = {name: torch.zeros_like(p) for name, p in prompts.state_dict().items()}
-        return prompts
+        super().build()
+        self.average = {name: torch.zeros_like(p) for name, p in self.saved.state_dict().items()}
+
+    @property
+    def inputs(self) -> Inputs:
+        return replace(super().inputs, training_features={"features": self.frozen})
 
     @functools.cached_property
     def frozen_class_features(self) -> Tensor:
         """(C, embed_dim), normalised: of the mean over the 60 templates."""
-        return self.normalize(template_features(self.tower, SIXTY, self.data.classnames).float().mean(0))
+        return normalize(template_features(self.clip.text, SIXTY, self.classnames).float().mean(0))
 
-    def compute_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        cfg, w, w0 = self.method_cfg, self.class_features(), self.frozen_class_features
-        f, f0 = self.image_features(batch), self.frozen_image_features(batch)
-        logits = self.logits(f, w)
-        log_p, log_p0 = logits.float().log_softmax(1), self.logits(f0, w0).float().log_softmax(1)
+    def losses(self, batch: Batch, classes: Classes) -> dict[str, Tensor]:
+        c, w, w0 = self.config, classes.features, self.frozen_class_features
+        f, f0 = self.image_features(batch), self.frozen_features(batch)
+        logits = self.cosines(f, w)
+        log_p, log_p0 = logits.float().log_softmax(1), self.cosines(f0, w0).float().log_softmax(1)
         return {
             "ce": self.cross_entropy(logits, batch["label"]),
-            "scl_text": cfg.TEXT_LOSS_WEIGHT * F.l1_loss(w, w0),
-            "scl_image": cfg.IMAGE_LOSS_WEIGHT * F.l1_loss(f, f0),
+            "scl_text": c.text_loss_weight * F.l1_loss(w, w0),
+            "scl_image": c.image_loss_weight * F.l1_loss(f, f0),
             "scl_logits": F.kl_div(log_p, log_p0, reduction="sum", log_target=True) / logits.numel(),
         }
 
-    def end_epoch(self) -> None:
-        weight = self.epoch_weights[self.epoch - 1]
-        for name, value in self.prompts.state_dict().items():
+    def end_epoch(self, epoch: int) -> None:
+        weight = self.epoch_weights[epoch - 1]
+        for name, value in self.saved.state_dict().items():
             self.average[name] += weight * value
-        if self.epoch == self.cfg.OPTIM.MAX_EPOCH:
-            self.prompts.load_state_dict(self.average)
+        if epoch == self.config.epochs:
+            self.saved.load_state_dict(self.average)
 
     def method_state(self) -> dict[str, Any]:
         return {"average": self.average}

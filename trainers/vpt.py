@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from plpp_reg.engine.trainer import PromptTrainer
-from plpp_reg.trainers.ivlp import IVLP, VisualPrompts
+from plpp_reg.clip.deep import VisualPrompts
+from plpp_reg.engine.frozen import normalize
+from plpp_reg.engine.method import Batch, Classes, Inputs, Method, Settings, precision, setting
+from plpp_reg.trainers.ivlp import IVLP, prompted_features
 from plpp_reg.trainers.zeroshot import template_features
 
 
-class VPT(PromptTrainer):
+class VPT(Method):
     """Learns visual prompts; the class features are those of ``CTX_INIT``, a fixed text."""
 
-    config_node = "VPT"
-    config_defaults = {"N_CTX_VISION": 2, "CTX_INIT": "a photo of a", "PREC": "fp16", "PROMPT_DEPTH_VISION": 1}
-    sees_frozen_features = False
+    @dataclass(frozen=True)
+    class Config(Settings, node="VPT"):
+        n_ctx_vision: int = setting(2, least=1)
+        ctx_init: str = setting("a photo of a")
+        prec: str = precision("fp16")
+        prompt_depth_vision: int = setting(1, least=1)  # layers with prompts of their own, the first included
+
     splits_classes = False
     not_loaded = IVLP.not_loaded
-    image_features = IVLP.image_features
-    image_prompts = IVLP.image_prompts
-    trained = IVLP.trained
-    compute_losses = IVLP.compute_losses
+    not_exported = IVLP.not_exported
+    inputs = Inputs(pixels=True)
 
-    def build(self, clip_model: nn.Module, classnames: list[str]) -> nn.Module:
-        cfg = self.method_cfg
-        pattern = cfg.CTX_INIT.replace("_", " ") + " {}."
-        self.fixed_text = self.normalize(template_features(self.tower, [pattern], classnames)[0])  # (C, embed_dim)
-        return VisualPrompts(self.image_tower, cfg.N_CTX_VISION, cfg.PROMPT_DEPTH_VISION).to(self.fixed_text.device)
+    def build(self) -> None:
+        pattern = self.config.ctx_init.replace("_", " ") + " {}."
+        self.fixed_text = normalize(template_features(self.clip.text, [pattern], self.classnames)[0])  # (C, embed_dim)
+        self.prompts = VisualPrompts(self.clip.image, self.config.n_ctx_vision, self.config.prompt_depth_vision)
+        self.prompts.to(self.fixed_text.device)
 
-    def class_features(self) -> Tensor:
-        return self.fixed_text
+    @property
+    def saved(self) -> nn.Module:
+        return self.prompts
+
+    def encode_classes(self, image_features: Tensor | None = None, with_states: bool = False) -> Classes:
+        return Classes(self.fixed_text)
+
+    def image_features(self, batch: Batch) -> Tensor:
+        return prompted_features(self.clip.image, batch["img"], self.prompts.layers)

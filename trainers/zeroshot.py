@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plpp_reg.clip.load import without_autocast
 from plpp_reg.clip.prompts import encode_texts
 from plpp_reg.clip.text import TextTower
 from plpp_reg.data import template
 from plpp_reg.data.templates import SEVEN
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.frozen import normalize
+from plpp_reg.engine.method import Classes, Method, Settings, setting
 
 
 @torch.no_grad()
@@ -24,30 +26,33 @@ def template_features(tower: TextTower, templates: Sequence[str], classnames: Se
     return features.unflatten(0, (len(templates), len(names)))
 
 
-class ZeroshotCLIP(PromptTrainer):
+class ZeroshotCLIP(Method):
     """One template a data set: the baseline that every prompt learner is measured against."""
 
-    config_node = "ZEROSHOT"
-    config_defaults = {"PREC": "fp32"}
-    sees_pixels = False
-    splits_classes = False
+    @dataclass(frozen=True)
+    class Config(Settings, node="ZEROSHOT"):
+        dataset: str = setting("", key="DATASET.NAME")  # which names the template
 
-    def build(self, clip_model: nn.Module, classnames: list[str]) -> None:
+    learns = False
+    splits_classes = False
+    not_exported = ""
+
+    def build(self) -> None:
         self.templates = self.choose_templates()
-        first = classnames[0].replace("_", " ")
-        self.log(f"Prompts: {', '.join(repr(t.replace('{}', first)) for t in self.templates)}, …")
+        first = self.classnames[0].replace("_", " ")
+        self.say(f"Prompts: {', '.join(repr(t.replace('{}', first)) for t in self.templates)}, …")
 
     def choose_templates(self) -> list[str]:
-        return [template(self.cfg.DATASET.NAME)]
+        return [template(self.config.dataset)]
 
-    def class_features(self) -> Tensor:
-        features = self.normalize(template_features(self.tower, self.templates, self.data.classnames))
-        return self.normalize(features.mean(0))
+    def encode_classes(self, image_features: Tensor | None = None, with_states: bool = False) -> Classes:
+        features = normalize(template_features(self.clip.text, self.templates, self.classnames))
+        return Classes(normalize(features.mean(0)))
 
 
 class ZeroshotCLIP2(ZeroshotCLIP):
     """The mean of several templates' normalised features: OpenAI's seven, and the data set's own except for ImageNet."""
 
     def choose_templates(self) -> list[str]:
-        own = [] if self.cfg.DATASET.NAME == "ImageNet" else [template(self.cfg.DATASET.NAME)]
+        own = [] if self.config.dataset == "ImageNet" else [template(self.config.dataset)]
         return [*SEVEN, *own]

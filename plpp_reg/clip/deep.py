@@ -1,10 +1,11 @@
-"""Prompts of the layers below the first, by the names under which upstream's checkpoints hold them."""
+"""Prompts of the image tower and of the layers below the first, by the names under which upstream's checkpoints hold them."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from plpp_reg.clip.vision import ImageTower
 from plpp_reg.errors import InputError
 
 STD = 0.02  # of every prompt that starts at random, in either tower
@@ -15,15 +16,14 @@ def random_prompt(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(count, width).normal_(std=STD))
 
 
-def check_prompts(key: str, value: int, most: int | None = None) -> None:
-    """A number of prompts, or of layers that have some, of which there are at most ``most``.
+def check_depth(key: str, depth: int, most: int) -> None:
+    """A number of layers that have prompts, of the tower's ``most``.
 
     Raises:
-        InputError: it is below 1 or above ``most``.
+        InputError: there are not so many.
     """
-    if value < 1 or (most is not None and value > most):
-        upper = f" and <= {most} (the tower's layers)" if most is not None else ""
-        raise InputError(f"{key}: expected an integer >= 1{upper}, got {value}")
+    if depth > most:
+        raise InputError(f"{key}: expected an integer <= {most} (the tower's layers), got {depth}")
 
 
 def register(root: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -35,3 +35,25 @@ def register(root: nn.Module, name: str, parameter: nn.Parameter) -> nn.Paramete
         root = getattr(root, part)
     root.register_parameter(leaf, parameter)
     return parameter
+
+
+def shallow(root: nn.Module, tower: str, depth: int, count: int, width: int) -> list[nn.Parameter]:
+    """Random prompts (count, width) of layers 1 to ``depth`` - 1 of a tower, as entries of root's state_dict."""
+    names = [f"{tower}.transformer.resblocks.{layer}.VPT_shallow" for layer in range(1, depth)]
+    return [register(root, name, random_prompt(count, width)) for name in names]
+
+
+class VisualPrompts(nn.Module):
+    """Prompts of the image tower's first ``depth`` layers, (count, width) each; none where either is 0.
+
+    Raises:
+        InputError: the tower has not so many layers, or is no transformer.
+    """
+
+    def __init__(self, image_tower: ImageTower, count: int, depth: int, key: str = "PROMPT_DEPTH_VISION") -> None:
+        super().__init__()
+        self.layers: list[nn.Parameter] = []
+        if count and depth:
+            check_depth(key, depth, image_tower.depth)
+            first = register(self, "image_encoder.VPT", random_prompt(count, image_tower.width))
+            self.layers = [first, *shallow(self, "image_encoder", depth, count, image_tower.width)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,14 @@ def encode_texts(tower: TextTower, texts: Sequence[str]) -> Tensor:
     tree = build_tree(prompts, 0, width, tower.max_rows(), device=device)
     nothing = torch.empty(1, 0, width, device=device)
     return tower(tree, nothing, need_hidden=False).features[0]
+
+
+def first_words(n_ctx: int, ctx_init: str) -> dict[str, Any]:
+    """PromptLearner's arguments where the first ``n_ctx`` tokens of the init words are learned, as in MaPLe; where there are
+    not so many, the context starts at random."""
+    if ctx_init and n_ctx <= len(encode(ctx_init.replace("_", " "))):
+        return {"ctx_init": ctx_init, "n_learned": n_ctx}
+    return {"n_ctx": n_ctx}
 
 
 def _check_length(what: str, tokens: int, most: int, detail: str = "") -> None:

@@ -66,6 +66,7 @@ class OurTrainer:
     def __init__(self, cfg: Any) -> None:
         from plpp_reg.engine import config, registry
         from plpp_reg.engine.log import RunLog
+        from plpp_reg.engine.trainer import Trainer
 
         enabled = "PLPP" in cfg.TRAINER and cfg.TRAINER.PLPP.ENABLED
         plain = type(self).__name__.removesuffix(SUFFIX)
@@ -77,7 +78,7 @@ class OurTrainer:
                 config.set_value(self.cfg, key, value)
         self.cfg.TRAINER.PLPP.ENABLED = with_plpp
         self.cfg.TRAINER.NAME = plain + (SUFFIX if with_plpp else "")
-        self.trainer = cls(self.cfg, data=split_of(cfg), log=RunLog())
+        self.trainer = Trainer(cls, self.cfg, data=split_of(cfg), log=RunLog())
 
     def train(self) -> None:
         """Train, test and write the record into OUTPUT_DIR; what a run there or in RESUME has done is not done again."""
@@ -89,12 +90,12 @@ class OurTrainer:
 
         trainer, folder = self.trainer, output_dir(self.cfg, eval_only=False)
         with locked(folder):
-            trainer.output_dir = folder
+            trainer.saving.output_dir = folder
             write_text(folder / "config.yaml", config.to_yaml(self.cfg))
-            before = in_words(trainer)
+            before = in_words(trainer.method)
             trainer.saving.resume(self.cfg.RESUME or folder)
             metrics = train_and_test(trainer, folder)
-            trainer.log(f"Result: {write_result(folder, record(trainer, metrics, learned(before, trainer)))}")
+            trainer.log(f"Result: {write_result(folder, record(trainer, metrics, learned(before, trainer.method)))}")
 
     def test(self) -> float:
         return self.trainer.test(self.cfg.TEST.SPLIT)["accuracy"]

@@ -1,4 +1,4 @@
-"""What a run computes with: its precision on its device, a backbone that fits its configuration, PLPP on its vocabulary."""
+"""What a run computes with: its precision on its device, a backbone that fits its configuration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from plpp_reg.clip.load import PRECISIONS
-from plpp_reg.clip.vocabulary import candidate_ids
 from plpp_reg.errors import InputError, unknown
-from plpp_reg.loss.regularizer import PerplexityRegularizer
-from plpp_reg.loss.settings import regularizer_from
 
 
 def precision_on(device: torch.device, key: str, asked: str, say: Callable[[str], None]) -> str:
@@ -73,12 +70,3 @@ def check_input(cfg: CfgNode, clip_model: nn.Module) -> None:
             wanted = list(getattr(clip_model, key.lower()))
             if not np.allclose(wanted, cfg.INPUT[key], atol=1e-4):
                 raise InputError(f"INPUT.{key}: expected {wanted} for backbone {backbone!r}, got {cfg.INPUT[key]}")
-
-
-def regularizer_for(cfg: CfgNode, clip_model: nn.Module) -> PerplexityRegularizer:
-    """PLPP with the settings of ``cfg.TRAINER.PLPP``, over the words of the backbone.
-
-    Raises:
-        InputError: a setting out of its range.
-    """
-    return regularizer_from(cfg.TRAINER.PLPP, clip_model.token_embedding.weight, candidate_ids(clip_model))

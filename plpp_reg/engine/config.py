@@ -85,7 +85,6 @@ DEFAULTS = {
         "FINAL_MODEL": "last_step",
     },
     "FEATURES": {"MAX_GIB": 10.0},  # bound on the kept features of the frozen image tower, for all runs together; 0: none
-    "LOSS": {"T": 1.0, "LAMBDA": 1.0},  # ProGrad's, where its own code has them
     "TRAINER": {"NAME": ""},
 }
 
@@ -111,8 +110,12 @@ FIXED = {
 def get_cfg_default(trainer: type | None = None) -> CfgNode:
     """A node with every key that this engine and its methods (and a ``trainer`` of one's own) know, at its default."""
     cfg = CfgNode(copy.deepcopy(DEFAULTS))
-    for node, defaults in registry.config_nodes(trainer).items():
-        cfg.TRAINER[node] = CfgNode(defaults)
+    for key, default in registry.method_defaults(trainer).items():
+        *parents, leaf = key.split(".")
+        node = cfg
+        for name in parents:
+            node = node.setdefault(name, CfgNode())
+        node.setdefault(leaf, default)
     cfg.TRAINER.PLPP = CfgNode(node_defaults())
     return cfg
 

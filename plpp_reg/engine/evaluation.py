@@ -1,16 +1,15 @@
-"""Accuracy, error and macro-F1 of a classifier, from its confusion matrix; and a trainer's test on a part of its data."""
+"""Accuracy, error and macro-F1 of a classifier, from its confusion matrix; and the classifier that a method is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from plpp_reg.io.files import write_atomically
-
-if TYPE_CHECKING:
-    from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.distributed import Ranks
+from plpp_reg.engine.method import Batch, Method
 
 
 class Classification:
@@ -58,26 +57,36 @@ class Classification:
         return [*lines, f"* average: {sum(accuracies) / len(accuracies):.1f}%"]
 
 
+class Classifier:
+    """Logits of a method as it is; what is the same for every batch is computed once. To be called without gradients."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.classes = None if method.classes_depend_on_image else method.encode_classes()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """(B, C) of a batch's images."""
+        if self.classes is not None:
+            return self.method.logits(batch, self.classes)
+        # every image has C features: as many images at once as leave them in a part of the memory bound
+        clip = self.method.clip
+        an_image = 4 * len(self.method.classnames) * clip.model.text_projection.shape[1]
+        at_once = max(1, int(clip.text.memory_mib * 2**20 / 8 / an_image))
+        count = len(next(iter(batch.values())))
+        parts = [{name: t[i : i + at_once] for name, t in batch.items()} for i in range(0, count, at_once)]
+        return torch.cat([self._conditional(part) for part in parts])
+
+    def _conditional(self, batch: Batch) -> Tensor:
+        return self.method.logits(batch, self.method.encode_classes(self.method.image_features(batch)))
+
+
 @torch.no_grad()
-def evaluate(trainer: PromptTrainer, split: str) -> dict[str, float]:
-    """The figures of :meth:`Classification.evaluate` on a part of the trainer's data, over all ranks; logged, and with
-    TEST.COMPUTE_CMAT written into its folder."""
-    cfg, log, classnames = trainer.cfg, trainer.log, trainer.data.classnames
-    log(f"Evaluate on the *{split}* set")
-    evaluator = Classification(len(classnames))
-    with trainer.computing():
-        trainer.prepare_inference()
-        for batch in log.progress(trainer.batches(split), split, total=len(trainer.loader(split))):
-            evaluator.process(trainer.inference(batch), batch["label"])
-    evaluator.confusion = trainer.ranks.total(evaluator.confusion)
-    for line in evaluator.report():
-        log(line)
-    if cfg.TEST.PER_CLASS_RESULT:
-        for line in evaluator.per_class_report(classnames):
-            log(line)
-    if cfg.TEST.COMPUTE_CMAT and trainer.output_dir:
-        write_atomically(trainer.output_dir / "cmat.pt", lambda path: torch.save(evaluator.confusion_shares(), path))
-    result = evaluator.evaluate()
-    for name, value in result.items():
-        log.scalar(f"{split}/{name}", value, trainer.epoch)
-    return result
+def evaluate(method: Method, batches: Iterable[Batch], ranks: Ranks, computing: Callable[[], Any]) -> Classification:
+    """What ``method`` predicts for the images of all ranks' ``batches``; ``computing`` is the precision's context."""
+    evaluator = Classification(len(method.classnames))
+    with computing():
+        classifier = Classifier(method)
+        for batch in batches:
+            evaluator.process(classifier(batch), batch["label"])
+    evaluator.confusion = ranks.total(evaluator.confusion)
+    return evaluator

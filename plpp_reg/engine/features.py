@@ -11,28 +11,29 @@ the next.
 from __future__ import annotations
 
 import functools
-import hashlib
 import platform
 import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from yacs.config import CfgNode
 
+from plpp_reg.data import DataSplit
 from plpp_reg.data.augmentation import build_transform
 from plpp_reg.data.contents import files_sha256, forget_contents
 from plpp_reg.data.loaders import DECODED_BYTES, ImageDataset, image_seed_of, read_ahead, view_of
+from plpp_reg.engine.backbone import computing
+from plpp_reg.engine.distributed import Ranks
+from plpp_reg.engine.frozen import FrozenEncoder
 from plpp_reg.io.files import clear_left_behind
 from plpp_reg.io.folders import cache_folder
 from plpp_reg.io.store import Entry, TensorStore
-
-if TYPE_CHECKING:
-    from plpp_reg.engine.trainer import PromptTrainer
 
 BATCH = 64  # images of a canonical batch at most
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
@@ -70,19 +71,31 @@ def _mib(entries: Sequence[Entry]) -> str:
 
 
 class FrozenFeatures:
-    """The normalised features (N, embed_dim), float32 on the CPU, of a trainer's images."""
+    """The features (N, width), float32 on the CPU, of an encoder's images.
 
-    def __init__(self, trainer: PromptTrainer) -> None:
-        self.trainer = trainer
-        self.store = feature_store(trainer.cfg.FEATURES.MAX_GIB)
+    Args:
+        encoder: what computes them, and says what they depend on.
+        cfg: how images are augmented, and how much may be kept.
+        data: the images.
+        precision, device: in which ``encoder`` computes, and where; :attr:`key <plpp_reg.engine.frozen.FrozenEncoder.key>`
+            has the rest.
+        ranks: among which the images are shared out.
+    """
+
+    def __init__(
+        self, encoder: FrozenEncoder, cfg: CfgNode, data: DataSplit, precision: str, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.encoder, self.cfg, self.data = encoder, cfg, data
+        self.precision, self.device, self.ranks = precision, device, ranks
+        self.store = feature_store(cfg.FEATURES.MAX_GIB)
         self._last: tuple[tuple[str, int], Tensor] | None = None
         self._images: dict[str, ImageDataset] = {}  # by split
 
     def of(self, split: str, epoch: int = 0) -> Tensor:
         """Of every image of "train", as augmented in ``epoch``, of "val" or of "test"."""
-        key = (split, view_of(epoch, self.trainer.cfg.INPUT.VIEWS) if split == "train" else 0)
+        key = (split, view_of(epoch, self.cfg.INPUT.VIEWS) if split == "train" else 0)
         if self._last is None or self._last[0] != key:
-            what, ranks = self._described(*key), self.trainer.ranks
+            what, ranks = self._described(*key), self.ranks
             found = self.store.find(what)
             if not ranks.all_agree(found is not None):
                 found = {"features": self._compute(*key)}
@@ -92,22 +105,21 @@ class FrozenFeatures:
         return self._last[1]
 
     def _compute(self, split: str, view: int) -> Tensor:
-        t, images = self.trainer, self._images_of(split)
+        images = self._images_of(split)
         batches = canonical_batches(len(images))
-        keys = [[(view, i) for i in batch] for batch in t.ranks.share(batches)]
-        parts = [torch.empty(0, BATCH, t.clip_model.text_projection.shape[1])]
-        with t.computing():
-            for batch in read_ahead(images, keys, max(1, t.cfg.DATALOADER.NUM_WORKERS)):
-                features = t.encode_frozen(batch.to(t.device)).cpu()
+        keys = [[(view, i) for i in batch] for batch in self.ranks.share(batches)]
+        parts = [torch.empty(0, BATCH, self.encoder.width)]
+        with computing(self.device, self.precision):
+            for batch in read_ahead(images, keys, max(1, self.cfg.DATALOADER.NUM_WORKERS)):
+                features = self.encoder.encode(batch.to(self.device)).cpu()
                 parts.append(F.pad(features, (0, 0, 0, BATCH - len(features))).unsqueeze(0))  # ranks exchange equal shares
-        rows = t.ranks.gather_rows(torch.cat(parts), len(batches))
+        rows = self.ranks.gather_rows(torch.cat(parts), len(batches))
         return rows.flatten(0, 1)[: len(images)].contiguous()
 
     def _images_of(self, split: str) -> ImageDataset:
         if split not in self._images:
-            cfg = self.trainer.cfg
-            transform, items = build_transform(cfg, split == "train"), getattr(self.trainer.data, split)
-            self._images[split] = ImageDataset(items, transform, image_seed_of(cfg), DECODED_BYTES)
+            transform, items = build_transform(self.cfg, split == "train"), getattr(self.data, split)
+            self._images[split] = ImageDataset(items, transform, image_seed_of(self.cfg), DECODED_BYTES)
         return self._images[split]
 
     def _described(self, split: str, view: int) -> dict[str, Any]:
@@ -116,13 +128,13 @@ class FrozenFeatures:
         Read anew for each epoch, not once a run: a picture or a tensor that changes in between gives other features, and those
         must not be kept under the name of the old ones. It costs some microseconds an image.
         """
-        t, cfg, train = self.trainer, self.trainer.cfg, split == "train"
+        cfg, train = self.cfg, split == "train"
         return {
             "what": "normalised features of CLIP's image tower",
             "version": VERSION,
-            "weights": weights_sha256(t.clip_model.visual),
-            "precision": t.precision,
-            "device": _device_name(t.device),
+            **self.encoder.described(),
+            "precision": self.precision,
+            "device": _device_name(self.device),
             "matmul": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
             "libraries": [torch.__version__, metadata.version("torchvision"), PIL.__version__],
             "threads": torch.get_num_threads(),
@@ -130,7 +142,7 @@ class FrozenFeatures:
             "train": train,
             "seed": image_seed_of(cfg) if train else None,
             "epoch": view,
-            "files": files_sha256(getattr(t.data, split)),
+            "files": files_sha256(getattr(self.data, split)),
         }
 
 
@@ -150,16 +162,3 @@ def _processor() -> str:
         return platform.processor()
     fields = dict(line.partition(":")[::2] for line in first.splitlines())
     return " ".join(value.strip() for name, value in fields.items() if name.strip() in CPU_FIELDS)
-
-
-def weights_sha256(module: torch.nn.Module) -> str:
-    """Hash of a module's tensors and of what they do not tell (activations, heads); made again when a tensor has changed."""
-    tensors = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in module.state_dict().values()]
-    seen = (tensors, repr(module), [m.num_heads for m in module.modules() if hasattr(m, "num_heads")])
-    if module.__dict__.get("_plpp_sha256", (None,))[0] != seen:
-        digest = hashlib.sha256(str(seen[1:]).encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        module.__dict__["_plpp_sha256"] = (seen, digest.hexdigest())
-    return module.__dict__["_plpp_sha256"][1]

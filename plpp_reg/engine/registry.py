@@ -11,7 +11,7 @@ from plpp_reg.loss import SUFFIX
 from plpp_reg.trainers import TRAINERS
 
 if TYPE_CHECKING:
-    from plpp_reg.engine.trainer import PromptTrainer
+    from plpp_reg.engine.method import Method
 
 
 def trainer_names() -> list[str]:
@@ -19,17 +19,25 @@ def trainer_names() -> list[str]:
     return [n for name in TRAINERS for n in ([name, name + SUFFIX] if _load(TRAINERS[name]).learns_text_context else [name])]
 
 
-def config_nodes(own: type[PromptTrainer] | None = None) -> dict[str, dict[str, object]]:
-    """The ``TRAINER.<node>`` defaults of every method, and of one's own trainer; some share a node, as upstream has it."""
+def method_defaults(own: type[Method] | None = None) -> dict[str, object]:
+    """The keys that the methods, and one's own, read of the configuration, and their defaults; some share a node below
+    TRAINER, as upstream has it, and some read keys that are not theirs."""
+    methods = [_load(place) for place in TRAINERS.values()] + ([own] if own else [])
+    return {key: default for method in methods for key, default in method.Config.defaults().items()}
+
+
+def config_nodes() -> dict[str, dict[str, object]]:
+    """The defaults of every method's own node, ``TRAINER.<node>``."""
     nodes: dict[str, dict[str, object]] = {}
-    for c in [_load(place) for place in TRAINERS.values()] + ([own] if own else []):
-        if c.config_node:
-            nodes.setdefault(c.config_node, {}).update(c.config_defaults)
+    for key, default in method_defaults().items():
+        *parents, leaf = key.split(".")
+        if parents[:1] == ["TRAINER"] and parents[1] != "PLPP":
+            nodes.setdefault(parents[1], {})[leaf] = default
     return nodes
 
 
-def find_trainer(name: str) -> tuple[type[PromptTrainer], str, bool]:
-    """The class, its plain name and whether PLPP is asked for. A trainer of one's own goes as ``package.module:Class``.
+def find_trainer(name: str) -> tuple[type[Method], str, bool]:
+    """The method's class, its plain name and whether PLPP is asked for. One's own goes as ``package.module:Class``.
 
     >>> find_trainer("CoOp_PLPP")
     (<class 'plpp_reg.trainers.coop.CoOp'>, 'CoOp', True)
@@ -51,7 +59,7 @@ def find_trainer(name: str) -> tuple[type[PromptTrainer], str, bool]:
     return cls, plain, with_plpp
 
 
-def find_named_by_file(name: str, where: str, flag: str) -> tuple[type[PromptTrainer], str, bool]:
+def find_named_by_file(name: str, where: str, flag: str) -> tuple[type[Method], str, bool]:
     """As :func:`find_trainer`, of a name that stands in a file: one of ours, or in a module that this process has imported.
 
     Args:
@@ -70,8 +78,8 @@ def find_named_by_file(name: str, where: str, flag: str) -> tuple[type[PromptTra
     return find_trainer(name)
 
 
-def _load(place: str) -> type[PromptTrainer]:
-    from plpp_reg.engine.trainer import PromptTrainer
+def _load(place: str) -> type[Method]:
+    from plpp_reg.engine.method import Method
 
     module, _, name = place.partition(":")
     if not module or module.startswith("."):
@@ -80,6 +88,6 @@ def _load(place: str) -> type[PromptTrainer]:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:
         raise InputError(f"trainer {place!r}: expected package.module:Class, got {e}") from e
-    if not (isinstance(cls, type) and issubclass(cls, PromptTrainer)):
-        raise InputError(f"trainer {place!r}: expected a subclass of plpp_reg.engine.trainer.PromptTrainer, got {cls!r}")
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise InputError(f"trainer {place!r}: expected a subclass of plpp_reg.engine.method.Method, got {cls!r}")
     return cls

@@ -21,7 +21,8 @@ from plpp_reg.data.loaders import load_data, part_of
 from plpp_reg.engine import checkpoint, config, distributed, registry
 from plpp_reg.engine.learned import in_words, learned
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.method import Method
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import clear_left_behind, locked, write_text
 from plpp_reg.io.paths import usable_path
@@ -57,7 +58,7 @@ def shipped_config(*parts: str) -> Path:
     return Path(str(resources.files("plpp_reg.configs"))).joinpath(*parts)
 
 
-def resolve(args: RunArguments) -> tuple[CfgNode, type[PromptTrainer]]:
+def resolve(args: RunArguments) -> tuple[CfgNode, type[Method]]:
     """Defaults, then the data set's file, the method's file, the flags, ``KEY VALUE`` pairs: each overrides the one before.
 
     With no data set named it is the embedded one, with no backbone the embedded one; with no method file it is the recipe that
@@ -96,6 +97,7 @@ def resolve(args: RunArguments) -> tuple[CfgNode, type[PromptTrainer]]:
     if cfg.SEED < 0:
         cfg.SEED = secrets.randbelow(2**31)
     _check(cfg)
+    cls.Config.read(cfg)
     return cfg, cls
 
 
@@ -152,10 +154,10 @@ def run(
     args: RunArguments,
     log: RunLog | None = None,
     clip_model: nn.Module | None = None,
-    after_epoch: Callable[[PromptTrainer], None] | None = None,
+    after_epoch: Callable[[Trainer], None] | None = None,
     tests: Mapping[str, Sequence[str]] | None = None,
     note: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], PromptTrainer]:
+) -> tuple[dict[str, Any], Trainer]:
     """Train and test, or what the flags say. Everything that can be wrong is found before a folder is made.
 
     Args:
@@ -186,18 +188,18 @@ def run(
     _check_folders(cfg, folder)
     _check_places(folder, cls.model_name)
     log(f"Setting fixed seed: {cfg.SEED}")
-    trainer = cls(cfg, clip_model=clip_model, log=log)
-    parts = parts_read(cfg, trains=not args.eval_only and bool(trainer.trained()))
+    trainer = Trainer(cls, cfg, clip_model=clip_model, log=log)
+    parts = parts_read(cfg, trains=not args.eval_only and cls.learns)
     if not args.no_train:
         trainer.pictures_sha256 = pictures_sha256(trainer.data, parts)
-    before = None if args.eval_only or args.no_train else in_words(trainer)
+    before = None if args.eval_only or args.no_train else in_words(trainer.method)
     if args.eval_only:
         if args.model_dir:
             trainer.saving.load_model(args.model_dir, args.load_epoch)
-        elif trainer.trained():
+        elif cls.learns:
             log("No --model-dir: evaluating the prompts as they are before training")
     elif cfg.RESUME and not checkpoint.newest(folder / cls.model_name) and not trainer.saving.resume(cfg.RESUME):
-        raise InputError(f"--resume {cfg.RESUME!r}: expected a run's folder with a checkpoint of {trainer.model_name}")
+        raise InputError(f"--resume {cfg.RESUME!r}: expected a run's folder with a checkpoint of {cls.model_name}")
     for split in parts:
         trainer.loader(split)
     further = _further_tests(trainer, tests or {})
@@ -226,14 +228,14 @@ def pictures_sha256(data: DataSplit, parts: Iterable[str]) -> dict[str, str]:
     return {part: contents_sha256(getattr(data, part)) for part in parts}
 
 
-def _further_tests(trainer: PromptTrainer, tests: Mapping[str, Sequence[str]]) -> list[FurtherTest]:
+def _further_tests(trainer: Trainer, tests: Mapping[str, Sequence[str]]) -> list[FurtherTest]:
     found = []
     for name, opts in tests.items():
         changed = further_config(trainer.cfg, opts)
         data = load_data(changed)
         if list(data.classnames) != list(trainer.data.classnames):
-            trainer.check_classes(list(data.classnames))
-        if trainer.splits_classes and trainer.ranks.size > len(data.classnames):
+            trainer.saving.check_classes(list(data.classnames))
+        if trainer.method.splits_classes and trainer.ranks.size > len(data.classnames):
             raise InputError(
                 f"data set {changed.DATASET.NAME!r}: expected at most a process a class ({len(data.classnames)}), "
                 f"got {trainer.ranks.size} processes"
@@ -243,11 +245,11 @@ def _further_tests(trainer: PromptTrainer, tests: Mapping[str, Sequence[str]]) -
     return found
 
 
-def _test_further(folder: Path, trainer: PromptTrainer, test: FurtherTest) -> dict[str, Any]:
+def _test_further(folder: Path, trainer: Trainer, test: FurtherTest) -> dict[str, Any]:
     """The prompts that ``trainer`` has written, over another test's class names and images."""
     trainer.log(f"Test {test.name}:")
-    other = type(trainer)(test.cfg, data=test.data, clip_model=trainer.clip_model, log=trainer.log)
-    if other.trained():
+    other = Trainer(type(trainer.method), test.cfg, data=test.data, clip_model=trainer.clip_model, log=trainer.log)
+    if other.method.learns:
         other.saving.load_model(folder)
     metrics = other.test(test.cfg.TEST.SPLIT)
     return {
@@ -259,25 +261,25 @@ def _test_further(folder: Path, trainer: PromptTrainer, test: FurtherTest) -> di
     }
 
 
-def _go_on(folder: Path, resumed: Path, trainer: PromptTrainer, args: RunArguments) -> None:
+def _go_on(folder: Path, resumed: Path, trainer: Trainer, args: RunArguments) -> None:
     """Take up what lies in the run's folder. Nothing is written before that is found to be good.
 
     Raises:
         UnusableCheckpoint: it cannot be gone on from, and stays as it is; a result beside it too.
     """
-    trainer.output_dir = folder
+    trainer.saving.output_dir = folder
     if args.eval_only or args.no_train:
         return
-    if not (trainer.cfg.RESUME and trainer.epoch):  # that one is loaded
+    if not (trainer.cfg.RESUME and trainer.state.epoch):  # that one is loaded
         try:
             trainer.saving.resume(resumed)
         except InputError as e:
             raise UnusableCheckpoint(str(e)) from e
-    if not trainer.ranks.all_agree(trainer.ranks.of_the_first(trainer.epoch) == trainer.epoch):
+    if not trainer.ranks.all_agree(trainer.ranks.of_the_first(trainer.state.epoch) == trainer.state.epoch):
         raise InputError("expected the same checkpoint on every process: is --output-dir on a disk that all of them share?")
 
 
-def _clear(folder: Path, trainer: PromptTrainer) -> None:
+def _clear(folder: Path, trainer: Trainer) -> None:
     """Remove what a killed process left in the run's folder: half-written files, and the checkpoint before the newest."""
     for left in (folder, trainer.saving.folder):
         clear_left_behind(left)
@@ -289,9 +291,9 @@ def _clear(folder: Path, trainer: PromptTrainer) -> None:
 def _run_in(
     folder: Path,
     resumed: Path,
-    trainer: PromptTrainer,
+    trainer: Trainer,
     args: RunArguments,
-    after_epoch: Callable[[PromptTrainer], None] | None,
+    after_epoch: Callable[[Trainer], None] | None,
     further: Sequence[FurtherTest] = (),
     note: Mapping[str, Any] | None = None,
     before: dict[str, Any] | None = None,
@@ -303,14 +305,15 @@ def _run_in(
             return record(trainer, {})
         if cfg.DATASET.NUM_SHOTS > 0:
             write_text(folder / FEW_SHOT, trainer.data.sampled_json())
-        if cfg.RESUME and trainer.epoch and not checkpoint.newest(resumed / trainer.model_name):
-            checkpoint.copy_best(Path(cfg.RESUME) / trainer.model_name, trainer.saving.folder)
-        elif folder != resumed and (resumed / trainer.model_name).is_dir():
-            shutil.copytree(resumed / trainer.model_name, trainer.saving.folder, dirs_exist_ok=True)
+        model_name = trainer.method.model_name
+        if cfg.RESUME and trainer.state.epoch and not checkpoint.newest(resumed / model_name):
+            checkpoint.copy_best(Path(cfg.RESUME) / model_name, trainer.saving.folder)
+        elif folder != resumed and (resumed / model_name).is_dir():
+            shutil.copytree(resumed / model_name, trainer.saving.folder, dirs_exist_ok=True)
         metrics = train_and_test(trainer, folder, after_epoch)
     else:
         metrics = test(trainer)
-    result = record(trainer, metrics, learned(before, trainer))
+    result = record(trainer, metrics, learned(before, trainer.method))
     if further:
         result["tests"] = {test.name: _test_further(folder, trainer, test) for test in further}
     if note is not None:
@@ -322,12 +325,10 @@ def _run_in(
     return result
 
 
-def train_and_test(
-    trainer: PromptTrainer, folder: Path, after_epoch: Callable[[PromptTrainer], None] | None = None
-) -> dict[str, float]:
+def train_and_test(trainer: Trainer, folder: Path, after_epoch: Callable[[Trainer], None] | None = None) -> dict[str, float]:
     """What is left of the training, then the test of the model that TEST.FINAL_MODEL names."""
     trainer.train(folder, after_epoch)
-    if trainer.cfg.TEST.FINAL_MODEL == "best_val" and trainer.best_val is not None:
+    if trainer.cfg.TEST.FINAL_MODEL == "best_val" and trainer.state.best_val is not None:
         trainer.log("Deploy the model with the best val performance")
         trainer.saving.load_model(folder)
     else:
@@ -335,24 +336,24 @@ def train_and_test(
     return test(trainer)
 
 
-def test(trainer: PromptTrainer) -> dict[str, float]:
+def test(trainer: Trainer) -> dict[str, float]:
     """The metrics on the part that TEST.SPLIT names; none where TEST.NO_TEST."""
     return {} if trainer.cfg.TEST.NO_TEST else trainer.test(trainer.cfg.TEST.SPLIT)
 
 
-def record(trainer: PromptTrainer, metrics: dict[str, float], learned: dict[str, Any] | None = None) -> dict[str, Any]:
+def record(trainer: Trainer, metrics: dict[str, float], learned: dict[str, Any] | None = None) -> dict[str, Any]:
     """A run's figures in full precision, with everything that they depend on, and what its prompts became."""
-    cfg = trainer.cfg
+    cfg, state = trainer.cfg, trainer.state
     return {
         "trainer": cfg.TRAINER.NAME,
         "dataset": cfg.DATASET.NAME,
         "backbone": cfg.MODEL.BACKBONE.NAME,
         "seed": cfg.SEED,
         "metrics": metrics,
-        "losses": {name: trainer.history[-1][name] for name in trainer.loss_names} if trainer.history else {},
-        "history": trainer.history,
+        "losses": {name: state.history[-1][name] for name in state.loss_names} if state.history else {},
+        "history": state.history,
         "learned": learned,
-        "seconds": trainer.seconds,
+        "seconds": state.seconds,
         "config": config.flat(cfg),
         "versions": {**versions(), "device": trainer.device.type, "precision": trainer.precision},
         "files_sha256": trainer.data.sha256(),

@@ -37,7 +37,7 @@ from plpp_reg.data.loaders import load_data
 from plpp_reg.engine.features import canonical_batches
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.estimate.throughput import Machine, operation_seconds, overhead, plpp_seconds
 from plpp_reg.estimate.trace import ALL, FEW, IMAGE, PLPP, TEXT, Work, passes_of
@@ -119,7 +119,7 @@ def estimate(
         assumed.append(f"{classes} class names of typical length")
     log = RunLog(quiet=True)
     with swapped_parameters():
-        trainer = cls(cfg, data=data, clip_model=clip_model or clip_without_weights(cfg.MODEL.BACKBONE.NAME), log=log)
+        trainer = Trainer(cls, cfg, data=data, clip_model=clip_model or clip_without_weights(cfg.MODEL.BACKBONE.NAME), log=log)
     shots = cfg.DATASET.NUM_SHOTS
     if not data.train and shots < 1:
         shots = SHOTS
@@ -158,8 +158,8 @@ def typical_names(classes: int) -> list[str]:
     return list(names)
 
 
-def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: int, assumed: list[str]) -> Estimate:
-    cfg, learns = trainer.cfg, bool(trainer.trained())
+def _priced(trainer: Trainer, machine: Machine, images: int, test_images: int, assumed: list[str]) -> Estimate:
+    cfg, learns = trainer.cfg, trainer.method.learns
     batch = min(cfg.DATALOADER.TRAIN_X.BATCH_SIZE, images)
     test_batch = min(cfg.DATALOADER.TEST.BATCH_SIZE, test_images)
     for key, size in (("TRAIN_X", batch), ("TEST", test_batch)):
@@ -172,7 +172,8 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
     text, image = price(made.step, TEXT), price(made.step, IMAGE)
     step, plpp = price(made.step), price(made.step, PLPP)
     if made.plpp:
-        seconds = plpp_seconds(trainer.regularizer, *made.plpp, not trainer.splits_classes, machine)
+        new_each_step = trainer.method.classes_depend_on_image
+        seconds = sum(plpp_seconds(trainer.regularizer, *shapes, new_each_step, machine) for shapes in made.plpp)
         step, plpp = (part._replace(seconds=part.seconds - plpp.seconds + seconds) for part in (step, plpp))
 
     def held(*works: Work) -> float:
@@ -180,7 +181,7 @@ def _priced(trainer: PromptTrainer, machine: Machine, images: int, test_images: 
 
     def encoded(split: str) -> Part:
         """Frozen features of all its images, in canonical batches; nothing where its batches have none of it."""
-        if not trainer.features_ahead(split):
+        if not trainer.method.inputs.of(split):
             return Part()
         few = price(made.few_frozen)
         share = counts[split] / FEW
@@ -242,13 +243,13 @@ class Price:
         return {tower: count / self.seconds(self.every, tower) / 1e9 for tower, count in flops.items() if count}
 
 
-def _views(trainer: PromptTrainer, images: int, epochs: int) -> int:
+def _views(trainer: Trainer, images: int, epochs: int) -> int:
     """How often a run passes its images through the frozen tower: once a view, if the store has room for all views.
 
     Else each epoch: views come in turn and the longest unused is the first to go, so each is gone when it comes again.
     """
     views = min(epochs, trainer.cfg.INPUT.VIEWS or epochs)
-    a_view = 4 * images * trainer.clip_model.text_projection.shape[1]  # bytes of float32
+    a_view = 4 * images * sum(encoder.width for encoder in trainer.method.inputs.of("train").values())  # bytes of float32
     kept = views * a_view <= trainer.cfg.FEATURES.MAX_GIB * 2**30
     return views if kept or views == 1 else epochs  # the last one is at hand without a store
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from plpp_reg.clip.load import PRECISIONS, set_precision
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.evaluation import Classifier
+from plpp_reg.engine.method import Batch, ContextSet
+from plpp_reg.engine.plpp import ContextTerms, Terms
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.estimate.operation import ATTENTION, ATTENTION_BACKWARD, Operation, Shape
 
@@ -61,8 +64,8 @@ class Passes(NamedTuple):
 
     ``step``: a training step with its update; ``once``: what the first step makes beside that and the method then keeps;
     ``frozen``: frozen features of a canonical batch of images, by split; ``classes``: what a test makes before its first batch;
-    ``batch``: a test batch; ``few_frozen`` and ``few``: the same of :data:`FEW` images at most. ``plpp``: the shapes of the
-    context and of the states that PLPP reads in a step, None where it does not act.
+    ``batch``: a test batch; ``few_frozen`` and ``few``: the same of :data:`FEW` images at most. ``plpp``: of each context set
+    that PLPP reads in a step the shapes of the vectors and of the states.
     """
 
     step: Work
@@ -72,7 +75,7 @@ class Passes(NamedTuple):
     classes: Work
     batch: Work
     few: Work
-    plpp: tuple[torch.Size, torch.Size] | None
+    plpp: list[tuple[torch.Size, torch.Size]]
 
 
 class Tracer(TorchDispatchMode):
@@ -174,7 +177,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-def passes_of(trainer: PromptTrainer, images: dict[str, int], canonical: dict[str, int]) -> Passes:
+def passes_of(trainer: Trainer, images: dict[str, int], canonical: dict[str, int]) -> Passes:
     """Run two steps and a test batch of ``trainer``, which was built on a CLIP without weights.
 
     Args:
@@ -186,22 +189,19 @@ def passes_of(trainer: PromptTrainer, images: dict[str, int], canonical: dict[st
         InputError: the method reads numbers (``.item()``), which are not there. Its other errors pass as they are.
     """
     tracer = Tracer()
-    tracer.watch(trainer.tower, TEXT)
-    tracer.watch(trainer.image_tower, IMAGE)
+    method = trainer.method
+    tracer.watch(method.clip.text, TEXT)
+    for tower in {method.clip.image, *(encoder.tower for encoder in method.inputs.of("train").values())}:
+        tracer.watch(tower, IMAGE)
     set_precision(trainer.clip_model, PRECISIONS[trainer.precision])
     trainer.scaler = torch.amp.GradScaler(enabled=False)
     reads: list[tuple[torch.Size, torch.Size]] = []
+    if trainer.plpp is not None:
+        trainer.plpp = _TracedTerms(trainer, tracer, reads)
 
     def step() -> None:
-        losses = dict(trainer.compute_losses(_batch(trainer, "train", images["train"])))
-        if trainer.plpp_acts:
-            (v, h), trainer.plpp_reads = trainer.plpp_reads, None
-            reads.append(tuple((t if t.dim() == 3 else t.unsqueeze(0)).shape for t in (v, h)))
-            tracer.tower = PLPP
-            terms, _ = trainer.regularizer.weighted(v, h, with_perplexity=False)
-            tracer.follow(terms, PLPP)
-            tracer.tower = OTHER
-            losses |= terms
+        reads.clear()
+        losses, _ = trainer.losses(_batch(trainer, "train", images["train"]))
         tracer.follow(losses, OTHER)
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.backward(losses)
@@ -215,39 +215,61 @@ def passes_of(trainer: PromptTrainer, images: dict[str, int], canonical: dict[st
             if not isinstance(e, NotImplementedError) and not re.search(r"\bmeta\b", str(e)):
                 raise
             first = (str(e).splitlines() or [type(e).__name__])[0]
-            name = type(trainer).__name__
+            name = type(method).__name__
             raise InputError(f"trainer {name!r}: expected one whose steps run on shapes alone, got: {first}") from e
 
+    classifiers: list[Classifier] = []
+
     def test(count: int) -> Work:
-        return noted(lambda: trainer.inference(_batch(trainer, "test", count)))
+        return noted(lambda: classifiers[0](_batch(trainer, "test", count)))
 
     def encoded(count: int) -> Work:
-        return noted(lambda: trainer.encode_frozen(_pixels(trainer, count))) if trainer.sees_frozen_features else Work()
+        encoders = method.inputs.of("train").values()
+        return noted(lambda: [encoder.encode(_pixels(trainer, count)) for encoder in encoders])
 
-    first, later = (noted(step), noted(step)) if trainer.trained() else (Work(), Work())
+    first, later = (noted(step), noted(step)) if method.learns else (Work(), Work())
     with torch.no_grad():
         return Passes(
             step=later,
             once=Work(first.operations - later.operations),
             frozen={split: encoded(count) for split, count in canonical.items()},
             few_frozen=encoded(FEW),
-            classes=noted(trainer.prepare_inference),
+            classes=noted(lambda: classifiers.append(Classifier(method))),
             batch=test(images["test"]),
             few=test(min(FEW, images["test"])),
-            plpp=reads[0] if reads else None,
+            plpp=reads,
         )
 
 
-def _pixels(trainer: PromptTrainer, images: int) -> Tensor:
+def _pixels(trainer: Trainer, images: int) -> Tensor:
     side = trainer.clip_model.visual.input_resolution
     return torch.empty(images, 3, side, side, device="meta")
 
 
-def _batch(trainer: PromptTrainer, split: str, images: int) -> dict[str, Tensor]:
+def _batch(trainer: Trainer, split: str, images: int) -> Batch:
     """What the trainer's own loader would give, without numbers."""
+    inputs = trainer.method.inputs
     batch = {"label": torch.zeros(images, dtype=torch.long, device="meta")}
-    if trainer.sees_pixels:
+    if inputs.pixels:
         batch["img"] = _pixels(trainer, images)
-    if trainer.features_ahead(split):
-        batch["features"] = torch.empty(images, trainer.clip_model.text_projection.shape[1], device="meta")
-    return batch
+    return {
+        **batch,
+        **{name: torch.empty(images, encoder.width, device="meta") for name, encoder in inputs.of(split).items()},
+    }
+
+
+class _TracedTerms(ContextTerms):
+    """PLPP's terms, noted as PLPP's."""
+
+    def __init__(self, trainer: Trainer, tracer: Tracer, reads: list[tuple[torch.Size, torch.Size]]) -> None:
+        super().__init__(trainer.cfg, trainer.clip_model)
+        self.tracer, self.reads = tracer, reads
+
+    def __call__(self, contexts: Sequence[ContextSet], with_perplexity: bool) -> Terms:
+        for context, hidden, *_ in contexts:
+            self.reads.append(tuple((t if t.dim() == 3 else t.unsqueeze(0)).shape for t in (context, hidden)))
+        self.tracer.tower = PLPP
+        terms = super().__call__(contexts, with_perplexity=False)
+        self.tracer.follow(terms, PLPP)
+        self.tracer.tower = OTHER
+        return terms

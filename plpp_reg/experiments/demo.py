@@ -15,7 +15,7 @@ from plpp_reg.clip.vocabulary import candidate_ids, nearest_words
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.registry import trainer_names
 from plpp_reg.engine.run import RunArguments, run
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.io.files import write_atomically, write_text
 from plpp_reg.loss import SUFFIX
@@ -97,7 +97,7 @@ class Bench(NamedTuple):
 
     def run(
         self, name: str, half: str, seed: int, output_dir: Path, after_epoch: Callable | None = None, **changed: Any
-    ) -> tuple[dict[str, Any], PromptTrainer]:
+    ) -> tuple[dict[str, Any], Trainer]:
         args = RunArguments(
             trainer=name, seed=seed, output_dir=str(output_dir), opts=(*self.opts, "DATASET.SUBSAMPLE_CLASSES", half)
         )
@@ -110,25 +110,24 @@ class Bench(NamedTuple):
     def train_base_to_new(self, name: str, seed: int) -> DemoRun:
         """Train on the base classes, test on base and on new."""
 
-        def measure(trainer: PromptTrainer) -> None:
+        def measure(trainer: Trainer) -> None:
             if (parts := trainer.measure_prompts()) is not None:
-                trainer.history[-1]["perplexity_now"] = parts.perplexity.item()
+                trainer.state.history[-1]["perplexity_now"] = parts.perplexity.item()
 
         place = self.folder / name / f"seed{seed}"
         untrained = self.run(name, "base", seed, place / "untrained", eval_only=True)[1]
         result, trainer = self.run(name, "base", seed, place / "base", measure)
         base = result["metrics"]["accuracy"]
         new = self.evaluate(name, "new", seed, place / "new", str(place / "base"))
-        if not trainer.learns_text_context:
+        if not trainer.method.learns_text_context:
             return DemoRun(base, new, [], [])
-        nearest = nearest_words(
-            trainer.context(), self.clip_model.token_embedding.weight, k=1, candidates=candidate_ids(self.clip_model)
-        )
+        context, table = trainer.method.contexts()[0].context, self.clip_model.token_embedding.weight
+        nearest = nearest_words(context, table, k=1, candidates=candidate_ids(self.clip_model))
         before = untrained.measure_prompts().perplexity.item()
         return DemoRun(
             base,
             new,
-            perplexity=[before, *(epoch["perplexity_now"] for epoch in trainer.history)],
+            perplexity=[before, *(epoch["perplexity_now"] for epoch in trainer.state.history)],
             words=[f"{word[0].word} {word[0].cosine:.2f}" for word in nearest],
         )
 

@@ -17,7 +17,6 @@ from plpp_reg.clip.load import EMBEDDED
 from plpp_reg.data import full_name, short_name
 from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, further_config, resolve, shipped_config
-from plpp_reg.engine.trainer import PromptTrainer
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.io.files import read_yaml
 from plpp_reg.loss import SUFFIX
@@ -300,7 +299,7 @@ def _over_seeds(
 
 def learns(method: str) -> bool:
     """Whether a method trains anything: what does not is the same for every seed and any number of shots."""
-    return registry.find_trainer(method)[0].trained is not PromptTrainer.trained
+    return registry.find_trainer(method)[0].learns
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:

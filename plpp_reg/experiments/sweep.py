@@ -128,8 +128,7 @@ class Models(dict):
     @staticmethod
     def key(job: Job) -> tuple:
         cfg, cls = resolve(job.arguments)
-        node = cfg.TRAINER[cls.config_node] if cls.config_node else {}
-        return cfg.MODEL.BACKBONE.NAME, node.get("PREC", "fp32"), cfg.USE_CUDA
+        return cfg.MODEL.BACKBONE.NAME, cls.Config.read(cfg).prec, cfg.USE_CUDA
 
     def keep(self, key: tuple, model: nn.Module) -> None:
         self.clear()

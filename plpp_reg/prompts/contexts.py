@@ -19,14 +19,15 @@ from plpp_reg.clip.text import TextTower
 from plpp_reg.data import DataSplit
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.method import Method
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.loss import functional as PF
 
 DEEP = (r"(?:prompt_learner\.)?compound_prompts_text\.(\d+)", r"text_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow")
 
 
-def of_run(folder: Path, trainer: str = "") -> tuple[CfgNode, type[PromptTrainer]]:
+def of_run(folder: Path, trainer: str = "") -> tuple[CfgNode, type[Method]]:
     """The configuration of a run's folder and its trainer's class, if that is one that learns context vectors.
 
     ``trainer``: as in :func:`plpp_reg.engine.config.of_run`.
@@ -47,7 +48,6 @@ class OurRun:
         cfg, cls: of :func:`of_run`.
         content, path: one of its checkpoints, as :func:`plpp_reg.engine.checkpoint.load` gives it, and where that is.
         clip_model: the CLIP that it was trained on; None: the one that ``cfg`` names, in the run's precision.
-        few_classes: build it with the first class alone where the context has seen no name: the same up to rounding, sooner.
 
     Raises:
         InputError: a checkpoint without its class names.
@@ -56,11 +56,10 @@ class OurRun:
     def __init__(
         self,
         cfg: CfgNode,
-        cls: type[PromptTrainer],
+        cls: type[Method],
         content: dict[str, Any],
         path: Path,
         clip_model: nn.Module | None = None,
-        few_classes: bool = False,
     ) -> None:
         cfg.USE_CUDA = False
         self.trainer, self.backbone = cfg.TRAINER.NAME, cfg.MODEL.BACKBONE.NAME
@@ -68,16 +67,14 @@ class OurRun:
         names = extra.get("classnames") if isinstance(extra, dict) else None
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise InputError(f"checkpoint {str(path)!r}: expected the names of its classes in it")
-        node = cfg.TRAINER.get(cls.config_node, {})
-        if few_classes and not node.get("CSC", False) and node.get("CLASS_TOKEN_POSITION", "end") == "end":
-            names = names[:1]
         streams = checkpoint.random_streams()
         try:  # the trainer seeds the random streams, to draw its context as the run drew it
-            self._model = cls(cfg, DataSplit([], [], [], names), clip_model, RunLog(quiet=True))
+            self._trainer = Trainer(cls, cfg, DataSplit([], [], [], names), clip_model, RunLog(quiet=True))
         finally:
             checkpoint.restore_random_streams(streams)
-        self.clip_model = self._model.clip_model
-        self.first_class = names[0] if self._model.context().dim() == 3 else ""  # where each class has vectors of its own
+        self.clip_model = self._trainer.clip_model
+        own = self._trainer.method.contexts()[0].context.dim() == 3
+        self.first_class = names[0] if own else ""  # where each class has vectors of its own
 
     def before(self) -> States:
         """As it was before training."""
@@ -85,11 +82,12 @@ class OurRun:
 
     def at(self, content: dict[str, Any], path: Path) -> States:
         """As it is in one of the run's checkpoints."""
-        self._model.saving.load_weights(path)
+        self._trainer.saving.load_weights(path)
         return self._states()
 
     def _states(self) -> States:
-        return States.of(*self._model.context_states())
+        context, hidden, *_ = self._trainer.method.contexts()[0]
+        return States.of(context, hidden)
 
     def logged(self, content: dict[str, Any], path: Path) -> dict[int, float]:
         """The perplexity that the training logged, its mean over each epoch."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from plpp_reg.data import DataSplit
 from plpp_reg.data.augmentation import build_transform
 from plpp_reg.engine import checkpoint, config
+from plpp_reg.engine.evaluation import Classifier
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.trainer import PromptTrainer
+from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import write_tensors
 from plpp_reg.io.pictures import ENDINGS, is_picture, open_picture
@@ -39,7 +40,7 @@ def load_run(
     epoch: int | None = None,
     clip_model: nn.Module | None = None,
     trainer: str = "",
-) -> PromptTrainer:
+) -> Trainer:
     """The trainer of a run's folder, ready to predict: its prompts around ``classes``, or around those it was trained on.
 
     Args:
@@ -70,7 +71,7 @@ def load_run(
     if classes:
         cfg.DATASET.SUBSAMPLE_CLASSES = "all"
     data = DataSplit([], [], [], list(classes or trained_on))
-    loaded = cls(cfg, data=data, clip_model=clip_model, log=RunLog(quiet=True))
+    loaded = Trainer(cls, cfg, data=data, clip_model=clip_model, log=RunLog(quiet=True))
     loaded.saving.load_weights(path)
     return loaded
 
@@ -112,9 +113,7 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def predict(
-    trainer: PromptTrainer, images: Sequence[str | Path], unreadable: list[InputError] | None = None
-) -> Iterator[Prediction]:
+def predict(trainer: Trainer, images: Sequence[str | Path], unreadable: list[InputError] | None = None) -> Iterator[Prediction]:
     """Class probabilities of each image, in batches of DATALOADER.TEST.BATCH_SIZE.
 
     Args:
@@ -128,7 +127,7 @@ def predict(
     names = _told_apart(trainer.data.classnames)
     transform, size = build_transform(trainer.cfg, train=False), trainer.cfg.DATALOADER.TEST.BATCH_SIZE
     with trainer.computing():
-        trainer.prepare_inference()
+        classifier = Classifier(trainer.method)
     for i in range(0, len(images), size):
         pixels = {}
         for path in images[i : i + size]:
@@ -142,14 +141,14 @@ def predict(
             continue
         batch = {"img": torch.stack(list(pixels.values())).to(trainer.device)}
         with trainer.computing():
-            rows = trainer.inference(batch).softmax(-1).tolist()
+            rows = classifier(batch).softmax(-1).tolist()
         for path, row in zip(pixels, rows, strict=True):
             ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
             yield Prediction(str(path), dict(ranked))
 
 
 @torch.no_grad()
-def export(trainer: PromptTrainer, path: str | Path) -> str:
+def export(trainer: Trainer, path: str | Path) -> str:
     """Write everything that is needed of a trained prompt into one safetensors file.
 
     Tensors: ``class_features`` (C, embed_dim), normalised, ``logit_scale`` (the factor of cosines), and what was learned
@@ -166,13 +165,12 @@ def export(trainer: PromptTrainer, path: str | Path) -> str:
     path = Path(path)
     if path.suffix != SUFFIX or path.is_dir():  # of a run's own files none has it
         raise InputError(f"file {str(path)!r}: expected the name of a file that ends in {SUFFIX}")
-    tensors: dict[str, Tensor] = dict(trainer.prompts.state_dict())
+    tensors: dict[str, Tensor] = dict(trainer.method.saved.state_dict())
     tensors["logit_scale"] = trainer.clip_model.logit_scale.exp().float()
-    left_out = _not_exported(type(trainer))
+    left_out = trainer.method.not_exported
     if not left_out:
         with trainer.computing():
-            trainer.prepare_inference()
-        tensors["class_features"] = trainer.test_features.float()
+            tensors["class_features"] = trainer.method.encode_classes().features.float()
     cfg = trainer.cfg
     described: dict[str, Any] = {
         "classnames": [name.replace("_", " ") for name in trainer.data.classnames],
@@ -191,12 +189,3 @@ def export(trainer: PromptTrainer, path: str | Path) -> str:
     except OSError as e:
         raise InputError(f"file {str(path)!r}: expected a place to write to, got {e}") from e
     return left_out
-
-
-def _not_exported(method: type[PromptTrainer]) -> str:
-    """Why a method's class features do not classify by themselves; empty where they do."""
-    if method.image_features is not PromptTrainer.image_features:
-        return "class_features: they belong with image features that are not the frozen tower's"
-    if method.inference is not PromptTrainer.inference or method.logits is not PromptTrainer.logits:
-        return "class_features: the logits are not one set of them against every image"
-    return ""

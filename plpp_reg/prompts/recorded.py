@@ -74,7 +74,7 @@ class PromptReader:
         clip_model = self._clip(cfg.MODEL.BACKBONE.NAME)
         path = checkpoint.find(place, cls.model_name, None)
         content = checkpoint.load(path)
-        run = contexts.OurRun(cfg, cls, content, path, clip_model, few_classes=True)
+        run = contexts.OurRun(cfg, cls, content, path, clip_model)
         before, after = run.before(), run.at(content, path)
         words = [self._vocabulary.nearest(states.context[0]) for states in (before, after)]
         figures = self._vocabulary.perplexity(before), self._vocabulary.perplexity(after)
