@@ -278,8 +278,9 @@ def test_autocast_changes_nothing(at_once):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             rows = plpp(context, hidden, E, at_once=at_once)
             loss = rows.perplexity_loss.mean() + rows.inverse_loss.mean()
-        # backward outside, as users do; with chunks it computes forward again and must not fall into autocast's dtype
-        results.append((*rows, *torch.autograd.grad(loss, (context, hidden))))
+            inside = torch.autograd.grad(loss, (context, hidden), retain_graph=True)  # as some do
+        # backward outside, as most do; with chunks it computes forward again and must not fall into autocast's dtype
+        results.append((*rows, *inside, *torch.autograd.grad(loss, (context, hidden))))
     assert all(a.dtype == b.dtype and a.equal(b) for a, b in zip(*results, strict=True))
 
 

@@ -148,7 +148,8 @@ def test_words_of_equal_cosine_come_in_one_order_whatever_is_remembered():
 
 
 def walk_of_six(steps: int) -> list[torch.Tensor]:
-    """Small turns around whole-number vectors, to which many words have exactly the same cosine."""
+    """Whole-number vectors, to which many words have exactly the same cosine, each fourth turned a little."""
     g = torch.Generator().manual_seed(1)
     start = torch.randint(1, 3, (3, 6), generator=g).float()
-    return [start * (1 + 0.25 * (i % 4)) for i in range(steps)]
+    turns = [0.01 * torch.randn(3, 6, generator=g) if i % 4 == 3 else torch.zeros(3, 6) for i in range(steps)]
+    return [start * (1 + 0.25 * (i % 4)) + turn for i, turn in enumerate(turns)]

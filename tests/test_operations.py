@@ -17,7 +17,7 @@ from operations import NARROW, STEPS, TEXT
 @pytest.mark.parametrize("case", TEXT)
 def test_the_text_tower_is_fewer_operations_than_the_literal_one(case):
     row = operations.measure(case, NARROW)
-    assert row["operations"] <= 310 < row["literal"]  # 12 layers; of the literal tower 500
+    assert row["operations"] <= 310 and row["literal"] in (432, 433)  # 12 layers
     # 1,600 vectors of their own meet the vocabulary in five parts, for the bound on memory
     assert 0 < row["plpp"] <= (80 if case == "text-class-specific-short-names" else 60)
 

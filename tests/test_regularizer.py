@@ -304,7 +304,7 @@ def test_torch_func_gives_the_same_gradient(normalize_over):
 def test_compiles_into_one_graph(normalize_over):
     table, (context, hidden) = embedding(), states(1, P)
     reg = PerplexityRegularizer(table, normalize_over=normalize_over)
-    want = reg(context, hidden)
+    want = PerplexityRegularizer(table, normalize_over=normalize_over)(context, hidden)
     compiled = torch.compile(reg, fullgraph=True, backend="aot_eager")
     got = compiled(context, hidden)
     torch.testing.assert_close(got, want)
@@ -335,6 +335,38 @@ def test_a_deep_copy_follows_its_own_embedding(candidates):
     assert not twin[1](context, hidden).isclose(original) and host[1](context, hidden).equal(original)
     if candidates is None:
         assert twin[1].vocabulary.data_ptr() == twin[0].weight.data_ptr() != host[0].weight.data_ptr()
+
+
+def test_a_compiled_one_follows_its_embedding():
+    table, (context, hidden) = embedding(), states(1, P)
+    compiled = torch.compile(PerplexityRegularizer(table), fullgraph=True, backend="aot_eager")
+    before = compiled(context, hidden)
+    reload(table)
+    after = compiled(context, hidden)
+    torch.testing.assert_close(after, PerplexityRegularizer(table)(context, hidden))
+    assert not after.isclose(before)
+
+
+def test_what_was_first_used_in_inference_mode_trains_afterwards():
+    table, (context, hidden) = embedding(), states(1, P)
+    reg = PerplexityRegularizer(table.weight)
+    with torch.inference_mode():
+        quiet = reg(context, hidden)
+    for _ in range(2):
+        loss = reg(context, hidden)
+        loss.backward()
+        assert loss.equal(quiet)
+
+
+def test_an_inference_tensor_that_is_written_to_is_read_again():
+    (context, hidden) = states(1, P)
+    with torch.inference_mode():
+        table = embedding().weight.clone()
+        reg = PerplexityRegularizer(table)
+        before = reg(context, hidden)
+        table.copy_(embedding(seed=9).weight)
+        assert reg(context, hidden).equal(PerplexityRegularizer(embedding(seed=9).weight)(context, hidden))
+        assert not reg(context, hidden).isclose(before)
 
 
 def test_works_under_inference_mode_and_with_an_inference_tensor():

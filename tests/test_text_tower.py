@@ -14,6 +14,7 @@ from plpp_reg.clip.load import set_precision
 from plpp_reg.clip.prompts import POSITIONS, PromptLearner, encode_texts
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.tree import build_tree, context_symbol
+from plpp_reg.errors import InputError
 from plpp_reg.loss.functional import STATES
 
 import literal
@@ -244,9 +245,11 @@ def test_one_long_chunk_or_many_short_ones_by_what_attention_costs():
     assert narrow.positions > 1.4 * wide.positions and narrow.parts[0].token.shape[1] < 10
 
 
-def test_an_accelerators_chunks_are_longer_and_suit_its_kernels():
+def test_an_accelerators_chunks_are_longer_and_suit_its_kernels(monkeypatch):
     prompts = [[8, *range(name, name + 12), 9] for name in range(60)]
-    here, there = build_tree(prompts, 0, 64), build_tree(prompts, 0, 64, device="meta")
+    here = build_tree(prompts, 0, 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there = build_tree(prompts, 0, 64, device="meta")
     assert there.parts[0].token.shape[1] > here.parts[0].token.shape[1] and there.parts[0].token.shape[1] % 8 == 0
     assert here.positions < 1.1 * there.positions
 
@@ -317,8 +320,9 @@ def test_autocast_is_near_float32(position, memory_mib):
     assert grads[1][0].dtype == torch.bfloat16
 
 
-def test_bfloat16_is_as_near_to_the_truth_as_the_literal_tower():
-    truth_model, model = model_of(128, torch.float64), model_of(128, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_near_to_the_truth_as_the_literal_tower(dtype):
+    truth_model, model = model_of(128, torch.float64), model_of(128, dtype)
     learner = PromptLearner(model, NAMES)
     exact = literal.text_tower(truth_model, literal.coop_prompts(truth_model, NAMES, learner.ctx.detach()))
     slow = literal.text_tower(model, literal.coop_prompts(model, NAMES, learner.ctx.detach()))
@@ -326,6 +330,55 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_literal_tower():
     for want, a, b in zip(exact, slow, (fast.features, fast.hidden.expand(len(NAMES), -1, -1)), strict=True):
         error = [(t.double() - want).norm().item() for t in (a, b)]
         assert error[1] < 1.5 * error[0]
+
+
+def test_float64_weights_leave_autocast_aside():
+    learner, tower = PromptLearner(model_of(64, torch.float64), NAMES), TextTower(model_of(64, torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert learner(tower).features.dtype == torch.float64
+
+
+def test_more_deep_prompts_than_layers_are_refused():
+    model = model_of(64, torch.float32)
+    learner, tower = PromptLearner(model, NAMES), TextTower(model)
+    with pytest.raises(InputError, match="^deep: expected prompts for at most 2 layers after the first, got 3$"):
+        learner(tower, deep=[learner.ctx] * 3)
+
+
+def test_what_was_first_used_in_inference_mode_trains_afterwards():
+    model = model_of(64, torch.float32)
+    learner, tower = PromptLearner(model, NAMES), TextTower(model)
+    with torch.inference_mode():
+        learner(tower)
+    learner(tower).features.sum().backward()
+    assert learner.ctx.grad.any()
+
+
+@pytest.mark.parametrize("change", ["hook", "adapter"])
+def test_an_mlp_that_somebody_has_changed_is_called_as_it_is(make_clip, change):
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        weight = property(lambda self: self.base.weight)
+        bias = property(lambda self: self.base.bias)
+
+        def forward(self, x):
+            return self.base(x) + 1
+
+    model = make_clip(width=64, layers=2)
+    learner, tower = PromptLearner(model, NAMES), TextTower(model)
+    before = learner(tower).features
+    for block in model.transformer.resblocks:
+        if change == "hook":
+            block.mlp.c_fc.register_forward_hook(lambda module, args, output: output + 1)
+        else:
+            block.mlp.c_fc = Adapter(block.mlp.c_fc)
+    after = learner(tower).features
+    features, _ = literal.text_tower(model, literal.coop_prompts(model, NAMES, learner.ctx))
+    assert not torch.allclose(after, before, atol=1e-2)
+    torch.testing.assert_close(after, features, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory_mib", [1024, 0.05], ids=["whole", "chunked"])

@@ -40,8 +40,15 @@ def residual(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     """
     x = x + block.attn.out_proj(attended)
     y, mlp = block.ln_2(x), block.mlp
-    if type(mlp.gelu).__name__ != "QuickGELU":  # open_clip's models may have nn.GELU
+    if not _is_stock(mlp):
         return x + mlp(y)
     wide = torch.addmm(mlp.c_fc.bias, y.flatten(0, -2), mlp.c_fc.weight.t(), beta=QUICK_GELU, alpha=QUICK_GELU)
     out = torch.addmm(mlp.c_proj.bias, F.silu(wide), mlp.c_proj.weight.t(), beta=QUICK_GELU)
     return torch.add(x, out.view(x.shape), alpha=1 / QUICK_GELU)
+
+
+def _is_stock(mlp: nn.Module) -> bool:
+    """Whether it is two linear maps around QuickGELU, unchanged: open_clip's may have nn.GELU, others adapters or hooks."""
+    maps = (mlp.c_fc, mlp.c_proj)
+    plain = all(type(m) is nn.Linear and not (m._forward_hooks or m._forward_pre_hooks) for m in maps)
+    return plain and type(mlp.gelu).__name__ == "QuickGELU"

@@ -188,7 +188,8 @@ class PromptLearner(nn.Module):
         device, width = self.ctx.device, self.ctx.shape[-1]
         key = (max_rows, classes.start, classes.stop, classes.step, self.states, device)
         if key not in self._trees:
-            self._trees[key] = build_tree(self.prompts[classes], self.n_ctx, width, max_rows, self.states, device)
+            with torch.inference_mode(False):  # what is kept serves training too
+                self._trees[key] = build_tree(self.prompts[classes], self.n_ctx, width, max_rows, self.states, device)
         return self._trees[key]
 
     def forward(

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plpp_reg.clip.blocks import attend, residual
 from plpp_reg.clip.tree import Chunks, PromptTree
+from plpp_reg.errors import InputError
 
 
 class TextOutput(NamedTuple):
@@ -87,6 +88,10 @@ class TextTower(nn.Module):
         Returns:
             :class:`TextOutput` in the tower's dtype (features under autocast: in autocast's).
         """
+        if len(deep) >= len(self.resblocks):
+            raise InputError(
+                f"deep: expected prompts for at most {len(self.resblocks) - 1} layers after the first, got {len(deep)}"
+            )
         run = self._run
         if len(tree.parts) > 1 and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
@@ -125,6 +130,7 @@ class TextTower(nn.Module):
     def _mask(self, part: Chunks, groups: int) -> Tensor:
         """(G * K, 1, L, L) in the dtype that attention computes in."""
         device = part.mask.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        # float64 is left alone by autocast
+        autocast = device != "meta" and self.dtype != torch.float64 and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.dtype
         return part.mask.to(dtype).expand(groups, *part.mask.shape).flatten(0, 1)

@@ -92,7 +92,7 @@ def build_tree(
     parts = -(-len(starts) // at_once)
     at_once = -(-len(starts) // parts)  # equal parts
 
-    shift = 1 if states == "preceding" else 0
+    shift = {"preceding": 1, "own": 0}[states]
     reads = [[t - shift for t, symbol in enumerate(prompt) if symbol < 0] for prompt in prompts]
     shared = min(alike[1:], default=lengths[0])  # how far all prompts are alike
     one_state = n_ctx > 0 and all(t < shared for t in reads[order[0]]) and all(row == reads[0] for row in reads)
@@ -118,11 +118,11 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def _plan(
     lengths: Sequence[int], alike: Sequence[int], max_rows: int | None, row_cost: float, multiple: int
 ) -> tuple[list[int], int]:
-    """At which of the sorted prompts each chunk starts, and the length L of all chunks, of least ``K L (row_cost + L)``."""
-    shortest = max(lengths)
-    longest = max(shortest, sum(lengths) - sum(alike))
+    """At which of the sorted prompts each chunk starts, and the length L of all: ``K L (row_cost + L)`` is near its least."""
+    least = max(lengths)  # the longest prompt is in one chunk
+    longest = max(least, sum(lengths) - sum(alike))
     if max_rows:
-        longest = max(shortest, min(longest, max_rows))
+        longest = max(least, min(longest, max_rows))
 
     def pack(most: int) -> tuple[list[int], int]:
         """Chunks of at most so many rows, each filled before the next is begun, and the rows of the fullest."""
@@ -141,13 +141,13 @@ def _plan(
     def cost(plan: tuple[list[int], int]) -> float:
         return len(plan[0]) * rounded(plan[1]) * (row_cost + rounded(plan[1]))
 
-    best, most = pack(shortest), float(shortest)
+    best, most = pack(least), float(least)
     while most < longest:
         most = min(most * 1.1 + 1, longest)
         best = min(best, pack(int(most)), key=cost)
-        if most * most > 16 * row_cost * shortest and most > 4 * shortest:  # attention alone costs more than the best does
+        if most * most > 16 * row_cost * least and most > 4 * least:  # attention alone costs more than the best does
             break
-    low, high = shortest, best[1]
+    low, high = least, best[1]
     while low < high:  # the smallest L with as many chunks
         middle = (low + high) // 2
         if len(pack(middle)[0]) > len(best[0]):

@@ -13,8 +13,8 @@ Letters (used in every docstring of the package)::
     p   (R, K)     the LM head's probability of those words, softmax(E h) over V or over I
 
 The equations follow "Prompt Learning with PerPlexity" (arXiv 2412.15277); what its public text leaves open is listed as
-OUR CHOICE in docs/method.md. All logarithms are natural (units: nats). Whatever comes in, the arithmetic is float32 at least
-(float64 stays float64), also under autocast.
+OUR CHOICE in docs/method.md. All logarithms are natural (units: nats). In :func:`plpp`, whatever comes in, the arithmetic is
+float32 at least (float64 stays float64), also under autocast; the other functions take tensors of one type, outside autocast.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def parts(rows: int, bytes_a_row: int, max_bytes: int) -> Iterator[slice]:
 
 
 def word_products(x: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
-    """``E_I x``, each row with its own words: x (R, N, D), E (V, D), ids (R, K) -> (R, N, K). Differentiable in x, any order.
+    """``E_I x``, each row with its own words: x (R, N, D), E (V, D), ids (R, K) -> (R, N, K). Differentiable in x, twice.
 
     The words' vectors (R, K, D) are looked up, at most ``max_bytes`` of them at a time, in both directions, and never kept.
 
@@ -112,11 +112,12 @@ class _WordProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         E, ids = ctx.saved_tensors
-        if gradient.shape[1] == 1:
-            return weighted_words(gradient[:, 0], E, ids).unsqueeze(1), None, None, None
-        a_row = ids.shape[1] * E.shape[1] * E.element_size()
-        sums = [torch.bmm(gradient[part], F.embedding(ids[part], E)) for part in parts(len(ids), a_row, ctx.max_bytes)]
-        return torch.cat(sums), None, None, None
+        with _without_autocast(E):  # some call backward inside it
+            if gradient.shape[1] == 1:
+                return weighted_words(gradient[:, 0], E, ids).unsqueeze(1), None, None, None
+            a_row = ids.shape[1] * E.shape[1] * E.element_size()
+            sums = [torch.bmm(gradient[part], F.embedding(ids[part], E)) for part in parts(len(ids), a_row, ctx.max_bytes)]
+            return torch.cat(sums), None, None, None
 
 
 def weighted_words(weights: Tensor, E: Tensor, ids: Tensor) -> Tensor:
@@ -145,10 +146,15 @@ class _Cosines(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         v, cosines, E, E_inverse_norm, ids = ctx.saved_tensors
+        with _without_autocast(E):
+            return _Cosines.toward_words(v, cosines, E, E_inverse_norm, ids, gradient), None, None, None, None
+
+    @staticmethod
+    def toward_words(v: Tensor, cosines: Tensor, E: Tensor, E_inverse_norm: Tensor, ids: Tensor, gradient: Tensor) -> Tensor:
         length = v.norm(dim=-1, keepdim=True).clamp_min(NORMALIZE_EPS)
         toward = weighted_words(gradient * E_inverse_norm[ids], E, ids)
         along = (gradient * cosines).sum(-1, keepdim=True) / length
-        return (toward - along * v) / length, None, None, None, None
+        return (toward - along * v) / length
 
 
 def perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -181,7 +187,7 @@ def perplexity(hard_nll: Tensor) -> Tensor:
 
 
 def vocabulary_log_normalizer(h: Tensor, E: Tensor, max_bytes: int) -> Tensor:
-    """``log sum_V exp(E h)``: h (R, D), E (V, D) -> (R,). Differentiable in h, any order.
+    """``log sum_V exp(E h)``: h (R, D), E (V, D) -> (R,). Differentiable in h, twice.
 
     At most ``max_bytes`` of the (R, V) logits live at a time; where that is not all of them, backward computes them again.
     """
@@ -250,12 +256,13 @@ def plpp(
         with_nll: False gives None where the likelihood over V would cost extra.
 
     Returns:
-        :class:`PLPPRows` of (P * M,), by prompt, then position. Differentiable any number of times.
+        :class:`PLPPRows` of (P * M,), by prompt, then position. Differentiable twice.
     """
     dtype = compute_dtype(context, hidden, E)
     with _without_autocast(context):
         v, h, E = context.to(dtype), hidden.to(dtype), E.to(dtype)
-        E_inverse_norm = inverse_norm(E) if E_inverse_norm is None else E_inverse_norm
+        if E_inverse_norm is None or E_inverse_norm.dtype != dtype:
+            E_inverse_norm = inverse_norm(E)
         contexts, m = v.shape[:2]
         rows = v.flatten(0, 1)
         cosines, ids = search(rows.detach(), E, E_inverse_norm, top_k, max_bytes)

@@ -24,14 +24,15 @@ class NearestWords:
     no word left out can be among the K nearest: they are found among the kept ones. A row that fails this is looked up again.
     u0 is remembered in float16; what that takes from it, |u0 - float16(u0)|, is added to b, so that the bound still holds.
     Training moves a context vector by little a step, so most steps look at 4 K words a row instead of at V. Whatever is
-    remembered, the answer is the same: it is always taken from the same products with the kept words.
+    remembered, the answer is the same: it is always taken from the same products with the kept words (where more than 4 K words
+    lie within rounding of one another, which of them are kept is rounding's choice).
 
     This is a CPU's way. Whether a row fails must be known before it is spared the V words; an accelerator would be waited for
     at every step, and meets all V words in less time: there, and in a compiled graph, every row is looked up each time.
     """
 
-    def __init__(self) -> None:
-        self.remembers = True  # False: look every row up on a CPU too, as an accelerator does
+    def __init__(self, remembers: bool = True) -> None:
+        self.remembers = remembers  # False: look every row up on a CPU too, as an accelerator does
         self.forget()
 
     def forget(self) -> None:
@@ -48,6 +49,12 @@ class NearestWords:
         count = KEPT * k
         if not (self.remembers and v.is_cpu) or torch.compiler.is_compiling() or count >= len(E):
             return PF.search_all(v, E, E_inverse_norm, k, max_bytes)
+        with torch.inference_mode(False):  # what is kept serves training too
+            return self._remembered(v.clone() if v.is_inference() else v, E, E_inverse_norm, k, max_bytes)
+
+    @torch.no_grad()
+    def _remembered(self, v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int, max_bytes: int) -> tuple[Tensor, Tensor]:
+        count = KEPT * k
         u = v / v.norm(dim=-1, keepdim=True).clamp_min(PF.NORMALIZE_EPS)
         if self.kept is None or self.kept.shape != (len(v), count) or self.left_out.dtype != v.dtype:
             self.direction = torch.full_like(v, torch.nan, dtype=torch.float16)  # no row is sure of anything

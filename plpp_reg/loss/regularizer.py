@@ -45,7 +45,8 @@ class PerplexityRegularizer(nn.Module):
         embedding: the text tower's frozen ``token_embedding``, or its weight (V, D). Its storage is shared, never copied, where
             it is float32 already and on the context's device; the regularizer follows it when it moves or is reloaded in place
             (``load_state_dict``). A tensor that is put in the weight's place (``assign=True``) is seen where the module was
-            given; new numbers written through ``.data`` leave no trace: call :meth:`refresh` after that.
+            given (another module in its place is not); new numbers written through ``.data`` leave no trace: call
+            :meth:`refresh` after that.
         weight: factor of the perplexity loss, >= 0.
         inverse_weight: factor of the inverted perplexity loss, >= 0.
         top_k: number K of nearest words that make the label, 1 <= K <= V.
@@ -145,8 +146,8 @@ class PerplexityRegularizer(nn.Module):
 
         Args:
             context: the learnable vectors v, (M, D) or (P, M, D), any floating dtype.
-            hidden: the state h that precedes each of them, (M, D) or (P, M, D), any floating dtype. Where P is 1 in one of
-                the two, it is shared: one context read in P different places.
+            hidden: the state h that precedes each of them, or its own, (M, D) or (P, M, D), any floating dtype. Where P is 1 in
+                one of the two, it is shared: one context read in P different places.
             with_perplexity: False spares the prediction over the whole vocabulary where the losses need the top-k alone.
 
         Returns:
@@ -243,21 +244,27 @@ class PerplexityRegularizer(nn.Module):
     def _words_on(self, device: torch.device) -> _Words:
         """The vocabulary, taken from the embedding anew where that has changed: shared where dtype, device and rows allow."""
         source, words = self.source, self._words
-        if words is not None and words.vocabulary.device == device:
-            if torch.compiler.is_compiling() or words.fingerprint == _fingerprint(source):
-                return words
+        if torch.compiler.is_compiling():  # in the graph, from the embedding as it is at each call
+            return self._taken(source, device, ())
+        if words is not None and words.vocabulary.device == device and words.fingerprint == _fingerprint(source):
+            return words
+        self.refresh()
+        with torch.inference_mode(False):  # what is kept serves training too
+            words = self._taken(source, device, _fingerprint(source))
+        self._words = None if source.is_inference() else words  # an inference tensor does not tell that it has changed
+        return words
+
+    def _taken(self, source: Tensor, device: torch.device, fingerprint: tuple) -> _Words:
         rows = source.detach()
         if self.candidates is not None:
             rows = rows[self.candidates.to(rows.device)]
         vocabulary = rows.to(device=device, dtype=PF.compute_dtype(source))
-        self.refresh()
         # the tensor too: while its storage is alive, no other weights can come to stand at its address
-        self._words = _Words(vocabulary, PF.inverse_norm(vocabulary), source.detach(), _fingerprint(source))
-        return self._words
+        return _Words(vocabulary, PF.inverse_norm(vocabulary), source.detach(), fingerprint)
 
     def __getstate__(self) -> dict[str, Any]:
         """What can be made again is not copied."""
-        return {**self.__dict__, "_words": None, "nearest": NearestWords()}
+        return {**self.__dict__, "_words": None, "nearest": NearestWords(self.nearest.remembers)}
 
     def extra_repr(self) -> str:
         names = [n for n in settings_defaults() if n != "memory_mib"]
