@@ -298,6 +298,8 @@ def test_setting_aside_can_be_killed_anywhere(copy: Bench, monkeypatch: pytest.M
         except KeyboardInterrupt:
             continue
     assert len(moved) > 5
+    (aside,) = (copy.output / sweep.SUPERSEDED).rglob("config.yaml")
+    assert {"config.yaml", "result.json", "log.txt", "prompt_learner"} <= {p.name for p in aside.parent.iterdir()}  # together
     monkeypatch.setattr(os, "replace", replace)
     mended = read_result(jobs[0].folder)
     fresh = jobs[0]._replace(

@@ -178,11 +178,16 @@ def _other_settings(job: Job, hashes: Hashes | None = None) -> bool:
 def set_aside(job: Job) -> Path:
     """Move what a folder holds out of the way. config.yaml goes last: it says whose the rest is, should this be killed."""
     place = job.output / SUPERSEDED / job.folder.relative_to(job.output)
-    target = next(t for i in itertools.count(1) if not (t := place.with_name(f"{place.name}-{i}")).exists())
-    target.mkdir(parents=True)
-    for name in sorted(os.listdir(job.folder), key=lambda name: name == "config.yaml"):
-        if name not in (".lock", JOB):
-            os.replace(job.folder / name, target / name)
+    names = sorted(set(os.listdir(job.folder)) - {".lock", JOB}, key=lambda name: name == "config.yaml")
+
+    def takes_them(target: Path) -> bool:
+        """Whether it is not there, or half filled by a process that was killed in the middle of this."""
+        return not target.exists() or not any((target / name).exists() for name in (*names, "config.yaml"))
+
+    target = next(t for i in itertools.count(1) if takes_them(t := place.with_name(f"{place.name}-{i}")))
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        os.replace(job.folder / name, target / name)
     return target
 
 
