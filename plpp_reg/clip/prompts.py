@@ -152,6 +152,11 @@ class PromptLearner(nn.Module):
     def n_ctx(self) -> int:
         return self.ctx.shape[-2]
 
+    @property
+    def sees_names(self) -> bool:
+        """Whether the states beside the context differ from class to class."""
+        return self.class_specific or self.position != "end"
+
     def _layout(self, context_length: int) -> list[list[int]]:
         """The symbols of each prompt, SOS to EOT."""
         prompts = []

@@ -10,7 +10,7 @@ from plpp_reg.clip.reading import States, Vocabulary
 from plpp_reg.results.learned import NEAREST
 
 if TYPE_CHECKING:
-    from plpp_reg.engine.method import Method
+    from plpp_reg.engine.method import ContextSet, Method
 
 
 @torch.no_grad()
@@ -19,8 +19,11 @@ def in_words(method: Method) -> dict[str, Any] | None:
     and the perplexity of the context; of several context sets, the first. None without context."""
     if not method.learns_text_context:
         return None
-    context, hidden, *_ = method.contexts()[0]
-    states = States.of(context, hidden)
+    return _read(method, method.contexts()[0])
+
+
+def _read(method: Method, context_set: ContextSet) -> dict[str, Any]:
+    states = States.of(context_set.context, context_set.hidden)
     vocabulary = Vocabulary(method.clip.model, NEAREST)
     nearest = [[[near.word, near.cosine] for near in words] for words in vocabulary.nearest(states.context[0])]
     return {"perplexity": vocabulary.perplexity(states), "nearest": nearest}
@@ -30,5 +33,6 @@ def learned(before: dict[str, Any] | None, method: Method) -> dict[str, Any] | N
     """What :func:`in_words` said before training, and says now; None where no context was trained."""
     if before is None:
         return None
-    own = method.contexts()[0].context.dim() == 3
-    return {"before": before, "after": in_words(method), "of_class": method.classnames[0] if own else ""}
+    after, *_ = method.contexts()
+    own = after.context.dim() == 3
+    return {"before": before, "after": _read(method, after), "of_class": method.classnames[0] if own else ""}

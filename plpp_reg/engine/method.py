@@ -114,7 +114,7 @@ class Method(nn.Module):
         super().__init__()
         self.config: Any = config
         self.clip, self.classnames, self.say = clip, list(classnames), say
-        self.ranks = current()
+        self.ranks, self._reads_contexts = current(), False
         self.frozen = FrozenEncoder(clip.image)
         self.metrics: dict[str, Tensor] = {}  # scalars that the log shows beside the losses
         self.build()
@@ -194,23 +194,24 @@ class Method(nn.Module):
         ``deep``: for layers 1, 2, ... of the text tower (M, D) rows that replace the context's. Each rank computes its share.
         """
         count = len(learner.classnames)
+        if self._reads_contexts and not learner.sees_names:  # what one class says all say: its features are nobody's
+            out = learner(self.clip.text, with_states, deep, slice(1))
+            return Classes(normalize(out.features).expand(count, -1), (ContextSet(out.context, out.hidden),))
         out = learner(self.clip.text, with_states, deep, slice(self.ranks.rank, None, self.ranks.size))
         features = self.ranks.gather_rows(normalize(out.features), count)
         if not with_states:
             return Classes(features)
-        share = 1.0
-        if self.ranks.size > 1 and (learner.class_specific or learner.position != "end"):  # a state a class
-            share = len(out.features) * self.ranks.size / count
+        share = len(out.features) * self.ranks.size / count if learner.sees_names else 1.0
         return Classes(features, (ContextSet(out.context, out.hidden, share=share),))
 
     @torch.no_grad()
     def contexts(self) -> tuple[ContextSet, ...]:
-        """Every context set as it is, with all its states."""
-        ranks, self.ranks = self.ranks, Ranks()
+        """Every context set as it is, with all its states; of a context that has seen no name, by its first class alone."""
+        ranks, self.ranks, self._reads_contexts = self.ranks, Ranks(), True
         try:
             return self.encode_classes(with_states=True).contexts
         finally:
-            self.ranks = ranks
+            self.ranks, self._reads_contexts = ranks, False
 
     def frozen_features(self, batch: Batch) -> Tensor:
         """(B, embed_dim), normalised, no gradient: CLIP's own, computed ahead ("features") or of the pixels ("img")."""
