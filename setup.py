@@ -41,6 +41,7 @@ docs = [
     "furo",  # a theme of which nothing is fetched when a page is read
 ]
 test = [*demo, *ray, *data, *docs, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build", "scikit-learn"]
+test += ["mypy"]  # of a script that names what is public
 test += ["sybil>=8"]  # runs the Python of the Markdown pages
 test += ["transformers", "accelerate"]  # attach on Hugging Face's CLIP, and in its Trainer
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from plpp_reg.loss import SUFFIX
 from plpp_reg.loss.functional import STATES
 from plpp_reg.loss.settings import regularizer_from
 
+T = TypeVar("T")
+
 
 def with_plpp(
-    trainer_class: type,
+    trainer_class: type[T],
     *,
     text_encoder: str | None = None,
     prompt_learner: str | None = None,
@@ -30,7 +32,7 @@ def with_plpp(
     backward_pass: int | tuple[int, ...] | None = None,
     forward_passes: int = 1,
     final_norm: str | None = None,
-) -> type:
+) -> type[T]:
     """A subclass of ``trainer_class`` that trains with PLPP, named ``<its name>_PLPP``; the same one for the same arguments.
 
     After ``build_model`` the term is attached to ``self.model``; ``self.plpp`` is the handle. ``forward_backward`` is the
@@ -38,6 +40,9 @@ def with_plpp(
     ``perplexity`` are added, which Dassl prints and writes to tensorboard. Its ``loss`` stays what the trainer computed: the
     task's alone. The settings are ``cfg.TRAINER.PLPP`` where there is such a node, else the defaults; the checkpoint is the
     trainer's own.
+
+    ``class X_PLPP(with_plpp(X))`` and ``X_PLPP = with_plpp(X)`` are alike. A type checker takes the latter, and ``@with_plpp``
+    above a class; mypy follows no base class that a call returns.
 
     Args:
         trainer_class: the trainer.
