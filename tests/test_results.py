@@ -71,7 +71,7 @@ def test_harmonic_mean(base: float, new: float, expected: float) -> None:
 
 
 def test_a_result_comes_back_to_the_last_bit(tmp_path: Path) -> None:
-    result = {"metrics": {"accuracy": 100 / 3, "macro_f1": 0.1 + 0.2}, "seed": 0, "trainer": "CoOp"}
+    result = {"metrics": {"accuracy": 100 / 3, "macro_f1": 0.1 + 0.2}, "seed": 0, "trainer": "CoOp", "config": {"SEED": 0}, "files_sha256": "0"}
     path = results.write_result(tmp_path, result)
     assert path == tmp_path / "result.json"
     assert results.read_result(tmp_path) == result == json.loads(path.read_text())
@@ -79,10 +79,11 @@ def test_a_result_comes_back_to_the_last_bit(tmp_path: Path) -> None:
 
 
 def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    results.write_result(tmp_path, {"seed": 1})
+    whole = {"seed": 1, "trainer": "CoOp", "metrics": {}, "config": {"SEED": 1}, "files_sha256": "0"}
+    results.write_result(tmp_path, whole)
     with pytest.raises(TypeError):
         results.write_result(tmp_path, {"seed": object()})
-    assert results.read_result(tmp_path) == {"seed": 1}
+    assert results.read_result(tmp_path) == whole
 
 
 def test_versions_name_what_the_figures_depend_on() -> None:
