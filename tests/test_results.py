@@ -71,7 +71,8 @@ def test_harmonic_mean(base: float, new: float, expected: float) -> None:
 
 
 def test_a_result_comes_back_to_the_last_bit(tmp_path: Path) -> None:
-    result = {"metrics": {"accuracy": 100 / 3, "macro_f1": 0.1 + 0.2}, "seed": 0, "trainer": "CoOp", "config": {"SEED": 0}, "files_sha256": "0"}
+    metrics = {"accuracy": 100 / 3, "macro_f1": 0.1 + 0.2}
+    result = {"metrics": metrics, "seed": 0, "trainer": "CoOp", "config": {"SEED": 0}, "files_sha256": "0"}
     path = results.write_result(tmp_path, result)
     assert path == tmp_path / "result.json"
     assert results.read_result(tmp_path) == result == json.loads(path.read_text())
