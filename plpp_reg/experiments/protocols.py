@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,13 +139,21 @@ def load_protocol(name: str, embedded: bool) -> Protocol:
     return _protocol(path.stem, content, where)
 
 
-def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
-    for key, value in content.items():
-        if key not in FIELDS:
-            raise unknown(f"key in {where}:", str(key), FIELDS)
+def _check_kinds(entries: Mapping[str, Any], known: Collection[str], what: str, place: str) -> None:
+    """
+    Raises:
+        InputError: a key that is not ``known`` (``what`` it is), or a value of another kind than its key has.
+    """
+    for key, value in entries.items():
+        if key not in known:
+            raise unknown(what, str(key), known)
         fits, words = KINDS[key]
         if not fits(value):
-            raise InputError(f"{where}: {key}: expected {words}, got {_short(value)}")
+            raise InputError(f"{place}: {key}: expected {words}, got {_short(value)}")
+
+
+def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
+    _check_kinds(content, FIELDS, f"key in {where}:", where)
     for key, f in FIELDS.items():
         if key not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: expected a key {key!r}")
@@ -154,12 +162,7 @@ def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
     if content["table"] == "halves" and not {"base", "new"} <= {content.get("test"), *content.get("tests", ())}:
         raise InputError(f"{where}: expected tests base and new for a table of halves")
     for rule in content.get("where", ()):
-        for key, value in rule.items():
-            if key not in WHERE:
-                raise unknown(f"key in where of {where}:", str(key), WHERE)
-            fits, words = KINDS[key]
-            if not fits(value):
-                raise InputError(f"{where}: where: {key}: expected {words}, got {_short(value)}")
+        _check_kinds(rule, WHERE, f"key in where of {where}:", f"{where}: where")
     for variant in content.get("variants", ()):
         if not _as_folder(variant).strip("."):
             raise InputError(f"{where}: variants: expected names that a folder can have, got {variant!r}")

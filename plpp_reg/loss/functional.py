@@ -146,15 +146,11 @@ class _Cosines(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         v, cosines, E, E_inverse_norm, ids = ctx.saved_tensors
-        with _without_autocast(E):
-            return _Cosines.toward_words(v, cosines, E, E_inverse_norm, ids, gradient), None, None, None, None
-
-    @staticmethod
-    def toward_words(v: Tensor, cosines: Tensor, E: Tensor, E_inverse_norm: Tensor, ids: Tensor, gradient: Tensor) -> Tensor:
-        length = v.norm(dim=-1, keepdim=True).clamp_min(NORMALIZE_EPS)
-        toward = weighted_words(gradient * E_inverse_norm[ids], E, ids)
-        along = (gradient * cosines).sum(-1, keepdim=True) / length
-        return (toward - along * v) / length
+        with _without_autocast(E):  # some call backward inside it
+            length = v.norm(dim=-1, keepdim=True).clamp_min(NORMALIZE_EPS)
+            toward = weighted_words(gradient * E_inverse_norm[ids], E, ids)
+            along = (gradient * cosines).sum(-1, keepdim=True) / length
+            return (toward - along * v) / length, None, None, None, None
 
 
 def perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
