@@ -52,6 +52,8 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="MIT",
+    author="the plpp-reg developers",
+    project_urls={"Paper": "https://arxiv.org/abs/2412.15277"},
     python_requires=">=3.10",
     packages=[*find_packages(include=["plpp_reg", "plpp_reg.*"]), "plpp_reg.trainers", "plpp_reg.configs"],
     package_dir={"plpp_reg.trainers": "trainers", "plpp_reg.configs": "configs"},
@@ -81,7 +83,9 @@ setup(
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
-        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

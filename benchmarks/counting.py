@@ -56,19 +56,27 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _CopiedToTheHost(TorchFunctionMode):
-    """Calls that copy a tensor to the host: on a CPU there is nothing to copy, so the dispatcher does not see them."""
+class _Calls(TorchFunctionMode):
+    """What the dispatcher does not see on a CPU: copies to the host, where there is nothing to copy; numbers among tensors."""
 
     COPIES = {"tolist", "cpu", "numpy", "__array__"}
 
     def __init__(self, by_name: Counter[str]) -> None:
         super().__init__()
         self.by_name = by_name
+        self.number_put = False  # x[mask] = 0.0: the mask is filled where it stands
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__ in self.COPIES:
-            self.by_name[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        kwargs, name = kwargs or {}, func.__name__
+        # "cpu" by name alone: torch.device("cpu") may be another tensor's device, which is an accelerator's there
+        to_host = name == "to" and "cpu" in (*(a for a in args[1:] if isinstance(a, str)), kwargs.get("device"))
+        if name in self.COPIES or to_host:
+            self.by_name[name] += 1
+        self.number_put = name == "__setitem__" and isinstance(args[2], (int, float))
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.number_put = False
 
 
 class Waits(TorchDispatchMode):
@@ -79,26 +87,38 @@ class Waits(TorchDispatchMode):
     ([1.0, 1.0], True, 3)
     >>> waits.by_name
     Counter({'tolist': 1, '_local_scalar_dense': 1, 'nonzero': 1})
+    >>> x, large = torch.arange(4.0), torch.tensor([False, False, True, True])
+    >>> with Waits() as waits:
+    ...     x[large] = -x[:2]  # the mask becomes places, whose number the host must know; that of a number does not
+    ...     x[large] = 0.0
+    ...     moved = x.to("cpu")
+    >>> waits.by_name
+    Counter({'index_put_': 1, 'to': 1})
     """
 
     TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    BY_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}  # they wait where an index is a mask
 
     def __init__(self) -> None:
         super().__init__()
         self.by_name: Counter[str] = Counter()
-        self._copies = _CopiedToTheHost(self.by_name)
+        self._calls = _Calls(self.by_name)
 
     def __enter__(self):
-        self._copies.__enter__()
+        self._calls.__enter__()
         return super().__enter__()
 
     def __exit__(self, *raised):
         super().__exit__(*raised)
-        self._copies.__exit__(*raised)
+        self._calls.__exit__(*raised)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        by_mask = name != "index" or any(i is not None and i.dtype == torch.bool for i in args[1])
-        if self.TAGS & set(func.tags) and by_mask:
+        if name in self.BY_MASK:
+            masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+            waits = masked and not self._calls.number_put
+        else:
+            waits = bool(self.TAGS & set(func.tags))
+        if waits:
             self.by_name[name] += 1
         return func(*args, **(kwargs or {}))

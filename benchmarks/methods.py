@@ -228,7 +228,7 @@ def measure_plpp(case: str, size: Size) -> dict[str, Any]:
         order = (plain, treated) if i % 2 else (treated, plain)
         before = nearest.looked_up
         pair = {t: seconds(lambda t=t, batch=batch: t.step(batch)) for t in order}
-        looked_up, rows = looked_up + nearest.looked_up - before, rows + len(nearest.left_out)
+        looked_up, rows = looked_up + nearest.looked_up - before, rows + len(nearest.memory.left_out)
         nearest.forget()
         images = treated.method.image_features(batch) if treated.method.classes_depend_on_image else None
         classes = treated.method.encode_classes(images, with_states=True)  # the term alone is timed, with all rows looked up

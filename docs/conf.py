@@ -3,7 +3,7 @@
 from plpp_reg import __version__
 
 project = "plpp-reg"
-author = "the plpp-reg contributors"
+author = "the plpp-reg developers"
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from plpp_reg.attachment.with_plpp import with_plpp
     from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Components", "Handle", "PerplexityRegularizer", "__version__", "attach", "with_plpp"]
 
 _PLACES = {

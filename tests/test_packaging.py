@@ -1,42 +1,73 @@
-"""The wheel: what is in it, that it works away from the checkout, and that ``import plpp_reg`` needs torch alone."""
+"""What is distributed: the source, which is the whole checkout; the wheel made of it, which works away from the checkout;
+and that ``import plpp_reg`` needs torch alone."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import plpp_reg
+
 import engine_helpers as helpers
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what git has or would take, so that neither the checkout's build/ nor its egg-info is touched."""
-    place = tmp_path_factory.mktemp("build")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=helpers.ROOT,
-        capture_output=True,
-        text=True,
-    )
+def tracked() -> list[str]:
+    """What git has or would take."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("needs a git checkout")
-    for name in filter(None, listed.stdout.split("\0")):
-        source, target = helpers.ROOT / name, place / "tree" / name
-        if source.is_file() and not name.startswith(("shared/", "docs/", "benchmarks/")):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+    names = filter(None, listed.stdout.split("\0"))
+    return [name for name in names if (helpers.ROOT / name).is_file() and not name.startswith("shared/")]
+
+
+@pytest.fixture(scope="module")
+def distributions(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution and the wheel that is built from it.
+
+    Made of a copy, so that neither the checkout's build/ nor its egg-info is touched.
+    """
+    place = tmp_path_factory.mktemp("build")
+    for name in tracked:
+        target = place / "tree" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(helpers.ROOT / name, target)
     # No isolation, no dependencies: nothing is downloaded.
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(place / "dist"), str(place / "tree")]
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place / "dist"), str(place / "tree")]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (built,) = (place / "dist").glob("*.whl")
+    return place / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    (built,) = distributions.glob("*.whl")
     return built
+
+
+def test_the_source_distribution_is_the_whole_checkout(distributions: Path, tracked: list[str]) -> None:
+    # docs/ builds from it and tests/ run in it as they do here.
+    (built,) = distributions.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    made = {name for name in names if name in ("PKG-INFO", "setup.cfg") or name.startswith("plpp_reg.egg-info/")}
+    assert names - made == set(tracked)
+
+
+def test_one_version_is_said_everywhere() -> None:
+    citation = (helpers.ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, re.M)[1] == plpp_reg.__version__
+    released = re.findall(r"^## (\S+)", (helpers.ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert released[:2] == ["Unreleased", plpp_reg.__version__]
 
 
 @pytest.fixture(scope="module")
