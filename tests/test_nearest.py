@@ -98,7 +98,7 @@ def test_an_accelerator_is_never_waited_for():
     E, inverse = (t.to("meta") for t in vocabulary())
     search = NearestWords()
     cosines, ids = search(torch.empty(3, D, device="meta"), E, inverse, K, 2 * V * 4)
-    assert cosines.shape == ids.shape == (3, K) and search.kept is None
+    assert cosines.shape == ids.shape == (3, K) and search.memory is None
 
 
 @pytest.mark.parametrize("words", [K, KEPT * K - 1, KEPT * K, KEPT * K + 1])

@@ -1,4 +1,4 @@
-"""A script of a user's that names what is public passes mypy --strict."""
+"""A script of a user's that names what is public passes mypy --strict, and so does the room of the loss."""
 
 from __future__ import annotations
 
@@ -67,9 +67,13 @@ handle: Handle = attach(model, regularizer)
 """
 
 
-def test_a_users_script_is_typed(tmp_path: Path) -> None:
+def mypy(what: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", folder / "cache", *what]
+    return subprocess.run(command, cwd=folder, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+def test_a_users_script_and_the_loss_are_typed(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path), "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True)
+    done = mypy(["script.py", ROOT / "plpp_reg" / "loss"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

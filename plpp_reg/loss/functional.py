@@ -52,7 +52,8 @@ def _without_autocast(tensor: Tensor) -> torch.autocast:
 
 def inverse_norm(E: Tensor) -> Tensor:
     """``1 / |E_i|`` for each row, (V, D) -> (V,). A zero row gets a large finite number, hence cosine 0 with everything."""
-    return E.norm(dim=-1).clamp_min(torch.finfo(E.dtype).eps).reciprocal()
+    length: Tensor = E.norm(dim=-1)
+    return length.clamp_min(torch.finfo(E.dtype).eps).reciprocal()
 
 
 def nearest_words(v: Tensor, E: Tensor, k: int, E_inverse_norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,8 @@ def word_products(x: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
     >>> word_products(torch.tensor([[[0.0, 4.0, 3.0]]]), torch.eye(3), torch.tensor([[2, 1]]), max_bytes=2**20)
     tensor([[[3., 4.]]])
     """
-    return _WordProducts.apply(x, E, ids, max_bytes)
+    products: Tensor = _WordProducts.apply(x, E, ids, max_bytes)
+    return products
 
 
 class _WordProducts(torch.autograd.Function):
@@ -105,7 +107,7 @@ class _WordProducts(torch.autograd.Function):
         return products[0] if len(products) == 1 else torch.cat(products)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, E, ids, ctx.max_bytes = inputs
         ctx.save_for_backward(E, ids)
 
@@ -130,7 +132,8 @@ def with_gradient(cosines: Tensor, v: Tensor, E: Tensor, E_inverse_norm: Tensor,
 
     ``d cos_k / d v = (E_k / |E_k| - cos_k u) / |v|`` with ``u = v / |v|``.
     """
-    return _Cosines.apply(v, cosines, E, E_inverse_norm, ids)
+    same: Tensor = _Cosines.apply(v, cosines, E, E_inverse_norm, ids)
+    return same
 
 
 class _Cosines(torch.autograd.Function):
@@ -139,7 +142,7 @@ class _Cosines(torch.autograd.Function):
         return cosines.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         v, _, E, E_inverse_norm, ids = inputs
         ctx.save_for_backward(v, output, E, E_inverse_norm, ids)
 
@@ -187,7 +190,11 @@ def vocabulary_log_normalizer(h: Tensor, E: Tensor, max_bytes: int) -> Tensor:
 
     At most ``max_bytes`` of the (R, V) logits live at a time; where that is not all of them, backward computes them again.
     """
-    return _VocabularyLogNormalizer.apply(h, E, max_bytes)[0]
+    if torch.is_grad_enabled() and h.requires_grad:
+        log_normalizer: Tensor = _VocabularyLogNormalizer.apply(h, E, max_bytes)[0]
+        return log_normalizer
+    rows = parts(len(h), len(E) * E.element_size(), max_bytes)
+    return torch.cat([(h[part] @ E.T).logsumexp(-1) for part in rows])
 
 
 class _VocabularyLogNormalizer(torch.autograd.Function):
@@ -204,7 +211,7 @@ class _VocabularyLogNormalizer(torch.autograd.Function):
         return torch.cat([log_normalizer, *others]), logits.new_empty(0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         h, E, ctx.max_bytes = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,15 @@ from plpp_reg.loss import functional as PF
 
 KEPT = 4  # words kept for each one asked for
 SLACK = 1e-5  # of float32 cosines, which rounding moves by about 1e-7
+
+
+class Memory(NamedTuple):
+    """Where each of R rows was looked up last, and what was found there."""
+
+    direction: Tensor  # (R, D) u0, float16
+    kept: Tensor  # (R, KEPT * K) ids, ascending, so that equal cosines come in one order
+    places: Tensor  # (R, V) sparse: where the kept words are
+    left_out: Tensor  # (R,) b, what float16 took from u0, and the slack
 
 
 class NearestWords:
@@ -37,10 +47,7 @@ class NearestWords:
 
     def forget(self) -> None:
         """The vocabulary has changed."""
-        self.direction: Tensor | None = None  # (R, D) u0, float16
-        self.kept: Tensor | None = None  # (R, KEPT * K) ids, ascending, so that equal cosines come in one order
-        self.places: Tensor | None = None  # (R, V) sparse: where the kept words are
-        self.left_out: Tensor | None = None  # (R,) b, what float16 took from u0, and the slack
+        self.memory: Memory | None = None
         self.looked_up = 0  # rows that met all V words, since the last forget()
 
     @torch.no_grad()
@@ -54,38 +61,42 @@ class NearestWords:
 
     @torch.no_grad()
     def _remembered(self, v: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int, max_bytes: int) -> tuple[Tensor, Tensor]:
-        count = KEPT * k
+        shape = (len(v), KEPT * k)
         u = v / v.norm(dim=-1, keepdim=True).clamp_min(PF.NORMALIZE_EPS)
-        if self.kept is None or self.kept.shape != (len(v), count) or self.left_out.dtype != v.dtype:
-            self.direction = torch.full_like(v, torch.nan, dtype=torch.float16)  # no row is sure of anything
-            self.kept = torch.zeros(len(v), count, dtype=torch.long)
-            self.left_out = v.new_zeros(len(v))
+        memory = self.memory
+        if memory is None or memory.kept.shape != shape or memory.left_out.dtype != v.dtype:
+            kept = torch.zeros(shape, dtype=torch.long)
+            direction = torch.full_like(v, torch.nan, dtype=torch.float16)  # no row is sure of anything
+            memory = Memory(direction, kept, kept, v.new_zeros(len(v)))
             unsure = torch.ones(len(v), dtype=torch.bool)
         else:
-            cosines, ids = self._among_kept(u, E, E_inverse_norm, k)
-            drift = (u - self.direction).norm(dim=-1)
-            sure = cosines[:, -1] > self.left_out + drift  # nan is not
+            cosines, ids = _among_kept(memory, u, E, E_inverse_norm, k)
+            drift = (u - memory.direction).norm(dim=-1)
+            sure = cosines[:, -1] > memory.left_out + drift  # nan is not
             if False not in sure.tolist():
                 return cosines, ids
             unsure = ~sure
-        self._look_up(unsure.nonzero()[:, 0], u, E, E_inverse_norm, max_bytes)
-        return self._among_kept(u, E, E_inverse_norm, k)
+        self.memory = self._look_up(memory, unsure.nonzero()[:, 0], u, E, E_inverse_norm, max_bytes)
+        return _among_kept(self.memory, u, E, E_inverse_norm, k)
 
-    def _look_up(self, rows: Tensor, u: Tensor, E: Tensor, E_inverse_norm: Tensor, max_bytes: int) -> None:
+    def _look_up(self, memory: Memory, rows: Tensor, u: Tensor, E: Tensor, E_inverse_norm: Tensor, max_bytes: int) -> Memory:
         """Remember the words nearest to ``rows`` (r,) of u, which meet all V words."""
         self.looked_up += len(rows)
-        found, nearest = PF.search_all(u[rows], E, E_inverse_norm, self.kept.shape[1] + 1, max_bytes)
-        rounded = u[rows].to(self.direction.dtype)
-        self.direction[rows], self.left_out[rows] = rounded, found[:, -1] + (u[rows] - rounded).norm(dim=-1) + SLACK
-        self.kept[rows] = nearest[:, :-1].sort(dim=1).values
-        starts = torch.arange(0, self.kept.numel() + 1, self.kept.shape[1])
+        direction, kept, _, left_out = memory
+        found, nearest = PF.search_all(u[rows], E, E_inverse_norm, kept.shape[1] + 1, max_bytes)
+        rounded = u[rows].to(direction.dtype)
+        direction[rows], left_out[rows] = rounded, found[:, -1] + (u[rows] - rounded).norm(dim=-1) + SLACK
+        kept[rows] = nearest[:, :-1].sort(dim=1).values
+        starts = torch.arange(0, kept.numel() + 1, kept.shape[1])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            values, size = u.new_zeros(self.kept.numel()), (len(u), len(E))
-            self.places = torch.sparse_csr_tensor(starts, self.kept.flatten(), values, size, check_invariants=False)
+            values, size = u.new_zeros(kept.numel()), (len(u), len(E))
+            places = torch.sparse_csr_tensor(starts, kept.flatten(), values, size, check_invariants=False)
+        return memory._replace(places=places)
 
-    def _among_kept(self, u: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest of each row's kept words, whose vectors (R, KEPT * K, D) are not made: it takes four times as long."""
-        products = torch.sparse.sampled_addmm(self.places, u, E.T, beta=0.0).values().view(self.kept.shape)
-        best, place = (products * E_inverse_norm[self.kept]).sort(dim=1, descending=True, stable=True)
-        return best[:, :k], self.kept.gather(1, place[:, :k])
+
+def _among_kept(memory: Memory, u: Tensor, E: Tensor, E_inverse_norm: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of each row's kept words, whose vectors (R, KEPT * K, D) are not made: it takes four times as long."""
+    products = torch.sparse.sampled_addmm(memory.places, u, E.T, beta=0.0).values().view(memory.kept.shape)
+    best, place = (products * E_inverse_norm[memory.kept]).sort(dim=1, descending=True, stable=True)
+    return best[:, :k], memory.kept.gather(1, place[:, :k])

@@ -30,7 +30,7 @@ class _Words(NamedTuple):
     vocabulary: Tensor  # (V, D)
     inverse_norm: Tensor  # (V,)
     source: Tensor
-    fingerprint: tuple
+    fingerprint: tuple[object, ...]
 
 
 class PerplexityRegularizer(nn.Module):
@@ -254,7 +254,7 @@ class PerplexityRegularizer(nn.Module):
         self._words = None if source.is_inference() else words  # an inference tensor does not tell that it has changed
         return words
 
-    def _taken(self, source: Tensor, device: torch.device, fingerprint: tuple) -> _Words:
+    def _taken(self, source: Tensor, device: torch.device, fingerprint: tuple[object, ...]) -> _Words:
         rows = source.detach()
         if self.candidates is not None:
             rows = rows[self.candidates.to(rows.device)]
@@ -287,7 +287,7 @@ def _sum(terms: dict[str, Tensor]) -> Tensor:
     return sum(others, first)
 
 
-def _fingerprint(tensor: Tensor) -> tuple:
+def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
     version = 0 if tensor.is_inference() else tensor._version  # an in-place load_state_dict raises it
     return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), version
 
@@ -326,7 +326,7 @@ def _check_candidates(candidates: Sequence[int] | Tensor | None, size: int) -> T
         raise InputError(f"candidates: expected a non-empty list of token ids, got {candidates!r:.60}") from e
     if ids.dim() != 1 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise InputError(f"candidates: expected a non-empty list of token ids, got {_describe(ids)}")
-    ids = ids.long().unique()
+    ids = torch.tensor(sorted(set(ids.tolist())))
     if ids[0] < 0 or ids[-1] >= size:
         raise InputError(f"candidates: expected ids from 0 to {size - 1}, got {int(ids[0])} to {int(ids[-1])}")
     return ids
