@@ -117,6 +117,36 @@ def test_a_dassl_that_a_new_torch_broke(tmp_path, monkeypatch):
     assert broken.mend.startswith(f"pip install -r {tmp_path / 'requirements.txt'} && pip install")
 
 
+CHECKOUT = {
+    "train.py": "import os.path, argparse\nfrom dassl.engine import build\nimport trainers.coop\nimport datasets.pets as p\n",
+    "trainers/__init__.py": "",
+    "trainers/coop.py": "import torch\nfrom .extra import plot\nfrom absent_a.deep import thing\n",
+    "trainers/extra.py": "def plot():\n    import only_when_called\n",
+    "trainers/unused.py": "import nobody_asks\n",
+    "datasets/pets.py": "try:\n    import accelerated\nexcept ImportError:\n    pass\nimport yaml, sklearn_like\n",
+    "dassl/__init__.py": "",
+    "dassl/engine/__init__.py": "from .build import build\nfrom . import da\nif True:\n    import absent_b as b\n",
+    "dassl/engine/build.py": "class Builder:\n    import absent_c\n",
+    "dassl/engine/da.py": "from ..utils import tools\n",
+    "dassl/utils/__init__.py": "",
+    "dassl/utils/tools.py": "import cv2\nimport absent_d\n",
+}
+
+
+def test_all_that_a_checkout_lacks_is_named_at_once(tmp_path, monkeypatch):
+    for name, text in CHECKOUT.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    spec_of = d.spec_of
+    monkeypatch.setattr(d, "spec_of", lambda name, folder: None if name == "cv2" else spec_of(name, folder))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "cv2" else find_spec(name, *a))
+    found = finding(tmp_path, "dassl")
+    missing = ["absent_a", "absent_b", "absent_c", "absent_d", "cv2", "sklearn_like"]
+    assert found.fails.endswith(f"are not installed: {', '.join(missing)}")
+    assert found.mend == "pip install absent_a absent_b absent_c absent_d opencv-python sklearn_like"
+
+
 def test_several_gpus_in_a_checkout(tmp_path, monkeypatch):
     for name, value in {"is_available": True, "device_count": 2, "get_device_name": "H", "is_bf16_supported": True}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *a, v=value: v)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plpp_reg.errors import install
+from plpp_reg.io.imports import install_command, missing_imports
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 6)
 PKG_RESOURCES_GONE = 81  # the first setuptools without it; openai-clip imports it
@@ -71,6 +72,14 @@ def spec_of(module: str, folder: Path) -> importlib.machinery.ModuleSpec | None:
     """What ``import module`` finds in a script that stands in ``folder``."""
     path = [str(folder), *(p for p in sys.path if p and Path(p).resolve() != folder)]
     return importlib.machinery.PathFinder.find_spec(module, path)
+
+
+def _elsewhere(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Of editable installations, and of what is part of Python."""
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
 
 
 def place_of(spec: importlib.machinery.ModuleSpec) -> str:
@@ -164,6 +173,12 @@ def _dassl(folder: Path) -> Iterator[Finding]:
         yield Finding("dassl", "not installed (only checkouts of CoOp's kind need it)")
         return
     place = place_of(spec)
+    roots = [file for file in (folder / "train.py", Path(place) / "engine" / "__init__.py") if file.is_file()]
+    missing = missing_imports(roots, [folder, Path(place)], lambda name: spec_of(name, folder) or _elsewhere(name))
+    if missing:
+        fails = f"it and the checkout import on start, and these are not installed: {', '.join(missing)}"
+        yield Finding("dassl", place, fails, install_command(missing))
+        return
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     words = [sys.executable, "-W", "ignore", "-m", "plpp_reg.dassl", "--check"]
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
