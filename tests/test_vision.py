@@ -138,9 +138,11 @@ def test_a_tower_without_projection_gives_its_width() -> None:
     assert got.shape == (3, WIDTH)
 
 
-def test_a_resnet_takes_no_prompts() -> None:
+def test_prompts_that_cannot_be_are_refused() -> None:
     tower = ImageTower(model_of(torch.float32, resnet=True))
     assert not tower.is_transformer and tower.dtype == torch.float32
+    with pytest.raises(InputError, match=r"^prompts: expected rows that deep prompts of 2 layers replace, got None$"):
+        ImageTower(model_of(torch.float32))(images_of(), deep=prompts_of(2, 2, torch.float32))
     for ask in (lambda: tower.width, lambda: tower.depth, lambda: tower(images_of(), torch.zeros(2, WIDTH))):
         with pytest.raises(InputError, match=r"^visual prompts: expected .*vision transformer.*got a ResNet$"):
             ask()

@@ -61,7 +61,12 @@ class ImageTower(nn.Module):
             images: preprocessed images.
             prompts: (M, width) rows that are appended after the patches, with no position, before ``ln_pre``.
             deep: for layers 1, 2, ...: (M, width) rows that replace them at the layer's entry (VPT, arXiv 2203.12119).
+
+        Raises:
+            InputError: ``deep`` without ``prompts``, whose rows it would replace; prompts for a ResNet.
         """
+        if deep and prompts is None:
+            raise InputError(f"prompts: expected rows that deep prompts of {len(deep)} layers replace, got None")
         images = images.to(self.dtype)
         if prompts is None:
             return self._transformer(images) if self.is_transformer else self.visual(images)
