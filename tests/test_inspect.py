@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from plpp_reg.clip import reading, vocabulary
 from plpp_reg.clip.prompts import encode
 from plpp_reg.clip.reading import SAMPLE
 from plpp_reg.commands.cli import main
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
+from plpp_reg.loss import functional as PF
 from plpp_reg.prompts.inspect import as_json, as_text, inspect_prompts
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.maple import MaPLe
@@ -127,7 +129,25 @@ def test_words_themselves_and_the_words_that_it_began_with(tmp_path, backbone, m
     assert all(v.nearest[0].cosine == pytest.approx(1, abs=1e-3) and v.nearer_than == 1.0 for v in found.after.vectors)
     assert found.before.perplexity == pytest.approx(found.after.perplexity, rel=1e-3)
     text = as_text(found)
+    assert "of the state before each vector" in " ".join(text.split()) and json.loads(as_json(found))["states"] == "preceding"
     assert "v_2  photo 1.00" in text and "Before training: perplexity" in text
+
+
+def test_vectors_meet_the_vocabulary_within_a_bound(tmp_path, backbone, model, monkeypatch):
+    v = context(len(CLASSNAMES), M, D)
+    run = upstream(tmp_path, {"ctx": v})
+    whole = inspect_prompts(run, backbone, k=4)
+    most, seen = 2, []
+    for module in (vocabulary, reading):
+        monkeypatch.setattr(module, "MAX_BYTES", most * len(model.token_embedding.weight) * 4 + 100)
+    nearest = PF.nearest_words
+    monkeypatch.setattr(PF, "nearest_words", lambda v, *more: seen.append(len(v)) or nearest(v, *more))
+    found = inspect_prompts(run, backbone, k=4)
+    assert max(seen) == most and sum(seen) > 2 * len(CLASSNAMES) * M
+    assert_reads(found.after, *by_hand(model, v), range(len(CLASSNAMES) * M))
+    assert [[w.word for w in a.nearest] for a in found.after.vectors] == [
+        [w.word for w in b.nearest] for b in whole.after.vectors
+    ]
 
 
 def test_how_far_words_lie_from_each_other(tmp_path, backbone, model):
@@ -171,6 +191,7 @@ def our_run(tmp_path_factory, backbone):
     for name, cls, keys in (
         ("coop", CoOp, ()),
         ("maple", MaPLe, ("TRAINER.MAPLE.PREC", "fp32", "TRAINER.MAPLE.PROMPT_DEPTH", 1)),
+        ("own", CoOp, ("TRAINER.PLPP.STATES", "own")),
     ):
         cfg = make_cfg("TRAINER.PLPP.ENABLED", True, "MODEL.BACKBONE.NAME", backbone, "TRAIN.CHECKPOINT_FREQ", 1, *keys)
         cfg.TRAINER.NAME = f"{cls.__name__}_PLPP"
@@ -185,7 +206,7 @@ def our_run(tmp_path_factory, backbone):
     return runs
 
 
-@pytest.mark.parametrize("name", ["coop", "maple"])
+@pytest.mark.parametrize("name", ["coop", "maple", "own"])
 def test_our_run_before_and_after(our_run, name):
     folder, (perplexity, start), trainer = our_run[name]
     found = inspect_prompts(folder)
@@ -195,6 +216,8 @@ def test_our_run_before_and_after(our_run, name):
     assert set(found.epochs) == {0, 1, 2} and found.epochs[2] == found.after.perplexity
     assert found.logged == {i: e["perplexity"] for i, e in enumerate(trainer.state.history, 1)}
     assert (found.trainer, found.epoch) == (trainer.cfg.TRAINER.NAME, 2)
+    assert found.states == trainer.cfg.TRAINER.PLPP.STATES == ("own" if name == "own" else "preceding")
+    assert ("of the state at each vector itself" in " ".join(as_text(found).split())) == (name == "own")
 
 
 def test_the_command_line(our_run, tmp_path, capsys):

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from plpp_reg.clip.prompts import tokenizer
-from plpp_reg.clip.vocabulary import NearWord, candidate_ids, nearest_words
+from plpp_reg.clip.vocabulary import MAX_BYTES, NearWord, candidate_ids, nearest_words
 from plpp_reg.loss import functional as PF
 
 SAMPLE = 512  # words whose nearest other word tells how far words lie from each other
-ROWS = 128  # rows that meet the vocabulary at once
 
 
 class States(NamedTuple):
-    """Context vectors as they stand somewhere: v (1 or P, M, D) and the states before them, h (1 or P, M, D)."""
+    """Context vectors as they stand somewhere: v (1 or P, M, D) and the states that PLPP reads for them, h (1 or P, M, D)."""
 
     context: Tensor
     hidden: Tensor
@@ -70,7 +69,8 @@ class Vocabulary:
     def nearest_other(self) -> Tensor:
         """(n,) of :data:`SAMPLE` words the cosine to the nearest other word, ascending."""
         at = torch.linspace(0, len(self.rows) - 1, min(SAMPLE, len(self.rows))).long()
-        return PF.nearest_words(self.rows[at], self.rows, 2)[0][:, 1].sort().values  # the first is the word itself
+        found, _ = PF.search_all(self.rows[at], self.rows, PF.inverse_norm(self.rows), 2, MAX_BYTES)
+        return found[:, 1].sort().values  # the first is the word itself
 
     @property
     def typical(self) -> Typical:
@@ -99,9 +99,10 @@ class Vocabulary:
         number = max(len(states.context), len(states.hidden))
         v, h = (t.expand(number, -1, -1).flatten(0, 1) for t in states)
         nll, expected = [], []
-        for part_v, part_h in zip(v.split(ROWS), h.split(ROWS), strict=True):
-            log_p = (part_h @ self.rows.T).log_softmax(-1)
-            nearest = PF.nearest_words(part_v, self.rows, 1)[1]
+        inverse_norm, a_row = PF.inverse_norm(self.rows), len(self.rows) * self.rows.element_size()
+        for part in PF.parts(len(v), a_row, MAX_BYTES):
+            log_p = (h[part] @ self.rows.T).log_softmax(-1)
+            _, nearest = PF.nearest_words(v[part], self.rows, 1, inverse_norm)
             nll.append(-log_p.gather(1, nearest)[:, 0])
             if with_expected:
                 top = log_p.topk(self.k)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from plpp_reg.loss import functional as PF
 
+MAX_BYTES = 64 * 2**20  # of the cosines that are held at once
+
 
 class NearWord(NamedTuple):
     """A word of the vocabulary and its cosine to a context vector."""
@@ -61,7 +63,7 @@ def nearest_words(context: Tensor, embedding: Tensor, k: int = 5, candidates: Te
     rows = embedding.detach().float()
     if candidates is not None:
         rows = rows[candidates.to(rows.device)]
-    cosines, ids = PF.nearest_words(vectors, rows, k)
+    cosines, ids = PF.search_all(vectors, rows, PF.inverse_norm(rows), k, MAX_BYTES)
     if candidates is not None:
         ids = candidates.to(ids.device)[ids]
     return [

@@ -38,7 +38,7 @@ class Backbone(NamedTuple):
 
 
 class ContextSet(NamedTuple):
-    """Context vectors that PLPP may read, and the states that predict them."""
+    """Context vectors that PLPP may read, and the states that it reads them by: those before them, or their own."""
 
     context: Tensor  # v (M, D) or (P, M, D)
     hidden: Tensor  # h (1 or P, M, D)

@@ -1,4 +1,4 @@
-"""Learned context vectors, and the states before them, out of a run of ours or a checkpoint of upstream's."""
+"""Learned context vectors, and the states that PLPP reads for them, out of a run of ours or a checkpoint of upstream's."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class OurRun:
         clip_model: nn.Module | None = None,
     ) -> None:
         cfg.USE_CUDA = False
-        self.trainer, self.backbone = cfg.TRAINER.NAME, cfg.MODEL.BACKBONE.NAME
+        self.trainer, self.backbone, self.states = cfg.TRAINER.NAME, cfg.MODEL.BACKBONE.NAME, cfg.TRAINER.PLPP.STATES
         extra = content.get("plpp_reg")
         names = extra.get("classnames") if isinstance(extra, dict) else None
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -109,6 +109,7 @@ class Upstream:
     """
 
     trainer = "upstream"
+    states = PF.STATES[0]
 
     def __init__(self, content: dict[str, Any], path: Path, backbone: str, position: str, init: str) -> None:
         if position not in POSITIONS:

@@ -17,17 +17,26 @@ from plpp_reg.prompts import contexts
 from plpp_reg.prompts.contexts import OurRun, Upstream
 
 NARROWEST = 80  # columns of a terminal
+READ_WITH = {
+    "preceding": "Perplexity and what the LM head expects are of the state before each vector.",
+    "own": "Perplexity and what the LM head expects are of the state at each vector itself.",
+}
 NO_BREAK = "\N{NO-BREAK SPACE}"  # between a word and its figure, which stay on one line
 
 
 class Inspection(NamedTuple):
-    """What :func:`inspect_prompts` found. ``epochs`` has the perplexity of each checkpoint that is there, 0: before training;
-    ``logged`` the training's own mean of each epoch."""
+    """What :func:`inspect_prompts` found.
+
+    ``states``: which of the text tower's states the vectors were read with, the "preceding" ones or their "own", as in
+    training. ``epochs`` has the perplexity of each checkpoint that is there, 0: before training; ``logged`` the training's own
+    mean of each epoch.
+    """
 
     source: str
     trainer: str
     backbone: str
     epoch: int
+    states: str
     typical: Typical
     before: Reading | None
     after: Reading
@@ -84,6 +93,7 @@ def inspect_prompts(
         prompts.trainer,
         prompts.backbone,
         content["epoch"],
+        prompts.states,
         words.typical,
         first,
         after,
@@ -152,7 +162,7 @@ def as_text(found: Inspection, width: int | None = None) -> str:
         f"{found.source}: {found.trainer} on {found.backbone}, epoch {found.epoch}",
         *_wrapped(
             f"Words lie {median:.2f} (cosine; 5% to 95%: {low:.2f} to {high:.2f}) from their nearest other word; their norm is "
-            f"{found.typical.norm:.2f}.",
+            f"{found.typical.norm:.2f}. {READ_WITH[found.states]}",
             width,
         ),
     ]
