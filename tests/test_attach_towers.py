@@ -48,12 +48,12 @@ class Inline(nn.Module):
     def forward(self) -> Tensor:
         return self.tower(self.prompts())[:, -1].sin().sum()
 
-    def with_term(self, regularizer: PerplexityRegularizer, own: bool = False) -> Tensor:
-        """The loss and the term, added."""
+    def with_term(self, regularizer: PerplexityRegularizer, own: bool = False, each: bool = False) -> Tensor:
+        """The loss and the term, added. ``each``: prompts of one context have states of their own."""
         prompts = self.prompts()
         hidden = self.tower(prompts)
         at = 1 + self.after
-        count = 1 if self.after == 0 else len(prompts)
+        count = len(prompts) if each or self.after else 1
         h = hidden[:count, at : at + M] if own else hidden[:count, at - 1 : at + M - 1]
         return hidden[:, -1].sin().sum() + regularizer(prompts[:count, at : at + M], h)
 
@@ -186,8 +186,32 @@ def test_a_bidirectional_tower_is_refused(clip_model):
     handle = attach(host, regularizer, states="own")
     host().backward()
     other = OpenCLIP(model, words_of(model.text.token_embedding.weight, 16))
-    other.with_term(regularizer, own=True).backward()
+    other.with_term(regularizer, own=True, each=True).backward()
     assert handle.ever_joined
+    assert_close(gradients(host), gradients(other), 1e-9)
+
+
+class ClassAware(OpenAI):
+    """Mixes something of each class into the context's states in front of a deeper layer, as TCP does."""
+
+    def tower(self, prompts):
+        mix = torch.randn(len(prompts), M, WIDTH, dtype=prompts.dtype, generator=torch.Generator().manual_seed(0))
+        x = (prompts + self.clip.positional_embedding[: prompts.shape[1]]).permute(1, 0, 2)
+        for layer, block in enumerate(self.clip.transformer.resblocks):
+            if layer == 1:
+                x = torch.cat([x[:1], (x[1 : 1 + M] + mix.transpose(0, 1)) / 2, x[1 + M :]])
+            x = block(x)
+        return self.clip.ln_final(x.permute(1, 0, 2))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_prompts_that_begin_alike_count_each_where_their_states_differ(clip_model, own):
+    host, other = (ClassAware(clip_model, words_of(clip_model.token_embedding.weight)).train() for _ in range(2))
+    regularizer = make_regularizer(clip_model)
+    handle = attach(host, regularizer, states="own" if own else "preceding")
+    host().backward()
+    other.with_term(regularizer, own, each=True).backward()
+    assert handle.rows == len(host.prompts()) * M > M
     assert_close(gradients(host), gradients(other), 1e-9)
 
 

@@ -1,6 +1,6 @@
 """``attach``: PLPP on a model that somebody else wrote, by hooks: its code, its forward pass and its checkpoint do not change.
 
-The last norm of the text tower is watched: its output is the states that precede the context vectors, and what entered the
+The last norm of the text tower is watched: its output has the states of the context vectors, and what entered the
 tower before is the prompts with the vectors among them. The term joins at those states: there the host's loss and the term
 meet in one backward pass, so every prompt parameter gets the gradient of the sum, and the text tower runs once.
 """

@@ -144,7 +144,8 @@ class Handle:
         if prompts is None:
             self._refuse_second_call(output, again)
             return None
-        rows = self._read(prompts, again)
+        hidden = self._upright_states(output, prompts)
+        rows = self._read(prompts, again, hidden)
         if rows is None:
             return None
         self._watch_context()
@@ -156,7 +157,8 @@ class Handle:
                 group.run_again = True
                 group.rows.append((prompts.root, rows))
             return None
-        hidden = self._upright_states(output, prompts)
+        if not hidden.requires_grad:
+            raise InputError(_NO_GRADIENT)
         self._check_order(prompts, hidden, rows)
         v, h = read_context(prompts.rows, hidden, rows, self.states)
         if prompts.positions is not None:
@@ -174,14 +176,14 @@ class Handle:
         self._last_states = None if again else states.detach()
         return states
 
-    def _read(self, prompts: Prompts, again: bool) -> Rows | None:
+    def _read(self, prompts: Prompts, again: bool, hidden: Tensor) -> Rows | None:
         if again and self._group is not None:  # a reentrant checkpoint cuts its inputs off from what made them
             for root, rows in self._group.rows:
                 if root.data_ptr() == prompts.root.data_ptr() and root.shape == prompts.root.shape:
                     return rows
         context, self._looking = self.context, True
         try:
-            return self._layouts.of(prompts.rows, context) if context.requires_grad else None
+            return self._layouts.of(prompts.rows, context, hidden) if context.requires_grad else None
         finally:
             self._looking = False
 
@@ -219,9 +221,7 @@ class Handle:
                 )
 
     def _upright_states(self, hidden: Tensor, prompts: Prompts) -> Tensor:
-        """The norm's output as (N, T, D), linked to the prompts."""
-        if not hidden.requires_grad:
-            raise InputError(_NO_GRADIENT)
+        """The norm's output as (N, T, D)."""
         if hidden.shape[0] == hidden.shape[1]:
             return upright(hidden)
         return hidden if hidden.shape == prompts.rows.shape else hidden.transpose(0, 1)

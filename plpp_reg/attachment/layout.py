@@ -17,6 +17,9 @@ from plpp_reg.errors import InputError
 
 POSITIONS = ("end", "middle", "front")
 BYTES_AT_ONCE = 2**26  # of prompts whose bits are summed at a time
+# How far two states may lie apart, as a share of their length, that count as one: rounding, in a batch's different rows.
+ROUNDING = {torch.float16: 0.03, torch.bfloat16: 0.1}
+MARKS, STEPS = 2, 2**20  # numbers that stand for a prompt's states, in integers
 
 
 class Layout(NamedTuple):
@@ -49,8 +52,12 @@ class Layouts:
         self.prompt_learner, self.position, self.states = prompt_learner, position, states
         self._length: int | None = None  # as far as the last prompts were read
 
-    def of(self, prompts: Tensor, context: Tensor) -> Rows | None:
-        """The distinct ones of prompts (N, T, D); None where they do not depend on the context."""
+    def of(self, prompts: Tensor, context: Tensor, hidden: Tensor | None = None) -> Rows | None:
+        """The distinct ones of prompts (N, T, D); None where they do not depend on the context.
+
+        ``hidden``, the tower's states (N, T, D): prompts that are alike up to their vectors count as one only where their
+        states are, which a tower that puts something of each class into a deeper layer (TCP) makes differ.
+        """
         if self.position is None:
             layout = find_context(prompts, context)
         else:
@@ -59,17 +66,19 @@ class Layouts:
         if layout is None:
             return None
         length = min(self._length or prompts.shape[1], prompts.shape[1])
-        values = _values(prompts, layout, length)
+        marks = None if hidden is None else _marks(hidden, layout.slot - int(self.states == "preceding"))
+        values = _values(prompts, layout, length, marks)
         end = 1 + max((p for slots, _, reads, *_ in values if reads for p in slots), default=-1)
         if end > length:
-            values = _values(prompts, layout, end)
+            values = _values(prompts, layout, end, marks)
         self._length = end or None
-        return self._distinct(values, prompts)
+        rounding = 0 if hidden is None else ROUNDING.get(hidden.dtype, 1e-4) * STEPS
+        return self._distinct(values, prompts, rounding)
 
-    def _distinct(self, values: list[tuple], prompts: Tensor) -> Rows | None:
+    def _distinct(self, values: list[tuple], prompts: Tensor, rounding: float = 0) -> Rows | None:
         chosen: dict[tuple, int] = {}
         first = 0 if self.states == "own" else 1
-        for n, (slots, owner, reads, found, upto, _) in enumerate(values):
+        for n, (slots, owner, reads, found, upto, _, *marks) in enumerate(values):
             if not reads:
                 continue
             if not found or len(set(slots)) < len(slots):
@@ -83,7 +92,9 @@ class Layouts:
                     f"position: expected context vectors within {prompts.shape[1]} positions {before}, got position "
                     f"{min(slots)} to {max(slots)}"
                 )
-            chosen.setdefault((owner, slots, upto), n)
+            like = chosen.setdefault((owner, slots, upto), n)
+            if max(abs(a - b) for a, b in zip(marks, values[like][6:], strict=True)) > rounding:
+                chosen[owner, slots, upto, n] = n
         if not chosen:
             return None
         rows = list(chosen.values())
@@ -158,7 +169,7 @@ def find_context(prompts: Tensor, context: Tensor) -> Layout | None:
 
 def distinct_prompts(prompts: Tensor, layout: Layout) -> Tensor:
     """Indices of prompts that differ in something a context vector or a state before one depends on: one of each, (P,)."""
-    rows = Layouts(nn.Module(), None, "own")._distinct(_values(prompts, layout, prompts.shape[1]), prompts)
+    rows = Layouts(nn.Module(), None, "own")._distinct(_values(prompts, layout, prompts.shape[1], None), prompts)
     return torch.empty(0, dtype=torch.long) if rows is None else rows.row
 
 
@@ -184,8 +195,8 @@ def _factors(length: int, width: int, device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (length, width), generator=generator).to(device)
 
 
-def _values(prompts: Tensor, layout: Layout, length: int) -> list[tuple]:
-    """Of each prompt: positions, owner, reads, found, and sums for what stands up to its last vector and for its vectors.
+def _values(prompts: Tensor, layout: Layout, length: int, marks: Tensor | None) -> list[tuple]:
+    """Of each prompt: positions, owner, reads, found, sums for what stands up to its last vector and for its vectors, marks.
 
     Equal numbers have equal sums. Others have equal ones with a probability below 2^-32: 64 bits of a random linear function
     of their bits, in integers, whose sum no order changes. This is the one place that waits for the device.
@@ -196,9 +207,26 @@ def _values(prompts: Tensor, layout: Layout, length: int) -> list[tuple]:
         read = torch.arange(length, device=prompts.device) <= last  # what stands after the last vector does not matter
         upto = (_sums(prompts.detach()[:, :length]) * read).sum(1)
         vectors = _sums(prompts.detach()[rows, layout.slot]).sum(1)
-        columns = (layout.slot, *(t.long().unsqueeze(1) for t in (*layout[1:], upto, vectors)))
+        marks = layout.slot.new_zeros(len(prompts), MARKS) if marks is None else marks
+        columns = (layout.slot, *(t.long().unsqueeze(1) for t in (*layout[1:], upto, vectors)), marks)
         table = torch.cat(columns, 1).tolist()
-    return [(tuple(r[:-5]), *r[-5:]) for r in table]
+        m = layout.slot.shape[1]
+    return [(tuple(r[:m]), *r[m:]) for r in table]
+
+
+def _marks(hidden: Tensor, slot: Tensor) -> Tensor:
+    """Of each prompt's states (N, T, D) at ``slot`` (N, M) numbers (N, MARKS) that differ where they do: their length in random
+    directions, as a share of the whole."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)
+        states = hidden.detach()[rows, slot.clamp(0, hidden.shape[1] - 1)].float()  # (N, M, D)
+        length = states.norm(dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+        return (states.flatten(1) @ _signs(states[0].numel(), states.device) / length * STEPS).round().long()
+
+
+@functools.lru_cache(maxsize=16)
+def _signs(size: int, device: torch.device) -> Tensor:
+    return (torch.randint(0, 2, (size, MARKS), generator=torch.Generator().manual_seed(0)) * 2.0 - 1).to(device)
 
 
 def _sums(x: Tensor) -> Tensor:

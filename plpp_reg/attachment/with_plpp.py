@@ -127,8 +127,11 @@ class _WithPLPP:
     def _plpp_model(self) -> nn.Module:
         model = getattr(self, "model", None)
         registered = list(getattr(self, "_models", {}).values())
-        if not isinstance(model, nn.Module) and len(registered) == 1:
-            model = registered[0]
+        if not isinstance(model, nn.Module) and len(registered) == 1:  # of what the trainer holds, that which holds it (KDPL)
+            whole = [
+                m for m in vars(self).values() if isinstance(m, nn.Module) and any(p is registered[0] for p in m.modules())
+            ]
+            model = max(whole or registered, key=lambda m: len(list(m.modules())))
         if not isinstance(model, nn.Module):
             raise InputError(f"{type(self).__name__}: expected build_model to set self.model, got {type(model).__name__}")
         return model
