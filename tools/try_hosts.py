@@ -3,7 +3,8 @@
     python tools/try_hosts.py --hosts FOLDER --work FOLDER [--only CoOp MaPLe …]
 
 FOLDER of --hosts holds the checkouts by their repositories' names: Dassl.pytorch, CoOp, multimodal-prompt-learning, PromptSRC,
-KgCoOp. Nothing is written there. In --work: weights, images in Caltech101's layout, the runs, and ``report.json``.
+KgCoOp, and whatever else of CASES is to be run. Nothing is written there. In --work: weights, images in Caltech101's layout,
+the runs, and ``report.json``.
 
 Each run is ``python -m plpp_reg.dassl train.py …`` in the checkout, behind a few lines (``inside``) that stand for what a
 user's machine has: they name the checksum of the random weights as that of ViT-B/16, and make no-operations of ``.cuda()`` and
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
 import random
@@ -123,42 +123,52 @@ def inside(weights: str, mode: str, idle: str, arguments: list[str]) -> int:
 
 
 def compare_gradients(trainer: Any) -> None:
-    """In place of training: one batch's gradient with PLPP attached, and the sum of the host's own and the term's by hand."""
+    """In place of training: one batch's gradient with PLPP attached, and the sum of the host's own and the term's by hand.
+
+    By hand: every text pass's prompts and states, its distinct contexts once, at the graph of the host's own step.
+    """
     import torch
 
-    handle, model = trainer.plpp, trainer.model
+    handle = trainer.plpp
     trainer.set_model_mode("train")
-    trainer.batch_idx, trainer.num_batches = 0, 99
+    trainer.epoch, trainer.batch_idx, trainer.num_batches = 0, 0, 99
     batch = next(iter(trainer.train_loader_x))
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    start = {n: p.detach().clone() for n, p in parameters.items()}
+    parameters = {n: p for n, p in handle.model.named_parameters() if p.requires_grad}
+    for optimizer in trainer._optims.values():
+        if optimizer is not None:
+            optimizer.step = lambda *args, **kwargs: None
+    backward = torch.Tensor.backward
+    torch.Tensor.backward = lambda loss, *args, **kwargs: backward(loss, *args, **{**kwargs, "retain_graph": True})
 
     def step() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)  # of hosts that sample
+        random.seed(0)
         trainer.forward_backward(batch)
-        found = {n: p.grad.double() if p.grad is not None else torch.zeros_like(p).double() for n, p in parameters.items()}
-        with torch.no_grad():
-            for n, p in parameters.items():
-                p.copy_(start[n])
-        for group in trainer.optim.state.values():
-            group.clear()
-        return found
+        return {n: p.grad.double() if p.grad is not None else torch.zeros_like(p).double() for n, p in parameters.items()}
 
     attached = step()
-    regularizer, encoder = handle.regularizer, handle.text_encoder
+    regularizer, encoder, context = handle.regularizer, handle.text_encoder, handle.context
     handle.remove()
     trainer._plpp_figures = dict  # nothing is attached any more
+    passes: list[tuple[torch.Tensor, torch.Tensor]] = []
+    prompts: list[torch.Tensor] = []
+
+    def note(norm: torch.nn.Module, args: Any, states: torch.Tensor) -> None:
+        if prompts[-1].requires_grad:  # not a teacher's
+            passes.append((prompts[-1], states if len(states) == len(prompts[-1]) else states.transpose(0, 1)))
+
+    encoder.register_forward_pre_hook(lambda m, args: prompts.append(args[0]))
+    encoder.ln_final.register_forward_hook(note)
     plain = step()
-    prompts, states = [], []
-    hooks = [
-        encoder.register_forward_pre_hook(lambda m, args: prompts.append(args[0])),
-        encoder.ln_final.register_forward_hook(lambda m, args, output: states.append(output)),
-    ]
-    image, label = trainer.parse_batch_train(batch)
-    model(image, label) if "label" in inspect.signature(model.forward).parameters else model(image)
-    for hook in hooks:
-        hook.remove()
-    m = handle.context.shape[-2]
-    terms = [regularizer(p[:1, 1 : 1 + m], h[:1, 0:m]) for p, h in zip(prompts, states, strict=True)]
+    m, terms = context.shape[-2], []
+    for p, h in passes:
+        rows: list[int] = []  # one of each: its vectors and the states before them are not those of another
+        for i in range(len(p)):
+            if not any(
+                torch.equal(p[i, : 1 + m], p[j, : 1 + m]) and torch.allclose(h[i, :m], h[j, :m], 1e-3, 1e-4) for j in rows
+            ):
+                rows.append(i)
+        terms.append(regularizer(p[rows, 1 : 1 + m], h[rows, 0:m]))
     names = list(parameters)
     by_hand = torch.autograd.grad(sum(terms) / len(terms), [parameters[n] for n in names], allow_unused=True)
     worst, moved = 0.0, 0.0
