@@ -19,7 +19,7 @@ def test_the_text_tower_is_fewer_operations_than_the_literal_one(case):
     row = operations.measure(case, NARROW)
     assert row["operations"] <= 310 and row["literal"] in (432, 433)  # 12 layers
     # 1,600 vectors of their own meet the vocabulary in five parts, for the bound on memory
-    assert 0 < row["plpp"] <= (80 if case == "text-class-specific-short-names" else 60)
+    assert 0 < row["plpp"] <= (82 if case == "text-class-specific-short-names" else 60)
 
 
 BUDGETS = {

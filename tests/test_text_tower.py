@@ -222,7 +222,7 @@ def test_a_tree_spells_every_prompt_and_its_rows_see_their_ancestors_alone(bodie
     tree = build_tree(prompts, 1, width, max_rows, states)
     ends = [spelled(part, row) for part in tree.parts for row in part.end.tolist()]
     assert [ends[c] for c in (range(len(prompts)) if tree.order is None else tree.order.tolist())] == prompts
-    read = [spelled(part, row) for part in tree.parts for (row,) in part.state.tolist()]
+    read = [spelled(part, row) for part in tree.parts for (row,) in part.beside[part.state].tolist()]
     if len(read) > 1 and tree.order is not None:
         read = [read[c] for c in tree.order.tolist()]
     so_far = [prompt[: prompt.index(slot) + (states == "own")] for prompt in prompts]

@@ -125,7 +125,11 @@ class TextTower(nn.Module):
                 x, out = x.index_select(1, read), out.index_select(1, read)
             x = residual(block, x, out)
         ends, states = self.ln_final(x).to(dtype).split([len(part.end), len(read) - len(part.end)], 1)
-        return ends @ self.text_projection, states.unflatten(1, part.state.shape) if need_hidden else states
+        if need_hidden:
+            # one prompt's states are read in its order already
+            states = states if len(part.state) == 1 else states.index_select(1, part.state.flatten())
+            states = states.unflatten(1, part.state.shape)
+        return ends @ self.text_projection, states
 
     def _mask(self, part: Chunks, groups: int) -> Tensor:
         """(G * K, 1, L, L) in the dtype that attention computes in."""

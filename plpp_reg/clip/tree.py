@@ -36,8 +36,9 @@ class Chunks:
     context_row: Tensor  # (S,) the rows where learnable vectors stand ...
     context_slot: Tensor  # (S,) ... and which vectors
     end: Tensor  # (C,) the row of each prompt's EOT
-    state: Tensor  # (P, M) the row whose state is read for each context vector; P is C, or 1, or 0 (another part has them)
-    read: Tensor  # (C + P * M,) end and state
+    beside: Tensor  # (B,) the rows whose states are read for context vectors, each once
+    state: Tensor  # (P, M) which of them for each context vector; P is C, or 1, or 0 (another part has them)
+    read: Tensor  # (C + B,) end and beside
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _lay_out(
 
     end = torch.tensor([path_of[c][-1] for c in members])
     state = torch.tensor([[path_of[c][t] for t in reads[c]] for c in having_states], dtype=torch.long)
-    state = state.view(len(having_states), n_ctx)
+    beside, state = state.view(len(having_states), n_ctx).unique(return_inverse=True)
     context_row = (symbol < 0).nonzero()[:, 0]
     return Chunks(
         token=symbol.clamp_min(0).view(shape),
@@ -209,6 +210,7 @@ def _lay_out(
         context_row=context_row,
         context_slot=-1 - symbol[context_row],
         end=end,
+        beside=beside,
         state=state,
-        read=torch.cat([end, state.flatten()]),
+        read=torch.cat([end, beside]),
     )
