@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -111,3 +112,20 @@ def batch():
     """Of attach's tests: three images (B, 3, H, W) and their labels."""
     generator = torch.Generator().manual_seed(5)
     return torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64), torch.tensor([0, 3, 1])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a command reads: pictures, a backbone, a recipe and a finished run; a file with other needs makes its own."""
+    from helpers.cli import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The test stands in its own folder, where a default output folder would appear; data set ``tiny`` exists."""
+    from plpp_reg.data import DATASETS, DatasetEntry
+
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
+    monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ from plpp_reg import PerplexityRegularizer, attach
 from plpp_reg.attachment import Layout, distinct_prompts
 from plpp_reg.errors import InputError
 
-from attach_helpers import (
+from helpers.attach import (
     LAYOUTS,
     assert_close,
     expected,

@@ -14,7 +14,7 @@ from plpp_reg import PerplexityRegularizer, attach
 from plpp_reg.clip.load import openai_clip
 from plpp_reg.errors import InputError
 
-from attach_helpers import (
+from helpers.attach import (
     HOSTS,
     assert_close,
     expected,

@@ -18,7 +18,7 @@ from plpp_reg import attach
 from plpp_reg.attachment import attached
 from plpp_reg.errors import InputError
 
-from attach_helpers import assert_close, expected, gradients, host_loss, make_host, make_regularizer, places, states, term
+from helpers.attach import assert_close, expected, gradients, host_loss, make_host, make_regularizer, places, states, term
 from mini_hosts import LossInTrainer, PromptLearner, frozen
 
 # ---- several forward passes ------------------------------------------------------------------------------------------

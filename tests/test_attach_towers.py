@@ -15,8 +15,8 @@ from plpp_reg.errors import InputError
 from plpp_reg.loss import functional as PF
 from plpp_reg.loss.nearest import NearestWords
 
-from attach_helpers import assert_close, gradients, host_loss, make_host, make_regularizer
 from counting import Waits
+from helpers.attach import assert_close, gradients, host_loss, make_host, make_regularizer
 
 N, M, WIDTH = 5, 4, 64
 

@@ -17,7 +17,7 @@ from plpp_reg.data.augmentation import TRAIN_TRANSFORMS, build_transform
 from plpp_reg.data.loaders import ImageDataset, Pictures, image_seed, read_ahead
 from plpp_reg.errors import InputError
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 MODES = {
     "bilinear": T.InterpolationMode.BILINEAR,

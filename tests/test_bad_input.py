@@ -11,22 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plpp_reg.commands import cli
-from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine import config
 from plpp_reg.errors import InputError
 
-from cli_helpers import line, make_world, refused
+from helpers.cli import line, refused
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
-    monkeypatch.chdir(tmp_path)  # where the default output folder would appear
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 # Flags, as they follow a good command line, and what the message has to name.

@@ -17,7 +17,7 @@ from plpp_reg.results.learned import Learned, no_reader
 from plpp_reg.results.report import page, render
 from plpp_reg.results.tables.records import find_runs, read_runs
 
-from test_tables import record
+from helpers.records import record
 
 DEEP = "[" * 100_000
 TEXTS = {

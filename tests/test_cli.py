@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from plpp_reg.commands import cli
-from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine import config
 from plpp_reg.engine.method import precision, setting
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.coop import CoOp
 
-import engine_helpers as helpers
-from cli_helpers import line, make_world, refused
+from helpers import engine as helpers
+from helpers.cli import line, refused
 
 
 class OwnTrainer(CoOp):
@@ -38,15 +37,7 @@ class OwnTrainer(CoOp):
         return {"own": self.config.factor * super().losses(batch, classes)["ce"]}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
-    monkeypatch.chdir(tmp_path)  # where the default output folder would appear
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def test_resolution_order_is_defaults_files_flags_pairs(world: Path, tmp_path: Path) -> None:

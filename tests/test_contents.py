@@ -18,9 +18,9 @@ from plpp_reg.errors import InputError
 from plpp_reg.experiments import sweep
 from plpp_reg.results.record import read_result
 
-import engine_helpers as helpers
-from bench import Bench
-from resume_helpers import Killed, arguments, kill_at, make_tiny_and_noisy, make_world
+from helpers import engine as helpers
+from helpers.bench import Bench
+from helpers.resume import Killed, arguments, kill_at, make_tiny_and_noisy, make_world
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_clearing_the_cache_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
     yield Bench(tmp_path)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from plpp_reg.errors import InputError
 
-import engine_helpers
+from helpers import engine as engine_helpers
 
 HERE = Path(__file__).parent
 HOSTS, CHECKOUT = HERE / "hosts", HERE / "hosts" / "checkout"

@@ -22,7 +22,7 @@ from plpp_reg.data.loaders import EpochBatches, build_loader
 from plpp_reg.data.sampling import sample_few_shot, subsample_classes
 from plpp_reg.errors import InputError
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 
 def make_split(labels: list[int], val_labels: list[int] | None = None) -> DataSplit:

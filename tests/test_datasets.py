@@ -19,7 +19,7 @@ from plpp_reg.engine import config
 from plpp_reg.engine.run import shipped_config
 from plpp_reg.errors import InputError
 
-from miniature import MAKERS, PICTURE, digest_all, make
+from helpers.miniature import MAKERS, PICTURE, digest_all, make
 
 # Written by tools/compare_upstream.py from upstream's own code, with folders listed in sorted order.
 FACTS = json.loads((Path(__file__).parent / "upstream_facts.json").read_text())

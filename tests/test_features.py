@@ -26,8 +26,8 @@ from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.ivlp import IVLP
 from plpp_reg.trainers.promptsrc import PromptSRC
 
-import engine_helpers as helpers
-from resume_helpers import Killed
+from helpers import engine as helpers
+from helpers.resume import Killed
 
 
 @pytest.fixture

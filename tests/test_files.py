@@ -17,9 +17,9 @@ from plpp_reg.engine import checkpoint
 from plpp_reg.errors import InputError
 from plpp_reg.io import files
 
-import engine_helpers as helpers
-from engine_helpers import quietly
-from resume_helpers import EPOCHS, Killed, arguments, command, make_tiny_and_noisy, make_world
+from helpers import engine as helpers
+from helpers.engine import quietly
+from helpers.resume import EPOCHS, Killed, arguments, command, make_tiny_and_noisy, make_world
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from plpp_reg.loss import functional as PF
 
-import literal
+from helpers import literal
 
 V, D, M, P = 13, 6, 3, 4
 LN2, LN3 = math.log(2), math.log(3)

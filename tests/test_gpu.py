@@ -18,11 +18,11 @@ from plpp_reg.engine.trainer import Trainer
 from plpp_reg.loss.nearest import NearestWords
 from plpp_reg.loss.regularizer import PerplexityRegularizer
 
-import engine_helpers as helpers
-import methods_helpers as mh
 from common import LiteralText
 from conftest import make_clip
-from methods_helpers import METHODS, WITH_TEXT, build
+from helpers import engine as helpers
+from helpers import methods as mh
+from helpers.methods import METHODS, WITH_TEXT, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

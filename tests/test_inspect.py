@@ -21,9 +21,9 @@ from plpp_reg.prompts.inspect import as_json, as_text, inspect_prompts
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.maple import MaPLe
 
-import engine_helpers
-from engine_helpers import CLASSNAMES, make_cfg, make_images, read_tiny, tiny_clip, write_backbone
-from literal import coop_prompts, text_tower
+from helpers import engine as engine_helpers
+from helpers.engine import CLASSNAMES, make_cfg, make_images, read_tiny, tiny_clip, write_backbone
+from helpers.literal import coop_prompts, text_tower
 
 M, D = 3, engine_helpers.WIDTH
 

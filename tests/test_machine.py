@@ -18,24 +18,14 @@ import pytest
 import torch
 
 from plpp_reg.commands import cli
-from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine import checkpoint
 from plpp_reg.errors import line_of
 from plpp_reg.io.files import write_text
 
-import engine_helpers as helpers
-from cli_helpers import line, make_world, refused
+from helpers import engine as helpers
+from helpers.cli import line, refused
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 # ---- paths ------------------------------------------------------------------------------------------------------------
@@ -261,11 +251,22 @@ def test_output_that_nobody_hears_ends_no_run(world: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("command", ["train", "run", "run --workers 1"])
 def test_signals_end_a_run_with_a_line(name: str, command: str, tmp_path: Path) -> None:
     if command == "train":
-        argv = ["train", "--trainer", "dying:NeverEnds", "--output-dir", "out", *SHORT]
+        argv = ["train", "--trainer", "helpers.dying:NeverEnds", "--output-dir", "out", *SHORT]
         argv[5:5] = ["--config-file", str(helpers.ROOT / "configs/trainers/CoOp/embedded.yaml")]
     else:
         recipe = helpers.ROOT / "configs/trainers/CoOp/embedded.yaml"
-        argv = ["run", "few_shot", "--methods", "dying:NeverEnds", "--recipe", str(recipe), "--seeds", "1", "--shots", "1"]
+        argv = [
+            "run",
+            "few_shot",
+            "--methods",
+            "helpers.dying:NeverEnds",
+            "--recipe",
+            str(recipe),
+            "--seeds",
+            "1",
+            "--shots",
+            "1",
+        ]
         argv += ["--output", "out", *command.split()[1:], "--set", "OPTIM.MAX_EPOCH", "2", "TRAINER.COOP.N_CTX", "4"]
     process = plpp(*argv, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -12,7 +12,7 @@ import pytest
 
 from plpp_reg.commands import cli
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 sys.path.insert(0, str(helpers.ROOT / "tools" / "campaign"))
 

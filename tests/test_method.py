@@ -24,7 +24,7 @@ from plpp_reg.trainers import TRAINERS
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.ivlp import IVLP
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 ROOT = Path(__file__).parents[1]
 PLPP = ("TRAINER.PLPP.ENABLED", True, "TRAINER.PLPP.WEIGHT", 0.3, "TRAINER.PLPP.INVERSE_WEIGHT", 0.7)

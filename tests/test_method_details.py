@@ -18,10 +18,10 @@ from plpp_reg.trainers.cocoop import CoCoOp
 from plpp_reg.trainers.prograd import align
 from plpp_reg.trainers.zeroshot import ZeroshotCLIP, ZeroshotCLIP2
 
-import engine_helpers as helpers
-import literal_methods as lm
-import methods_helpers as mh
-from methods_helpers import NAMES, build, difference, gradient, leaves, with_gradients
+from helpers import engine as helpers
+from helpers import literal_methods as lm
+from helpers import methods as mh
+from helpers.methods import NAMES, build, difference, gradient, leaves, with_gradients
 
 
 @pytest.fixture(autouse=True)

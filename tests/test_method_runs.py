@@ -21,9 +21,9 @@ from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.ivlp import IVLP
 
-import engine_helpers as helpers
-import methods_helpers as mh
-from methods_helpers import CASES, METHODS, NAMES, WITH_TEXT, build, difference, leaves
+from helpers import engine as helpers
+from helpers import methods as mh
+from helpers.methods import CASES, METHODS, NAMES, WITH_TEXT, build, difference, leaves
 
 BASE, NEW = NAMES[:3], NAMES[3:]
 

@@ -19,10 +19,10 @@ from plpp_reg.errors import InputError
 from plpp_reg.trainers import TRAINERS
 from plpp_reg.trainers.coop import CoOp
 
-import engine_helpers as helpers
-import literal_methods as lm
-import methods_helpers as mh
-from methods_helpers import CASES, METHODS, NAMES, WITH_TEXT, build, difference, gradient, leaves, with_gradients
+from helpers import engine as helpers
+from helpers import literal_methods as lm
+from helpers import methods as mh
+from helpers.methods import CASES, METHODS, NAMES, WITH_TEXT, build, difference, gradient, leaves, with_gradients
 
 
 @pytest.fixture(autouse=True)

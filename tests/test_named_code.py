@@ -10,8 +10,6 @@ import pytest
 
 from plpp_reg.commands import cli
 
-from cli_helpers import make_world
-
 OWN = """
 from pathlib import Path
 
@@ -23,11 +21,6 @@ Path({trap!r}).write_text("imported")
 class Zen(CoOp):
     pass
 """
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, StepLR
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer, learning_rate_factor
 from plpp_reg.errors import InputError
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 LR = 0.002
 

@@ -16,7 +16,7 @@ import pytest
 
 import plpp_reg
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from plpp_reg.errors import InputError
 from plpp_reg.trainers import TRAINERS
 from plpp_reg.trainers.zeroshot import ZeroshotCLIP, ZeroshotCLIP2
 
-import engine_helpers as helpers
-import methods_helpers as mh
-from methods_helpers import METHODS, NAMES, WITH_TEXT, build
+from helpers import engine as helpers
+from helpers import methods as mh
+from helpers.methods import METHODS, NAMES, WITH_TEXT, build
 
 ZEROSHOT = {"ZeroshotCLIP": ZeroshotCLIP, "ZeroshotCLIP2": ZeroshotCLIP2}
 ALL_LOSSES = {

@@ -16,7 +16,7 @@ from plpp_reg.commands import cli
 from plpp_reg.errors import InputError
 from plpp_reg.prompts.predict import export, find_images, load_run, predict
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 ROOT = Path(__file__).parent.parent
 

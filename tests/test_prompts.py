@@ -10,7 +10,7 @@ from plpp_reg.clip.prompts import POSITIONS, PromptLearner, encode, encode_texts
 from plpp_reg.clip.text import TextTower
 from plpp_reg.errors import InputError
 
-import literal
+from helpers import literal
 
 NAMES = ["golden_retriever", "cat", "xylographer's owl"]
 

@@ -15,12 +15,12 @@ from plpp_reg.errors import InputError
 from plpp_reg.experiments import protocols
 from plpp_reg.experiments.protocols import Choice, Job, plan
 
-from bench import Bench
+from helpers.bench import Bench
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
     return Bench(tmp_path)
 
 

@@ -13,12 +13,12 @@ import torch
 
 from plpp_reg.engine import checkpoint
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 HERE = Path(__file__).parent
 RUN = """
 import json, os, sys
-import engine_helpers
+from helpers import engine as engine_helpers
 engine_helpers.register()
 from plpp_reg.commands.cli import main
 from plpp_reg.clip.text import TextTower

@@ -18,7 +18,7 @@ from plpp_reg.clip.vocabulary import candidate_ids, nearest_words, whole_word_id
 from plpp_reg.errors import InputError
 from plpp_reg.loss.regularizer import settings_defaults
 
-import literal
+from helpers import literal
 
 V, D, M, P = 40, 8, 3, 4
 NAMES = ["cat", "tiger cat", "golden retriever"]

@@ -22,9 +22,9 @@ from plpp_reg.results.tables import records
 from plpp_reg.results.tables.rows import title_of
 from plpp_reg.results.tables.settings import Name
 
-from made_up import METHODS, SHORT, complete, made_up_sweep
-from report_page import Page, report_of
-from test_tables import record
+from helpers.made_up import METHODS, SHORT, complete, made_up_sweep
+from helpers.records import record
+from helpers.report_page import Page, report_of
 
 
 @pytest.fixture(scope="module")

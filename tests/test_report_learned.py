@@ -21,7 +21,7 @@ from plpp_reg.prompts import recorded
 from plpp_reg.results.learned import Learned, no_reader
 from plpp_reg.results.tables import records
 
-from report_page import report_of
+from helpers.report_page import report_of
 
 
 @pytest.fixture(scope="module")

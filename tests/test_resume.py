@@ -20,9 +20,9 @@ from plpp_reg.engine import checkpoint
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.results import record as results
 
-import engine_helpers as helpers
-from engine_helpers import quietly
-from resume_helpers import (
+from helpers import engine as helpers
+from helpers.engine import quietly
+from helpers.resume import (
     EPOCHS,
     STEPS,
     Killed,
@@ -87,7 +87,7 @@ def test_a_run_killed_again_and_again(world: Path, tmp_path: Path, monkeypatch: 
 
 DRIVER = """
 import os, signal, sys
-import engine_helpers
+from helpers import engine as engine_helpers
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.coop import CoOp
 engine_helpers.register()

@@ -19,8 +19,8 @@ from plpp_reg.engine.trainer import NonFiniteLoss, Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.coop import CoOp
 
-import engine_helpers as helpers
-from engine_helpers import quietly
+from helpers import engine as helpers
+from helpers.engine import quietly
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def data(folder: Path) -> DataSplit:
 @pytest.fixture
 def arguments(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """RunArguments of a short run through the whole program, by the place of its recipe changes and its options."""
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
 
     def make(name: str = "out", trainer: str = "CoOp", opts: tuple = (), recipe: dict | None = None, **more) -> RunArguments:
         config_file = helpers.write_recipe(tmp_path / f"{name}.yaml", **(recipe or {}))
@@ -179,7 +179,7 @@ def test_a_data_set_without_validation_images_is_refused_before_training(
     from dataclasses import replace
 
     monkeypatch.setattr(helpers, "read_without_val", lambda root: replace(helpers.read_tiny(root), val=[]), raising=False)
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_without_val"))
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_without_val"))
     a = arguments("out", opts=opts)
     with pytest.raises(InputError, match="val"):
         quietly(a)

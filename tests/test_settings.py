@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_report import report_of
 
 from plpp_reg.engine import config
 from plpp_reg.engine.registry import config_nodes
@@ -15,7 +14,8 @@ from plpp_reg.results import tables
 from plpp_reg.results.tables.notes import unnamed
 from plpp_reg.results.tables.settings import OF_THE_RUN, Made, Name, differing, pair, relevant, tell_apart
 
-from test_tables import record
+from helpers.records import record
+from helpers.report_page import report_of
 
 LR, WEIGHT = "OPTIM.LR", "TRAINER.PLPP.WEIGHT"
 

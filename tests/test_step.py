@@ -11,10 +11,10 @@ import torch
 from plpp_reg.engine.distributed import Ranks
 
 import counting
-import engine_helpers as helpers
-import methods_helpers as mh
 from counting import Operations, Waits
-from methods_helpers import METHODS, WITH_TEXT, build
+from helpers import engine as helpers
+from helpers import methods as mh
+from helpers.methods import METHODS, WITH_TEXT, build
 
 
 def test_what_counts():

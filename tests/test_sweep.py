@@ -29,13 +29,13 @@ from plpp_reg.results import tables
 from plpp_reg.results.record import read_result
 from plpp_reg.trainers.coop import CoOp
 
-import engine_helpers as helpers
-from bench import Bench
+from helpers import engine as helpers
+from helpers.bench import Bench
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
     return Bench(tmp_path)
 
 
@@ -43,7 +43,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A bench whose sweep has run; tests work on copies."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+        patch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
         made = Bench(tmp_path_factory.mktemp("bench"))
         assert sweep.sweep(made.plan(), say=quiet) == []
         yield made
@@ -162,7 +162,7 @@ def test_another_image_list_is_run_anew(copy: Bench, monkeypatch: pytest.MonkeyP
     assert executed(jobs) == [jobs[0].label]
     unfinished = jobs[0].folder / "result.json"
     unfinished.unlink()
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
     assert executed(jobs) == [jobs[0].label]  # a checkpoint of other images is not gone on from
     assert executed(jobs) == []
 

@@ -17,7 +17,7 @@ from plpp_reg.clip.tree import build_tree, context_symbol
 from plpp_reg.errors import InputError
 from plpp_reg.loss.functional import STATES
 
-import literal
+from helpers import literal
 
 # lengths differ, some begin alike, one is the beginning of another, one has many tokens
 NAMES = ["tiger cat", "airplane", "tiger", "2012 BMW M3", "2012 Audi S4 sedan", "eurasian eagle-owl's xylograph"]

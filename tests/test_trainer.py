@@ -21,7 +21,7 @@ from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.zeroshot import ZeroshotCLIP
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 PLPP = ("TRAINER.PLPP.ENABLED", True)
 # Every shape of the context: shared, split around the name, before it, one a class.

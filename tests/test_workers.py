@@ -25,10 +25,10 @@ from plpp_reg.experiments import executors
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.results import tables
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 METHODS = ["CoOp", "CoOp_PLPP"]
-DYING = ["dying:DiesOnce", "dying:AlwaysDies"]
+DYING = ["helpers.dying:DiesOnce", "helpers.dying:AlwaysDies"]
 
 
 class Place(NamedTuple):
@@ -146,7 +146,7 @@ def test_a_worker_that_dies_is_tried_again_and_goes_on(one: Swept, many: Swept) 
     (died,) = many.output.rglob("*DiesOnce/seed1/died")
     assert died.read_text() == "x"
     assert "(epoch 1)" in (died.parent / "log.txt").read_text()  # from its checkpoint, not from the beginning
-    plain, again = one.results("CoOp"), many.results("dying:DiesOnce")
+    plain, again = one.results("CoOp"), many.results("helpers.dying:DiesOnce")
     metrics = [[(r["metrics"], r["losses"], r["tests"]) for r in results.values()] for results in (plain, again)]
     assert metrics[0] == metrics[1]
 
@@ -157,7 +157,7 @@ def test_one_that_always_dies_is_reported_and_the_others_finish(many: Swept) -> 
     error = json.loads((died.parent / "failed.json").read_text())["error"]
     assert error.startswith("WorkerDied: ") and error in many.said[8] and "AlwaysDies, seed 1" in many.said[8]
     assert not (died.parent / "result.json").exists()
-    assert len(many.results("dying:AlwaysDies")) == 1  # its other seed
+    assert len(many.results("helpers.dying:AlwaysDies")) == 1  # its other seed
 
 
 def test_a_worker_that_dies_with_nothing_to_do_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def alive(pid: int) -> bool:
 def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, executor: str, n: int, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     output = place.folder / f"{how}-{executor}"
-    flags = ["--executor", executor, "--workers", str(n), "--threads", "1", "--methods", "dying:NeverEnds"]
+    flags = ["--executor", executor, "--workers", str(n), "--threads", "1", "--methods", "helpers.dying:NeverEnds"]
     argv = place.argv(output.name, *flags)
     # a background job of a shell, as this test may be, is started with Ctrl-C ignored
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from plpp_reg.data import DATASETS, load_dataset
 
-from miniature import MAKERS, digest_all, make
+from helpers.miniature import MAKERS, digest_all, make
 
 SEEDS = (0, 1, 2, 3, 17)
 SHOTS = (-1, 1, 2, 4, 8, 16)

@@ -37,8 +37,8 @@ from plpp_reg.commands import cli  # noqa: E402
 from plpp_reg.data import download  # noqa: E402
 from plpp_reg.io.files import write_tensors  # noqa: E402
 
-import engine_helpers as helpers  # noqa: E402
 import shim  # noqa: E402
+from helpers import engine as helpers  # noqa: E402
 
 LOST = 99  # exit status of a process that ended with an exception
 OF_THE_WAY = re.compile(r"(^|/)(\.lock|log\.txt|tensorboard)($|/)|\.lock$")  # differ from one run to the next, and tell of none
@@ -120,8 +120,8 @@ def local_publisher(folder: Path) -> Iterator[None]:
     """DTD in miniature, served by this machine under the publisher's name."""
     import threading
 
-    import miniature
-    from test_download import Server, tarred
+    from helpers import miniature
+    from helpers.server import Server, tarred
 
     made = miniature.make(folder / "made", "DescribableTextures")
     archive = tarred(dtd=made)

@@ -12,7 +12,7 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from conftest import make_clip
-from engine_helpers import read_tiny
+from helpers.engine import read_tiny
 from mini_hosts import LossInForward, LossInTrainer, SevenReturned, frozen
 
 
@@ -107,7 +107,7 @@ class MiniZeroShot(Mini):
 
 @DATASET_REGISTRY.register()
 class MiniData:
-    """Pictures of engine_helpers.make_images below ROOT."""
+    """Pictures of helpers.engine.make_images below ROOT."""
 
     def __init__(self, cfg):
         parts = read_tiny(cfg.DATASET.ROOT)

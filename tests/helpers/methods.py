@@ -27,14 +27,14 @@ from plpp_reg.trainers.prograd import ProGrad
 from plpp_reg.trainers.promptsrc import PromptSRC
 from plpp_reg.trainers.vpt import VPT
 
-import engine_helpers as helpers
-import literal
-import literal_methods as lm
 from conftest import make_clip
+from helpers import engine as helpers
+from helpers import literal
+from helpers import literal_methods as lm
 
 NAMES = helpers.CLASSNAMES
 TEMPLATE = "a drawing of the {}, a toy."  # nobody's default: a method that takes another template differs
-ENTRY = DatasetEntry("engine_helpers:read_tiny", TEMPLATE)
+ENTRY = DatasetEntry("helpers.engine:read_tiny", TEMPLATE)
 WORDS = "a photo of a"
 TEXT_WIDTH, VISION_WIDTH, EMBED = 64, 128, 96  # no two alike: an exchange does not fit
 TEXT_LAYERS, VISION_LAYERS = 4, 5

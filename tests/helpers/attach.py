@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.load import openai_clip
 
-sys.path.insert(0, str(Path(__file__).parent / "hosts"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "hosts"))
 from mini_hosts import NAMES, LossInForward, LossInTrainer, SevenReturned, frozen
 
 HOSTS = {"trainer": LossInTrainer, "forward": LossInForward, "seven": SevenReturned}

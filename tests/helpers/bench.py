@@ -9,7 +9,7 @@ import yaml
 from plpp_reg.experiments.protocols import Choice, Job, plan
 from plpp_reg.results import tables
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 PROTOCOL = {
     "table": "halves",

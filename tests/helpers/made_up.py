@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from test_tables import record
+from helpers.records import record
 
 SHORT = (
     "imagenet",

@@ -9,7 +9,7 @@ import pytest
 from plpp_reg.commands import cli
 from plpp_reg.data import DATASETS, DatasetEntry
 
-import engine_helpers as helpers
+from helpers import engine as helpers
 
 
 def make_world(world: Path) -> Path:
@@ -18,7 +18,7 @@ def make_world(world: Path) -> Path:
     helpers.write_backbone(world / "tiny.pt")
     helpers.write_recipe(world / "recipe.yaml")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+        patch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
         assert cli.main(line(world, world / "done")) == 0
     return world
 

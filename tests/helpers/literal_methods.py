@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from plpp_reg.clip.load import openai_clip
 
-import literal
+from helpers import literal
 
 Parameters = dict[str, Tensor]
 Batch = dict[str, Tensor]

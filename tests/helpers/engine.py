@@ -28,7 +28,7 @@ from plpp_reg.engine.run import RunArguments, run
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.coop import CoOp
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent  # tests/
 ROOT = HERE.parent
 RESOLUTION, WIDTH = 32, 64
 # Token counts differ, and so do first letters; an odd number, so that base and new halves differ in size.
@@ -83,7 +83,7 @@ def read_tiny(root: str | Path) -> DataSplit:
 
 
 def register() -> None:
-    DATASETS["tiny"] = DatasetEntry("engine_helpers:read_tiny")
+    DATASETS["tiny"] = DatasetEntry("helpers.engine:read_tiny")
 
 
 @functools.cache

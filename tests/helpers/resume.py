@@ -15,8 +15,8 @@ from plpp_reg.engine.trainer import Trainer
 from plpp_reg.io import files
 from plpp_reg.trainers.coop import CoOp
 
-import engine_helpers as helpers
-from engine_helpers import quietly
+from helpers import engine as helpers
+from helpers.engine import quietly
 
 EPOCHS, STEPS = 4, 4  # 25 images in batches of 6
 RECIPE = {"OPTIM__MAX_EPOCH": EPOCHS, "TEST__FINAL_MODEL": "best_val", "TRAINER__PLPP": {"WEIGHT": 0.3, "INVERSE_WEIGHT": 0.7}}
@@ -38,7 +38,7 @@ def make_world(world: Path) -> Path:
 
 
 def make_tiny_and_noisy(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+    patch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
     patch.setattr(CoOp, "losses", helpers.noisy_losses)
 
 
