@@ -16,7 +16,7 @@ from plpp_reg.data import DATASETS, full_name, load_dataset, paper_name, short_n
 from plpp_reg.data.loaders import load_data
 from plpp_reg.data.readers import SPLIT_SEED
 from plpp_reg.engine import config
-from plpp_reg.engine.run import shipped_config
+from plpp_reg.engine.arguments import shipped_config
 from plpp_reg.errors import InputError
 
 from helpers.miniature import MAKERS, PICTURE, digest_all, make

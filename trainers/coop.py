@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from plpp_reg.clip.prompts import POSITIONS, PromptLearner
 from plpp_reg.engine.method import Method, Settings, precision, setting
@@ -29,6 +30,12 @@ class CoOp(Method):
         self.prompt_learner = PromptLearner(
             self.clip.model, self.classnames, c.n_ctx, c.ctx_init, c.class_token_position, class_specific=c.csc
         )
+
+    @classmethod
+    def settings_of(cls, state: Mapping[str, Tensor]) -> dict[str, object]:
+        ctx = state.get("ctx")
+        # without words: they are where a context starts, and this one has been trained
+        return {} if ctx is None else {"n_ctx": ctx.shape[-2], "csc": ctx.dim() == 3, "ctx_init": ""}
 
     @property
     def saved(self) -> nn.Module:

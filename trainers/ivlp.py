@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -31,6 +32,14 @@ def prompted_features(tower: ImageTower, images: Tensor, layers: Sequence[Tensor
     return normalize(tower(images, first, deep))
 
 
+def prompts_of(state: Mapping[str, Tensor], tower: str, encoder: str, first: str) -> dict[str, object]:
+    """``n_ctx_<tower>`` and ``prompt_depth_<tower>`` as a checkpoint has them; nothing where it has no first prompt."""
+    if first not in state:
+        return {}
+    layers = [name for name in state if re.fullmatch(rf"{encoder}\.transformer\.resblocks\.\d+\.VPT_shallow", name)]
+    return {f"n_ctx_{tower}": len(state[first]), f"prompt_depth_{tower}": 1 + len(layers)}
+
+
 def say_context(say: Callable[[str], object], learner: PromptLearner, words: str) -> None:
     said = f"the first {learner.n_ctx} of {words.replace('_', ' ')!r}" if learner.from_words else f"{learner.n_ctx} at random"
     say(f"Initial text context: {said}")
@@ -56,6 +65,12 @@ class IVLP(Method):
     def build(self) -> None:
         self.prompts = VisionLanguagePrompts(self.clip.model, self.classnames, self.config)
         say_context(self.say, self.prompts.prompt_learner, self.config.ctx_init)
+
+    @classmethod
+    def settings_of(cls, state: Mapping[str, Tensor]) -> dict[str, object]:
+        visual = prompts_of(state, "vision", "image_encoder", "image_encoder.VPT")
+        text = prompts_of(state, "text", "text_encoder", "prompt_learner.ctx")
+        return {"n_ctx_vision": 0, "prompt_depth_vision": 0, **visual, **text}
 
     @property
     def saved(self) -> nn.Module:

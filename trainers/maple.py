@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -55,6 +56,12 @@ class MaPLe(Method):
         c = self.config
         self.prompt_learner = MultiModalPromptLearner(self.clip.model, self.classnames, c.n_ctx, c.ctx_init, c.prompt_depth)
         say_context(self.say, self.prompt_learner, c.ctx_init)
+
+    @classmethod
+    def settings_of(cls, state: Mapping[str, Tensor]) -> dict[str, object]:
+        deep = [name for name in state if re.fullmatch(r"prompt_learner\.compound_prompts_text\.\d+", name)]
+        ctx = state.get("prompt_learner.ctx")
+        return {} if ctx is None else {"n_ctx": len(ctx), "prompt_depth": 1 + len(deep)}
 
     def encode_classes(self, image_features: Tensor | None = None, with_states: bool = False) -> Classes:
         return self.encode(self.prompt_learner, list(self.prompt_learner.compound_prompts_text), with_states)

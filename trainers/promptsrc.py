@@ -64,7 +64,7 @@ class PromptSRC(IVLP):
         logits = self.cosines(f, w)
         log_p, log_p0 = logits.float().log_softmax(1), self.cosines(f0, w0).float().log_softmax(1)
         return {
-            "ce": self.cross_entropy(logits, batch["label"]),
+            **self.fit(logits, batch),
             "scl_text": c.text_loss_weight * F.l1_loss(w, w0),
             "scl_image": c.image_loss_weight * F.l1_loss(f, f0),
             "scl_logits": F.kl_div(log_p, log_p0, reduction="sum", log_target=True) / logits.numel(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from plpp_reg.clip.deep import VisualPrompts
 from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.method import Batch, Classes, Inputs, Method, Settings, precision, setting
-from plpp_reg.trainers.ivlp import IVLP, prompted_features
+from plpp_reg.trainers.ivlp import IVLP, prompted_features, prompts_of
 from plpp_reg.trainers.zeroshot import template_features
 
 
@@ -33,6 +34,10 @@ class VPT(Method):
         self.fixed_text = normalize(template_features(self.clip.text, [pattern], self.classnames)[0])  # (C, embed_dim)
         self.prompts = VisualPrompts(self.clip.image, self.config.n_ctx_vision, self.config.prompt_depth_vision)
         self.prompts.to(self.fixed_text.device)
+
+    @classmethod
+    def settings_of(cls, state: Mapping[str, Tensor]) -> dict[str, object]:
+        return prompts_of(state, "vision", "image_encoder", "image_encoder.VPT")
 
     @property
     def saved(self) -> nn.Module:

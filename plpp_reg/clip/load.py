@@ -100,6 +100,21 @@ def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.devic
     return freeze(model)
 
 
+def weights_file(name: str) -> Path | None:
+    """The file that :func:`load_clip` reads for a backbone; None where it is not here, or open_clip alone knows it."""
+    if name == EMBEDDED:
+        from plpp_reg.clip.embedded import FILE
+
+        return FILE
+    if name.startswith(OPEN_CLIP):
+        path = Path(name.removeprefix(OPEN_CLIP).partition("/")[2])
+    elif url := openai_clip().clip._MODELS.get(name):
+        path = openai_clip_folder() / url.rsplit("/", 1)[1]
+    else:
+        path = Path(name)
+    return path if path.is_file() else None
+
+
 def _build(state_dict: dict[str, torch.Tensor], name: str) -> nn.Module:
     """``clip.model.CLIP`` in float32 from weights with OpenAI's keys."""
     try:

@@ -84,6 +84,8 @@ DEFAULTS = {
         "SPLIT": "test",
         "FINAL_MODEL": "last_step",
     },
+    # a method of ours and its weights, from which others learn without labels: a run's folder, or the rest
+    "TEACHER": {"RUN": "", "TRAINER": "", "BACKBONE": "", "WEIGHTS": "", "OPTS": ()},
     "FEATURES": {"MAX_GIB": 10.0},  # bound on the kept features of the frozen image tower, for all runs together; 0: none
     "TRAINER": {"NAME": ""},
 }

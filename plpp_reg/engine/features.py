@@ -85,11 +85,18 @@ class FrozenFeatures:
     def __init__(
         self, encoder: FrozenEncoder, cfg: CfgNode, data: DataSplit, precision: str, device: torch.device, ranks: Ranks
     ) -> None:
-        self.encoder, self.cfg, self.data = encoder, cfg, data
+        self.encoder, self._cfg, self.data = encoder, cfg, data
         self.precision, self.device, self.ranks = precision, device, ranks
         self.store = feature_store(cfg.FEATURES.MAX_GIB)
         self._last: tuple[tuple[str, int], Tensor] | None = None
         self._images: dict[str, ImageDataset] = {}  # by split
+
+    @functools.cached_property
+    def cfg(self) -> CfgNode:
+        """With the encoder's own keys of INPUT."""
+        cfg = self._cfg.clone()
+        cfg.INPUT.update(self.encoder.input)
+        return cfg
 
     def of(self, split: str, epoch: int = 0) -> Tensor:
         """Of every image of "train", as augmented in ``epoch``, of "val" or of "test"."""
@@ -133,17 +140,24 @@ class FrozenFeatures:
             "what": "normalised features of CLIP's image tower",
             "version": VERSION,
             **self.encoder.described(),
-            "precision": self.precision,
-            "device": _device_name(self.device),
-            "matmul": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
-            "libraries": [torch.__version__, metadata.version("torchvision"), PIL.__version__],
-            "threads": torch.get_num_threads(),
+            **arithmetic(self.precision, self.device),
             "input": {n: list(v) if isinstance(v, tuple) else v for n, v in sorted(cfg.INPUT.items()) if n != "VIEWS"},
             "train": train,
             "seed": image_seed_of(cfg) if train else None,
             "epoch": view,
             "files": files_sha256(getattr(self.data, split)),
         }
+
+
+def arithmetic(precision: str, device: torch.device) -> dict[str, Any]:
+    """What the last bits of anything depend on that is computed here, beside what goes in."""
+    return {
+        "precision": precision,
+        "device": _device_name(device),
+        "matmul": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
+        "libraries": [torch.__version__, metadata.version("torchvision"), PIL.__version__],
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _device_name(device: torch.device) -> str:

@@ -6,7 +6,9 @@ import functools
 import hashlib
 import inspect
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ class FrozenEncoder:
     Raises:
         TypeError: a subclass that defines one of the two alone.
     """
+
+    #: keys of ``cfg.INPUT`` that its images need otherwise than the run's have them: SIZE, PIXEL_MEAN, PIXEL_STD
+    input: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, tower: ImageTower) -> None:
         self.tower = tower
@@ -67,13 +72,16 @@ class FrozenEncoder:
         cls = type(self)
         if cls is FrozenEncoder:
             return self.key
-        code = [_code_sha256(c) for c in cls.__mro__[: cls.__mro__.index(FrozenEncoder)]]
-        return {**self.key, "encoder": f"{cls.__module__}.{cls.__qualname__}", "code": code}
+        return {**self.key, "encoder": f"{cls.__module__}.{cls.__qualname__}", "code": code_sha256(cls, FrozenEncoder)}
+
+
+def code_sha256(cls: type, base: type) -> list[str]:
+    """Of the files that define a class and those between it and ``base``; without one it is another code in each process."""
+    return [_file_sha256(c) for c in cls.__mro__[: cls.__mro__.index(base)]]
 
 
 @functools.cache
-def _code_sha256(cls: type) -> str:
-    """Of the file that defines a class; without one it is another code in each process."""
+def _file_sha256(cls: type) -> str:
     try:
         return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
     except (OSError, TypeError):
@@ -85,9 +93,14 @@ def weights_sha256(module: nn.Module) -> str:
     tensors = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in module.state_dict().values()]
     seen = (tensors, repr(module), [m.num_heads for m in module.modules() if hasattr(m, "num_heads")])
     if module.__dict__.get("_plpp_sha256", (None,))[0] != seen:
-        digest = hashlib.sha256(str(seen[1:]).encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        module.__dict__["_plpp_sha256"] = (seen, digest.hexdigest())
+        module.__dict__["_plpp_sha256"] = (seen, tensors_sha256(module.state_dict(), str(seen[1:])))
     return str(module.__dict__["_plpp_sha256"][1])
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], beside: str = "") -> str:
+    """Hash of tensors and their names, in whatever order, and of a text beside them."""
+    digest = hashlib.sha256(beside.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from plpp_reg.data import DataSplit
 from plpp_reg.engine.distributed import Ranks, current
 from plpp_reg.engine.frozen import FrozenEncoder, normalize
 from plpp_reg.engine.settings import Settings, precision, setting
+from plpp_reg.errors import InputError
+
+if TYPE_CHECKING:
+    from plpp_reg.engine.teacher import Teacher
 
 __all__ = ["Backbone", "Classes", "ContextSet", "Inputs", "Method", "Settings", "precision", "setting"]
 
@@ -56,9 +60,10 @@ class Classes(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method's batches hold: ``label`` (B,), and of each image what is asked for here."""
+    """What a method's batches hold of each image."""
 
     pixels: bool = False  # "img" (B, 3, H, W)
+    labels: bool = True  # "label" (B,) in training batches; without it no loss can have read one
     features: Mapping[str, FrozenEncoder] = field(default_factory=dict)  # by their names in a batch: computed ahead, and kept
     training_features: Mapping[str, FrozenEncoder] = field(default_factory=dict)  # the same, of training batches alone
 
@@ -79,6 +84,7 @@ class Method(nn.Module):
         clip: the frozen CLIP, which is no part of the module.
         classnames: C names.
         say: where a line for the log goes.
+        teacher: of a method that :attr:`distils`; nothing of it is loaded before it is read.
     """
 
     @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class Method(nn.Module):
     learns_text_context: ClassVar[bool] = False
     #: whether each image has class features of its own, and they are encoded a batch instead of once a model state
     classes_depend_on_image: ClassVar[bool] = False
+    #: whether it learns from a teacher, which TEACHER names and :attr:`teacher` is
+    distils: ClassVar[bool] = False
     #: whether :meth:`encode` shares the classes out among several processes
     splits_classes: ClassVar[bool] = True
     #: names of the losses whose gradients come to :meth:`gradients` apart, each by a backward pass of its own
@@ -109,11 +117,16 @@ class Method(nn.Module):
             cls.not_exported = UNDECLARED
 
     def __init__(
-        self, config: Settings, clip: Backbone, classnames: Sequence[str], say: Callable[[str], object] = lambda line: None
+        self,
+        config: Settings,
+        clip: Backbone,
+        classnames: Sequence[str],
+        say: Callable[[str], object] = lambda line: None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.config: Any = config
-        self.clip, self.classnames, self.say = clip, list(classnames), say
+        self.clip, self.classnames, self.say, self._teacher = clip, list(classnames), say, teacher
         self.ranks, self._reads_contexts = current(), False
         self.frozen = FrozenEncoder(clip.image)
         self.metrics: dict[str, Tensor] = {}  # scalars that the log shows beside the losses
@@ -148,7 +161,11 @@ class Method(nn.Module):
 
     def losses(self, batch: Batch, classes: Classes) -> dict[str, Tensor]:
         """Named, weighted scalars, each of which is logged; the trainer adds PLPP's and sums."""
-        return {"ce": self.cross_entropy(self.logits(batch, classes), batch["label"])}
+        return self.fit(self.logits(batch, classes), batch)
+
+    def fit(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss that draws logits (B, C) to what the batch says of its images: cross-entropy with their labels."""
+        return {"ce": self.cross_entropy(logits, batch["label"])}
 
     def logits(self, batch: Batch, classes: Classes) -> Tensor:
         """(B, C): scaled cosines."""
@@ -174,6 +191,11 @@ class Method(nn.Module):
         """The images that it trains, chooses and tests on, of those that the configuration names."""
         return data
 
+    @classmethod
+    def settings_of(cls, state: Mapping[str, Tensor]) -> dict[str, object]:
+        """Fields of ``Config`` that a checkpoint's tensors tell by their names and shapes: how many prompts, how deep."""
+        return {}
+
     def method_state(self) -> dict[str, Any]:
         """What exact resume needs beside the parameters; tensors and plain values."""
         return {}
@@ -187,6 +209,17 @@ class Method(nn.Module):
         return ""
 
     # ---- what a method uses --------------------------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> Teacher:
+        """Of a method that :attr:`distils`.
+
+        Raises:
+            InputError: it was built without one.
+        """
+        if self._teacher is None:
+            raise InputError(f"{type(self).__name__}: expected a teacher, got none")
+        return self._teacher
 
     def encode(self, learner: PromptLearner, deep: Sequence[Tensor] = (), with_states: bool = False) -> Classes:
         """One text pass over the prompts of ``learner``: its classes, and its context set where states are asked for.

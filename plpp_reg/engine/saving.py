@@ -54,6 +54,7 @@ class Saving:
                 "scaler": self.scaler.state_dict(),
                 "same": self.same(),
                 "classnames": list(self.method.classnames),
+                **({"teacher": self.method.teacher.identity} if self.method.distils else {}),
                 "method": self.method.method_state(),
             },
         }

@@ -35,6 +35,7 @@ from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
 from plpp_reg.engine.plpp import ContextTerms, measured, readable, regularizer_for
 from plpp_reg.engine.saving import Saving
 from plpp_reg.engine.state import RunState
+from plpp_reg.engine.teacher import Teacher
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import write_atomically
 from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
@@ -53,6 +54,7 @@ class Trainer:
         data: images and class names; None: what ``cfg.DATASET`` names.
         clip_model: a frozen CLIP; None: what ``cfg.MODEL.BACKBONE`` names.
         log: where lines go; None: standard output.
+        teacher: of a method that distils; None: what ``cfg.TEACHER`` names, which is read when it is needed.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Trainer:
         data: DataSplit | None = None,
         clip_model: nn.Module | None = None,
         log: RunLog | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.cfg, self.log = cfg, log or RunLog()
         config, precision_key = method.Config.read(cfg), method.Config.key("prec")
@@ -86,7 +89,11 @@ class Trainer:
         random.seed(cfg.SEED)  # whatever was drawn before, the run starts the same
         np.random.seed(cfg.SEED)
         torch.manual_seed(cfg.SEED)
-        self.method = method(config, backbone, data.classnames, self.log)
+        self.teacher: Teacher | None = None
+        if method.distils:
+            at = self.precision, self.device, self.clip_model
+            self.teacher = teacher or Teacher(cfg, data.classnames, *at, say=self.log)
+        self.method = method(config, backbone, data.classnames, self.log, self.teacher)
         self.data = self.method.split(data)
         self.parameters = list(self.method.parameters())
         self.plpp = ContextTerms(cfg, clip_model) if cfg.TRAINER.PLPP.ENABLED else None
@@ -116,6 +123,8 @@ class Trainer:
     @functools.cached_property
     def _same(self) -> dict[str, Any]:
         same = {"files": self.data.sha256(), "precision": self.precision, "device": self.device.type}
+        if self.teacher is not None:
+            same["teacher"] = self.teacher.label
         learned_from = {part: sha256 for part, sha256 in self.pictures_sha256.items() if part in ("train", "val")}
         return {**same, "pictures": learned_from} if learned_from else same
 
@@ -151,8 +160,11 @@ class Trainer:
         """A split's batches of this epoch, on the device, with what the method sees of each image."""
         loader = self.loader(split)
         loader.batch_sampler.epoch = self.state.epoch
+        unlabelled = split == "train" and not self.method.inputs.labels
         ahead = {name: self.frozen_features[name].of(split, self.state.epoch) for name in self.method.inputs.of(split)}
         for batch in loader:
+            if unlabelled:
+                del batch["label"]
             batch.update({name: features[batch["index"]] for name, features in ahead.items()})
             yield {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
 

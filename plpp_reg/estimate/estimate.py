@@ -34,9 +34,9 @@ from plpp_reg.clip.architectures import clip_without_weights
 from plpp_reg.clip.prompts import tokenizer
 from plpp_reg.data import DataSplit
 from plpp_reg.data.loaders import load_data
+from plpp_reg.engine.arguments import RunArguments, resolve
 from plpp_reg.engine.features import canonical_batches
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.estimate.throughput import Machine, operation_seconds, overhead, plpp_seconds

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from plpp_reg.clip.load import EMBEDDED
 from plpp_reg.data import full_name, short_name
 from plpp_reg.engine import config, registry
-from plpp_reg.engine.run import RunArguments, further_config, resolve, shipped_config
+from plpp_reg.engine.arguments import RunArguments, further_config, resolve, shipped_config
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.io.files import read_yaml
 from plpp_reg.loss import SUFFIX

@@ -31,6 +31,8 @@ NOT_IN_THE_RESULT = {
     "TEST.PER_CLASS_RESULT",
     "TEST.COMPUTE_CMAT",
     "FEATURES.MAX_GIB",
+    "TEACHER.RUN",  # what it has learned counts, not where that lies: "teacher" in a record
+    "TEACHER.WEIGHTS",
 }
 
 

@@ -1,0 +1,418 @@
+"""A teacher: any method of ours with its weights, from which others learn without labels. What it says is computed once.
+
+Its class features are encoded when its weights are in, and kept (:class:`plpp_reg.io.store.TensorStore`); its image features,
+not its logits, come as any frozen encoder's do (plpp_reg/engine/features.py). Both are kept by what they depend on, which is
+known without loading it: once a store has them, the teacher is not loaded at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from plpp_reg.clip.load import load_clip, weights_file
+from plpp_reg.clip.text import TextTower
+from plpp_reg.clip.vision import ImageTower
+from plpp_reg.data import Datum
+from plpp_reg.data.contents import contents_sha256
+from plpp_reg.engine import checkpoint, config
+from plpp_reg.engine.arguments import RunArguments, resolve
+from plpp_reg.engine.backbone import check_input, computing
+from plpp_reg.engine.distributed import Ranks
+from plpp_reg.engine.features import arithmetic, feature_store
+from plpp_reg.engine.frozen import FrozenEncoder, code_sha256, normalize, tensors_sha256, weights_sha256
+from plpp_reg.engine.method import UNDECLARED, Backbone, Method, Settings
+from plpp_reg.errors import InputError
+from plpp_reg.loss import SUFFIX
+from plpp_reg.results.record import RESULT, read_if_whole
+
+VERSION = 1  # of the class features: raise it when the text tower changes by a bit
+OF_NO_EFFECT = ("prec", "states")  # settings of a method that change nothing of what it says in the run's own precision
+OWN_INPUT = ("SIZE", "PIXEL_MEAN", "PIXEL_STD")
+EXAMPLE = (
+    "TEACHER: expected a teacher, got none: TEACHER.RUN FOLDER (of a finished run), or TEACHER.TRAINER ZeroshotCLIP2, or "
+    "TEACHER.TRAINER PromptSRC with TEACHER.WEIGHTS FILE, and TEACHER.BACKBONE where it is not the student's"
+)
+
+
+class Named(NamedTuple):
+    """What the node TEACHER names."""
+
+    cls: type[Method]
+    cfg: CfgNode  # its own, on the student's data
+    weights: Path | None  # a checkpoint; None: it learns nothing
+    learned_sha256: str  # of the checkpoint's tensors; empty: it learns nothing
+    trained_on: list[str] | None  # class names; None: a file that does not say
+
+    @property
+    def config(self) -> Settings:
+        return self.cls.Config.read(self.cfg)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of its ``Config``, which is all that a method reads of a configuration."""
+        return {n: v for n, v in dataclasses.asdict(self.config).items() if n not in OF_NO_EFFECT}
+
+
+class Loaded(NamedTuple):
+    """A teacher with its weights."""
+
+    method: Method
+    encoder: FrozenEncoder
+    input: dict[str, Any]  # keys of INPUT as its images have them
+
+
+class Spoken(NamedTuple):
+    """What is kept of a teacher."""
+
+    class_features: Tensor  # (C, E_t) normalised, float32
+    scale: Tensor  # of its cosines: exp(logit_scale)
+    encoder: dict[str, Any]  # as its image encoder describes itself
+    input: dict[str, Any]  # keys of INPUT as its images have them
+
+
+class Teacher:
+    """The teacher that ``cfg.TEACHER`` names, around the class names of a student. Nothing is read before it is asked for.
+
+    Args:
+        cfg: the student's configuration.
+        classnames: C names.
+        precision, device: the student's, in which the teacher computes too.
+        clip_model: the student's CLIP, which serves a teacher on the same backbone.
+        say: where a line for the log goes.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        classnames: Sequence[str],
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+        clip_model: nn.Module | None = None,
+        say: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        self.cfg, self.classnames, self.say = cfg, list(classnames), say
+        self.precision, self.device, self.student = precision, torch.device(device), clip_model
+        self.encoder = TeacherEncoder(self)
+
+    # ---- what a student reads ------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def class_features(self) -> Tensor:
+        """(C, E_t), normalised, float32, on the device: encoded after the teacher's weights were loaded."""
+        return self.spoken.class_features.to(self.device)
+
+    @functools.cached_property
+    def scale(self) -> Tensor:
+        """The teacher's own factor of cosines, a scalar on the device."""
+        return self.spoken.scale.to(self.device)
+
+    def logits(self, features: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Its features of images, (B, E_t) normalised -> (B, C): cosines times its own scale, or another's."""
+        return (self.scale if scale is None else scale) * features @ self.class_features.t()
+
+    # ---- what is known of it without loading it ------------------------------------------------------------------
+
+    @functools.cached_property
+    def named(self) -> Named:
+        """
+        Raises:
+            InputError: TEACHER names none, or one that cannot teach.
+        """
+        node, streams = self.cfg.TEACHER, checkpoint.random_streams()
+        try:
+            named = _of_run(node) if node.RUN else _of_trainer(node, self.cfg)
+        finally:
+            checkpoint.restore_random_streams(streams)
+        cfg = named.cfg
+        cfg.DATASET, cfg.MODEL.TEXT_MEMORY_MIB = self.cfg.DATASET.clone(), self.cfg.MODEL.TEXT_MEMORY_MIB
+        cfg.TRAINER.PLPP.ENABLED = False  # of no effect on what it says
+        return named
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """For a record: which method, on which backbone, with which settings and weights, trained on which classes (None: its
+        file does not say). Where its files lie is not among it."""
+        named = self.named
+        return {
+            "trainer": _name(named.cfg),
+            "backbone": named.cfg.MODEL.BACKBONE.NAME,
+            "settings": named.settings,
+            "sha256": named.learned_sha256,
+            "classnames": named.trained_on,
+        }
+
+    @property
+    def label(self) -> str:
+        """``PromptSRC on ViT-L/14 (0123456789ab)``: :attr:`identity` in a few words, and its hash."""
+        return label_of(self.identity)
+
+    def check_unseen(self, new: Sequence[str], every: Sequence[str]) -> None:
+        """Whether classes that a protocol measures as new are new to the teacher.
+
+        Args:
+            new: their names.
+            every: the names of all classes of that data set.
+
+        Raises:
+            InputError: it was trained on some of them.
+        """
+        trained_on = self.named.trained_on
+        if trained_on is None:
+            self.say(
+                "TEACHER.WEIGHTS: unknown classes: the file does not say on which it was trained, new ones may be among them"
+            )
+        elif set(trained_on) <= set(every) and (seen := [name for name in new if name in set(trained_on)]):
+            raise InputError(
+                f"TEACHER: expected one that was trained on the base classes alone, got one that has seen {len(seen)} of "
+                f"{len(new)} new ones ({seen[0]!r}, …)"
+            )
+
+    # ---- what it says, kept --------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def spoken(self) -> Spoken:
+        """What is kept of it, or else, loaded, it says."""
+        store = feature_store(self.cfg.FEATURES.MAX_GIB)
+        what = self._described()
+        if what is not None and (found := store.find(what)) is not None:
+            about = json.loads(bytes(found["about"].tolist()))
+            return Spoken(found["class_features"], found["scale"], about["encoder"], _as_input(about["input"]))
+        spoken = self._ask()
+        about = json.dumps({"encoder": spoken.encoder, "input": spoken.input}).encode()
+        tensors = {"about": torch.frombuffer(bytearray(about), dtype=torch.uint8)}
+        if (what := self._described()) is not None:  # once more: its backbone may have been downloaded meanwhile
+            store.keep(what, {**tensors, "class_features": spoken.class_features, "scale": spoken.scale})
+        return spoken
+
+    def _described(self) -> dict[str, Any] | None:
+        """Everything that a bit of what is kept depends on; None where that is not known without loading it."""
+        named = self.named
+        backbone = self._backbone_described(named.cfg.MODEL.BACKBONE.NAME)
+        if backbone is None:
+            return None
+        return {
+            "what": "class features of a teacher",
+            "version": VERSION,
+            "method": f"{named.cls.__module__}.{named.cls.__qualname__}",
+            "code": [*code_sha256(named.cls, Method), *code_sha256(MethodEncoder, FrozenEncoder)],
+            "settings": named.settings,
+            "learned": named.learned_sha256,
+            "backbone": backbone,
+            "classnames": self.classnames,
+            "text_memory_mib": named.cfg.MODEL.TEXT_MEMORY_MIB,
+            "input": {key: list(named.cfg.INPUT[key]) for key in OWN_INPUT},
+            **arithmetic(self.precision, self.device),
+        }
+
+    def _backbone_described(self, name: str) -> dict[str, str] | None:
+        if self._is_the_students(name):
+            return {"weights": weights_sha256(self.student)}
+        if (file := weights_file(name)) is None:
+            return None
+        return {"name": name, "file": contents_sha256([Datum(str(file), 0, "", "weights")])}
+
+    def _is_the_students(self, name: str) -> bool:
+        return self.student is not None and name == self.cfg.MODEL.BACKBONE.NAME
+
+    @torch.no_grad()
+    def _ask(self) -> Spoken:
+        method, encoder, own_input = self.loaded
+        with computing(self.device, self.precision):
+            class_features = method.encode_classes().features.float().cpu()
+        if not class_features.isfinite().all():
+            raise InputError(f"TEACHER: expected finite class features, {self.label} gave others")
+        scale = method.clip.model.logit_scale.detach().float().exp().cpu()
+        return Spoken(class_features, scale, encoder.described(), own_input)
+
+    # ---- the teacher itself --------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def loaded(self) -> Loaded:
+        """Ready, for the student's class names; the random streams are left as they are.
+
+        The image encoder is the frozen tower of its backbone where the method learned nothing of it: its features are then
+        shared with every run on that backbone.
+
+        Raises:
+            InputError: its weights or its images do not fit its backbone, or belong to other classes.
+        """
+        named, streams = self.named, checkpoint.random_streams()
+        cls, weights, trained_on = named.cls, named.weights, named.trained_on
+        cfg = named.cfg.clone()
+        try:
+            model = self._backbone(cfg)
+            towers = Backbone(model, TextTower(model, cfg.MODEL.TEXT_MEMORY_MIB), ImageTower(model))
+            own = Teacher(cfg, self.classnames, self.precision, self.device, model, self.say) if cls.distils else None
+            method = cls(named.config, towers, self.classnames, teacher=own)
+            method.ranks = Ranks()  # each process has all of it
+            if weights is not None:
+                if trained_on not in (None, self.classnames) and (reason := method.bound_to_classes):
+                    raise InputError(f"TEACHER: {reason}")
+                checkpoint.load_weights(method.saved, checkpoint.load(weights)["state_dict"], weights, method.not_loaded)
+        finally:
+            checkpoint.restore_random_streams(streams)
+        self.say(f"Teacher: {self.label}")
+        method.requires_grad_(False).eval()
+        encoder = MethodEncoder(method) if method.not_exported else method.frozen
+        return Loaded(method, encoder, {key: cfg.INPUT[key] for key in OWN_INPUT})
+
+    def _backbone(self, cfg: CfgNode) -> nn.Module:
+        """The CLIP that ``cfg`` names; where a method was named, ``cfg``'s images become as that one has them."""
+        name = cfg.MODEL.BACKBONE.NAME
+        if self._is_the_students(name):
+            model = self.student
+        else:
+            self.say(f"Loading the teacher's CLIP (backbone: {name}, {self.precision} on {self.device})")
+            model = load_clip(name, self.precision, self.device)
+        if not self.cfg.TEACHER.RUN:  # a run says how its images were; of a method it is its backbone that does
+            own = {"INPUT.SIZE": (model.visual.input_resolution,) * 2}
+            own |= {f"INPUT.{key.upper()}": list(getattr(model, key, None) or ()) for key in ("pixel_mean", "pixel_std")}
+            for key, value in own.items():
+                if value and key not in self.cfg.TEACHER.OPTS[::2]:
+                    config.set_value(cfg, key, value)
+        check_input(cfg, model)
+        return model
+
+
+class TeacherEncoder(FrozenEncoder):
+    """A teacher's image encoder, loaded when the first image is to be encoded and not before."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    @property
+    def tower(self) -> ImageTower:
+        return self.teacher.loaded.encoder.tower
+
+    @property
+    def width(self) -> int:
+        return self.teacher.spoken.class_features.shape[1]
+
+    @property
+    def input(self) -> Mapping[str, Any]:
+        return self.teacher.spoken.input
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, E_t), normalised."""
+        return self.teacher.loaded.encoder.encode(images)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return self.described()
+
+    def described(self) -> dict[str, Any]:
+        """As the encoder describes itself whose features these are."""
+        return self.teacher.spoken.encoder
+
+
+class MethodEncoder(FrozenEncoder):
+    """The image features of a method that learned something of them, prompts of the image tower, say."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__(method.clip.image)
+        self.method = method
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, E_t), normalised."""
+        return normalize(self.method.image_features({"img": images}))
+
+    @property
+    def key(self) -> dict[str, Any]:
+        method = self.method
+        return {
+            **super().key,
+            "method": f"{type(method).__module__}.{type(method).__qualname__}",
+            "method_code": code_sha256(type(method), Method),
+            "settings": {n: v for n, v in dataclasses.asdict(method.config).items() if n not in OF_NO_EFFECT},
+            "learned": tensors_sha256(method.saved.state_dict()),
+        }
+
+
+def label_of(identity: Mapping[str, Any]) -> str:
+    """:attr:`Teacher.label` of an identity that was recorded."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{identity['trainer']} on {identity['backbone']} ({digest})"
+
+
+def _name(cfg: CfgNode) -> str:
+    return str(cfg.TRAINER.NAME).removesuffix(SUFFIX)
+
+
+def _as_input(kept: Mapping[str, Any]) -> dict[str, Any]:
+    return {**kept, "SIZE": tuple(kept["SIZE"])}
+
+
+def _check_method(cls: type[Method], cfg: CfgNode) -> None:
+    """Whether cosines of image features with class features are all that it says."""
+    if cls.classes_depend_on_image:
+        raise InputError(f"TEACHER: expected a method whose class features are the same for every image, got {_name(cfg)}")
+    if cls.not_exported == UNDECLARED:
+        raise InputError(f"TEACHER: expected a method that says what its logits are (not_exported), got {_name(cfg)}")
+
+
+def _of_run(node: CfgNode) -> Named:
+    """Of a run's folder, whose configuration says everything."""
+    folder = Path(node.RUN)
+    if beside := [key for key in ("WEIGHTS", "BACKBONE", "OPTS") if node[key]]:
+        raise InputError(f"TEACHER.RUN: expected nothing beside it, which says everything, got TEACHER.{beside[0]} too")
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"TEACHER.RUN {node.RUN!r}: expected the folder of a run, with its config.yaml, got none")
+    if read_if_whole(folder) is None:
+        raise InputError(
+            f"TEACHER.RUN {node.RUN!r}: expected a finished run, got one without {RESULT} (a checkpoint of it: TEACHER.WEIGHTS "
+            "FILE with TEACHER.TRAINER)"
+        )
+    cfg, cls = config.of_run(folder, node.TRAINER if ":" in node.TRAINER else "")
+    _check_method(cls, cfg)
+    if not cls.learns:
+        return Named(cls, cfg, None, "", [])
+    if not (folder / cls.model_name).is_dir():
+        raise InputError(f"TEACHER.RUN {node.RUN!r}: expected a run with a checkpoint, it has no folder {cls.model_name!r}")
+    return _with_weights(cls, cfg, checkpoint.find(folder, cls.model_name, None))
+
+
+def _of_trainer(node: CfgNode, student: CfgNode) -> Named:
+    """Of a method by its name, and the file of its weights."""
+    if not node.TRAINER:
+        if node.WEIGHTS:
+            raise InputError("TEACHER.WEIGHTS: expected TEACHER.TRAINER beside it, the method that learned them")
+        raise InputError(EXAMPLE)
+    backbone, opts = node.BACKBONE or student.MODEL.BACKBONE.NAME, tuple(map(str, node.OPTS))
+    try:
+        cfg, cls = resolve(RunArguments(trainer=node.TRAINER, backbone=backbone, seed=student.SEED, opts=opts))
+    except InputError as e:
+        raise InputError(f"TEACHER: {e}") from e
+    _check_method(cls, cfg)
+    if not cls.learns:
+        if node.WEIGHTS:
+            raise InputError(f"TEACHER.WEIGHTS: expected none, {_name(cfg)} learns nothing")
+        return Named(cls, cfg, None, "", [])
+    if not node.WEIGHTS:
+        raise InputError(
+            f"TEACHER.WEIGHTS: expected a checkpoint of {_name(cfg)}, or TEACHER.RUN with its run's folder, got none"
+        )
+    if not (path := Path(node.WEIGHTS)).is_file():
+        raise InputError(f"TEACHER.WEIGHTS {node.WEIGHTS!r}: expected a checkpoint's file, got none")
+    state = {name.removeprefix("module."): t for name, t in checkpoint.load(path)["state_dict"].items()}
+    for name, value in cls.settings_of({name: t for name, t in state.items() if isinstance(t, Tensor)}).items():
+        config.set_value(cfg, cls.Config.key(name), value)
+    return _with_weights(cls, cfg, path)
+
+
+def _with_weights(cls: type[Method], cfg: CfgNode, path: Path) -> Named:
+    content = checkpoint.load(path)
+    trained_on = (content.get("plpp_reg") or {}).get("classnames")
+    state = {name: t for name, t in content["state_dict"].items() if isinstance(t, Tensor)}
+    return Named(cls, cfg, path, tensors_sha256(state), trained_on)
