@@ -24,6 +24,21 @@ from plpp_reg.errors import InputError
 from plpp_reg.io.files import clear_left_behind, locked, write_text
 from plpp_reg.results.record import FEW_SHOT, RESULT, versions, write_result
 
+__all__ = [
+    "FurtherTest",
+    "RunArguments",
+    "UnusableCheckpoint",
+    "further_config",
+    "output_dir",
+    "parts_read",
+    "pictures_sha256",
+    "record",
+    "resolve",
+    "run",
+    "test",
+    "train_and_test",
+]
+
 
 def output_dir(cfg: CfgNode, eval_only: bool) -> Path:
     """Where a run writes: OUTPUT_DIR, else a folder that says what it is."""

@@ -108,7 +108,7 @@ class Teacher:
 
     @functools.cached_property
     def class_features(self) -> Tensor:
-        """(C, E_t), normalised, float32, on the device: encoded after the teacher's weights were loaded."""
+        """(C, E_t), normalised, float32, on the device; encoded after the teacher's weights were loaded."""
         return self.spoken.class_features.to(self.device)
 
     @functools.cached_property
@@ -140,8 +140,8 @@ class Teacher:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """For a record: which method, on which backbone, with which settings and weights, trained on which classes (None: its
-        file does not say). Where its files lie is not among it."""
+        """What a record says of it, which is the method, backbone, settings, weights by their hash, and the classes that it was
+        trained on (None: its file does not say). Where its files lie is not among it."""
         named = self.named
         return {
             "trainer": _name(named.cfg),
@@ -153,7 +153,7 @@ class Teacher:
 
     @property
     def label(self) -> str:
-        """``PromptSRC on ViT-L/14 (0123456789ab)``: :attr:`identity` in a few words, and its hash."""
+        """:attr:`identity` in a few words, and its hash, as in ``PromptSRC on ViT-L/14 (0123456789ab)``."""
         return label_of(self.identity)
 
     def check_unseen(self, new: Sequence[str], every: Sequence[str]) -> None:
