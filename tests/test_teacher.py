@@ -26,8 +26,8 @@ from plpp_reg.trainers.maple import MaPLe
 from plpp_reg.trainers.vpt import VPT
 from plpp_reg.trainers.zeroshot import ZeroshotCLIP
 
-import engine_helpers as helpers
-from engine_helpers import quietly
+from helpers import engine as helpers
+from helpers.engine import quietly
 
 KEPT = ("FEATURES.MAX_GIB", 1.0)
 ZERO_SHOT = ("TEACHER.TRAINER", "ZeroshotCLIP")
@@ -59,7 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     helpers.write_backbone(world / "other.pt", seed=1)
     helpers.write_recipe(world / "recipe.yaml")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+        patch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
         for name, trainer in (("coop", "CoOp"), ("ivlp", "IVLP")):
             opts = ("TRAINER.IVLP.PROMPT_DEPTH_VISION", "1", "TRAINER.IVLP.PROMPT_DEPTH_TEXT", "2")
             quietly(arguments(world, name, trainer, *opts, backbone="other.pt"))
@@ -69,7 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("engine_helpers:read_tiny"))
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
     monkeypatch.setenv("PLPP_REG_CACHE", str(tmp_path / "cache"))
 
 
