@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from plpp_reg import PerplexityRegularizer, attach
-from plpp_reg.attachment import Layout, distinct_prompts
+from plpp_reg.attachment.layout import Layout, distinct_prompts
 from plpp_reg.errors import InputError
 
 from helpers.attach import (

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from plpp_reg.attachment import Handle, attach, contexts
+from plpp_reg.attachment.attaching import attach
+from plpp_reg.attachment.discovery import contexts
+from plpp_reg.attachment.handle import Handle
 from plpp_reg.errors import InputError
 from plpp_reg.loss import SUFFIX
 from plpp_reg.loss.functional import STATES

@@ -38,8 +38,14 @@ def file_state(path: str) -> tuple[int, ...]:
 def files_sha256(items: Sequence[Datum]) -> str:
     """Hash of which files these are, in order, with sizes and times: a file that was changed is another one."""
     digest = hashlib.sha256()
+    folders: dict[str, str] = {}  # where each is; a path is resolved part by part, and most images share all but the last
     for item in items:
-        digest.update(f"{(os.path.realpath(item.impath), *file_state(item.impath))}\n".encode("utf-8", "surrogateescape"))
+        folder, name = os.path.split(item.impath)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], name)
+        real = os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(path) else path
+        digest.update(f"{(real, *file_state(item.impath))}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
