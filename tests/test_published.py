@@ -12,9 +12,17 @@ from plpp_reg.results import record as results
 from plpp_reg.results.tables import literature
 
 FOLDER = Path(literature.__file__).parents[1] / "published"
-NAMES = {"base_to_new", "base_to_new_by_shots", "cross_dataset", "domain_generalization", "few_shot", "promptkd_teacher"}
+NAMES = {
+    "base_to_new",
+    "base_to_new_by_shots",
+    "cross_dataset",
+    "domain_generalization",
+    "few_shot",
+    "promptkd_teacher",
+    "promptkd_imagenet",
+}
 PRINTED_TO = {"base_to_new": 0.011, "base_to_new_by_shots": 0.011}  # base and new are rounded to 0.01, and so is H
-TEXT = {"method", "dataset", "source", "shots"}
+TEXT = {"method", "dataset", "source", "shots", "studied", "value"}
 
 Wrong = set[tuple[str, str, str, str, str]]
 
@@ -28,6 +36,18 @@ def test_every_file_is_there_and_every_figure_is_an_accuracy() -> None:
             for key, value in line.items():
                 if key not in TEXT and not key.startswith("n_") and value:
                     assert 10 < float(value) < 100, (name, key, line)
+
+
+def test_promptkds_own_studies_agree_with_each_other() -> None:
+    lines = literature.read_published("promptkd_imagenet")
+    for line in lines:
+        assert line["hm"] or line["base"]
+        if line["hm"] and line["base"]:
+            h = results.harmonic_mean(float(line["base"]), float(line["new"]))
+            assert abs(h - float(line["hm"])) < PRINTED_TO["base_to_new"], line
+    usual = {(line["studied"], line["value"]): (line["base"], line["new"], line["hm"]) for line in lines}
+    base, new, h = usual["images a class", "64"]  # the setting that the other studies start from
+    assert usual["teacher", "PromptSRC ViT-L/14"][:2] == (base, new) and usual["temperature", "1"][2] == h
 
 
 def recorded(columns: set[str]) -> Wrong:
