@@ -359,7 +359,7 @@ def test_plpp_without_text_context_is_refused_by_name_and_by_flag(name: str, cap
 def test_every_method_that_learns_text_context_has_its_plpp() -> None:
     names = registry.trainer_names()
     assert set(TRAINERS) <= set(names)
-    with_plpp = {"CoOp", "CoCoOp", "KgCoOp", "ProGrad", "MaPLe", "IVLP", "PromptSRC"}
+    with_plpp = {"CoOp", "CoCoOp", "KgCoOp", "ProGrad", "MaPLe", "IVLP", "PromptSRC", "FDBPL"}
     assert {name.removesuffix("_PLPP") for name in names if name.endswith("_PLPP")} == with_plpp
     for name in sorted(with_plpp):
         cls, plain, plpp = registry.find_trainer(f"{name}_PLPP")

@@ -52,6 +52,7 @@ CASES = {
     "prograd": ("ProGrad_PLPP", ()),
     "maple": ("MaPLe_PLPP", ()),
     "promptsrc": ("PromptSRC_PLPP", ("FEATURES.MAX_GIB", "1.0")),
+    "fdbpl": ("FDBPL_PLPP", ("TRAINER.FDBPL.PLPP_ON", "both", "TEACHER.TRAINER", "ZeroshotCLIP2")),
 }
 HALF = ("TRAIN.CHECKPOINT_FREQ", "1")
 
@@ -68,6 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         TRAINER__COCOOP={"N_CTX": 2, **node},
         TRAINER__MAPLE={"PROMPT_DEPTH": 1, **node},
         TRAINER__PROMPTSRC={**deep, "GPA_MEAN": 1.0},
+        TRAINER__FDBPL=node,
         TRAINER__PLPP={"NORMALIZE_OVER": "vocabulary"},
     )
     (folder / "dataset.yaml").write_text("DATASET:\n  NAME: tiny\n")
@@ -117,9 +119,12 @@ def test_each_process_encodes_its_share(runs: Path, case: str) -> None:
     """Of the classes, in CoCoOp of the images with all classes; what a teacher's templates say is each one's to know."""
     alone, *shares = seen(runs / f"{case}-1"), *(seen(runs / f"{case}-2", rank) for rank in (0, 1))
     taught = [1] if case in ("kgcoop", "prograd", "promptsrc") else []
-    an_item = len(helpers.CLASSNAMES) if case == "cocoop" else 1
+    an_item = {"cocoop": len(helpers.CLASSNAMES), "fdbpl": 2}.get(case, 1)  # of FDBPL, by both contexts
     in_words = len(helpers.CLASSNAMES) if case in ("class-specific", "middle") else 1  # the context, before and after
+    in_words *= 2 if case == "fdbpl" else 1
     for one in (alone, *shares):
+        if case == "fdbpl":  # its teacher's eight templates, before anything
+            assert one["prompts"].pop(0) == 8 * len(helpers.CLASSNAMES)
         assert [one["prompts"].pop(0), one["prompts"].pop()] == [in_words, in_words]  # the same for every process
     assert len(alone["prompts"]) - len(taught) >= 9  # the steps', and the test's
     for number, (whole, *parts) in enumerate(zip(alone["prompts"], *(share["prompts"] for share in shares), strict=True)):

@@ -67,6 +67,24 @@ def src(epochs: int, depth: int, mean: float, std: float) -> dict[str, object]:
     return deep("PromptSRC", epochs, 0.0025, depth, GPA_MEAN=mean, GPA_STD=std, **weights)
 
 
+def promptkd(weight: float, depth: int, **more: object) -> dict[str, object]:
+    keys = {"KD_WEIGHT": weight, "TEMPERATURE": 1.0, "N_CTX_VISION": 4, "PROMPT_DEPTH_VISION": depth, "PROJECTOR": True}
+    training = {"OPTIM.MAX_EPOCH": 20, "OPTIM.LR": 0.005, "DATALOADER.TRAIN_X.BATCH_SIZE": 8, "DATASET.NUM_SHOTS": -1}
+    return {**training, **{f"TRAINER.PROMPTKD.{key}": value for key, value in {**keys, "PREC": "fp16"}.items()}, **more}
+
+
+FDBPL = {
+    "OPTIM.MAX_EPOCH": 50,
+    "OPTIM.LR": 0.002,
+    "DATALOADER.TRAIN_X.BATCH_SIZE": 32,
+    "INPUT.RRCROP_SCALE": [0.08, 0.936],
+    "TEACHER.TRAINER": "ZeroshotCLIP",
+    "TRAINER.FDBPL.CTX_INIT": WORDS,
+    "TRAINER.FDBPL.NEGATIVE_INIT": "a photo of no",
+    "TRAINER.FDBPL.COSINE_WEIGHT": 0.001,
+    "TRAINER.FDBPL.CASCADE": "none",
+    "TRAINER.FDBPL.PREC": "fp16",
+}
 COCOOP = {
     "OPTIM.MAX_EPOCH": 10,
     "OPTIM.LR": 0.002,
@@ -115,6 +133,13 @@ PUBLISHED = {
     "PromptSRC/cross_dataset.yaml": src(20, 3, 6.0, 10.0),
     "PromptSRC/few_shot_16.yaml": src(50, 9, 30.0, 30.0),
     "PromptSRC/few_shot_16_fine_grained.yaml": src(50, 9, 45.0, 5.0),
+    "PromptKD/base2new.yaml": promptkd(1000.0, 9),
+    "PromptKD/base2new_fine_grained.yaml": promptkd(200.0, 9),
+    "PromptKD/cross_dataset.yaml": promptkd(1000.0, 3),
+    "PromptKD/few_shot_16.yaml": promptkd(1000.0, 9, **{"DATASET.NUM_SHOTS": 16}),
+    "FDBPL/few_shot_16.yaml": FDBPL,
+    "FDBPL/base2new.yaml": FDBPL,
+    "FDBPL/cross_dataset.yaml": FDBPL,
     "ZeroshotCLIP/few_shot_16.yaml": {},
     "ZeroshotCLIP2/few_shot_16.yaml": {},
     "ZeroshotCLIP/base2new.yaml": {},
@@ -161,7 +186,8 @@ def test_a_recipes_figures_are_the_published_ones(recipe: str) -> None:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_embedded_recipe_is_that_of_the_embedded_model(name: str) -> None:
     cfg = of(f"{name}/embedded.yaml")
-    want = {**SHARED, "INPUT.SIZE": [48, 48], "MODEL.BACKBONE.NAME": "embedded", "DATALOADER.NUM_WORKERS": 0}
+    own = {"PromptKD": {"DATASET.NUM_SHOTS": -1}, "FDBPL": {"INPUT.RRCROP_SCALE": [0.08, 0.936]}}.get(name, {})
+    want = {**SHARED, **own, "INPUT.SIZE": [48, 48], "MODEL.BACKBONE.NAME": "embedded", "DATALOADER.NUM_WORKERS": 0}
     assert {key: cfg[key] for key in want} == want
     node = {"CoOp": "COOP", "KgCoOp": "COOP", "ProGrad": "COOP"}.get(name, name.upper())
     assert cfg.get(f"TRAINER.{node}.PREC", "fp32") == "fp32"
@@ -181,7 +207,7 @@ def test_a_recipe_takes_the_flag_and_options_over_its_own_figures() -> None:
     for recipe in RECIPES:
         assert of(recipe, "OPTIM.MAX_EPOCH", "7")["OPTIM.MAX_EPOCH"] == 7
         name = recipe.split("/")[0]
-        if name in ("VPT", "ZeroshotCLIP", "ZeroshotCLIP2"):
+        if name in ("VPT", "PromptKD", "ZeroshotCLIP", "ZeroshotCLIP2"):
             continue
         plain, with_plpp = (
             config.flat(resolve(RunArguments(trainer=trainer, config_file=str(FOLDER / recipe)))[0])
@@ -236,7 +262,7 @@ def test_prograds_weaker_lambda_is_of_its_data_sets_and_shots() -> None:
     assert set(recipes_of("ProGrad", "imagenet").values()) == {"few_shot_imagenet"}
 
 
-@pytest.mark.parametrize("name", ["MaPLe", "IVLP", "VPT"])
+@pytest.mark.parametrize("name", ["MaPLe", "IVLP", "VPT", "FDBPL"])
 def test_where_no_recipe_is_published_few_shot_is_as_base_to_new(name: str) -> None:
     assert of(f"{name}/few_shot_16.yaml") == of(f"{name}/base2new.yaml")
 

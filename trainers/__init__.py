@@ -11,10 +11,12 @@ TRAINERS = {
     "IVLP": "plpp_reg.trainers.ivlp:IVLP",
     "VPT": "plpp_reg.trainers.vpt:VPT",
     "PromptSRC": "plpp_reg.trainers.promptsrc:PromptSRC",
+    "PromptKD": "plpp_reg.trainers.promptkd:PromptKD",
+    "FDBPL": "plpp_reg.trainers.fdbpl:FDBPL",
 }
 
 # What a table of results must know of a method that it does not import: the node below TRAINER that it reads (some share one,
-# as upstream has it), and whether it learns nothing.
+# as upstream has it), whether it learns nothing, and whether it trains on what it is tested on, without labels.
 NODES = {
     "ZeroshotCLIP": "ZEROSHOT",
     "ZeroshotCLIP2": "ZEROSHOT",
@@ -26,5 +28,8 @@ NODES = {
     "IVLP": "IVLP",
     "VPT": "VPT",
     "PromptSRC": "PROMPTSRC",
+    "PromptKD": "PROMPTKD",
+    "FDBPL": "FDBPL",
 }
 UNTRAINED = ("ZeroshotCLIP", "ZeroshotCLIP2")
+TRANSDUCTIVE = ("PromptKD",)

@@ -218,3 +218,27 @@ class PromptLearner(nn.Module):
         out = tower(self.tree(tower.max_rows(), classes), rows, deep, need_hidden)
         context = rows.view_as(self.ctx)
         return TextOutput(out.features[0], out.hidden, context[classes] if self.class_specific else context)
+
+
+def encode_together(
+    learners: Sequence[PromptLearner], tower: TextTower, need_hidden: bool = True, classes: slice = ALL
+) -> list[TextOutput]:
+    """Several learners' prompts in one text pass, each as its own :meth:`PromptLearner.forward` gives it.
+
+    Raises:
+        InputError: their prompts differ in more than the vectors of their contexts.
+    """
+    first = learners[0]
+    for other in learners[1:]:
+        if other.prompts != first.prompts or other.states != first.states:
+            raise InputError(
+                f"contexts in one text pass: expected the same class names, and {first.n_ctx} vectors in the same places, "
+                f"got {other.n_ctx} or other names or places"
+            )
+    rows = torch.stack([learner.ctx.flatten(0, -2) for learner in learners])  # (G, S, D)
+    out = tower(first.tree(tower.max_rows(len(learners)), classes), rows, need_hidden=need_hidden)
+    hidden = [None] * len(learners) if out.hidden is None else out.hidden.chunk(len(learners))
+    contexts = [row.view_as(first.ctx) for row in rows]
+    if first.class_specific:
+        contexts = [context[classes] for context in contexts]
+    return [TextOutput(*each) for each in zip(out.features, hidden, contexts, strict=True)]

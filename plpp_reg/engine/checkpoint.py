@@ -197,12 +197,20 @@ def _unlike_ours(extra: object) -> str | None:
 
 
 def load_weights(
-    module: torch.nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path, not_loaded: Sequence[str] = ()
-) -> None:
+    module: torch.nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    path: str | Path,
+    not_loaded: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> list[str]:
     """Copy a checkpoint's tensors into ``module``, ignoring upstream's fixed token vectors.
 
     ``not_loaded``: beginnings of further names that are ignored where ``module`` has no such tensor: the frozen CLIP, say,
-    which some of upstream's methods save whole.
+    which some of upstream's methods save whole. ``optional``: beginnings of names that the file may lack; what ``module`` has
+    there stays.
+
+    Returns:
+        The names that the file lacks.
 
     Raises:
         InputError: a name or a shape does not fit; nothing is changed then.
@@ -218,11 +226,13 @@ def load_weights(
     for name, tensor in theirs.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise InputError(f"checkpoint {str(path)!r}: expected finite numbers in {name}, got something else")
-    if ours.keys() != theirs.keys():
+    lacking = sorted(name for name in ours.keys() - theirs.keys() if name.startswith(tuple(optional)))
+    if ours.keys() - set(lacking) != theirs.keys():
         raise InputError(f"checkpoint {str(path)!r}: expected {sorted(ours)}, got {sorted(theirs)}")
     for name, tensor in theirs.items():
         if tensor.shape != ours[name].shape:
             raise InputError(
                 f"checkpoint {str(path)!r}: expected {name} of shape {tuple(ours[name].shape)}, got {tuple(tensor.shape)}"
             )
-    module.load_state_dict(theirs)
+    module.load_state_dict(theirs, strict=not lacking)
+    return lacking

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plpp_reg.clip.load import without_autocast
-from plpp_reg.clip.prompts import PromptLearner
-from plpp_reg.clip.text import TextTower
+from plpp_reg.clip.prompts import PromptLearner, encode_together
+from plpp_reg.clip.text import TextOutput, TextTower
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.data import DataSplit
 from plpp_reg.engine.distributed import Ranks, current
@@ -56,6 +56,7 @@ class Classes(NamedTuple):
 
     features: Tensor  # (C, embed_dim) normalised, or (B, C, embed_dim) where each image has its own
     contexts: tuple[ContextSet, ...] = ()
+    others: tuple[Tensor, ...] = ()  # further class features (C, embed_dim), normalised, that a loss reads and no prediction
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class Method(nn.Module):
     apart: ClassVar[tuple[str, ...]] = ()
     #: beginnings of names that upstream's checkpoints hold beside what was learned
     not_loaded: ClassVar[tuple[str, ...]] = ()
+    #: beginnings of names that a checkpoint which is evaluated or started from may lack, for no prediction reads them
+    optional: ClassVar[tuple[str, ...]] = ()
+    #: the way out in the refusal of X_PLPP of a method without text context, where it is not to use X
+    instead_of_plpp: ClassVar[str] = ""
     #: why class features do not classify the frozen tower's image features by scaled cosines; empty where they do. A class
     #: with another ``logits`` or ``image_features`` than its base says it again
     not_exported: ClassVar[str] = UNDECLARED
@@ -226,16 +231,31 @@ class Method(nn.Module):
 
         ``deep``: for layers 1, 2, ... of the text tower (M, D) rows that replace the context's. Each rank computes its share.
         """
-        count = len(learner.classnames)
-        if self._reads_contexts and not learner.sees_names:  # what one class says all say: its features are nobody's
-            out = learner(self.clip.text, with_states, deep, slice(1))
-            return Classes(normalize(out.features).expand(count, -1), (ContextSet(out.context, out.hidden),))
-        out = learner(self.clip.text, with_states, deep, slice(self.ranks.rank, None, self.ranks.size))
-        features = self.ranks.gather_rows(normalize(out.features), count)
-        if not with_states:
-            return Classes(features)
-        share = len(out.features) * self.ranks.size / count if learner.sees_names else 1.0
-        return Classes(features, (ContextSet(out.context, out.hidden, share=share),))
+        out = learner(self.clip.text, with_states, deep, self._share_of(learner))
+        return self._gathered(learner, out, with_states)
+
+    def encode_together(self, learners: Sequence[PromptLearner], with_states: bool = False) -> list[Classes]:
+        """As :meth:`encode`, of several learners whose contexts alone differ, in one text pass.
+
+        Raises:
+            InputError: more than that differs.
+        """
+        outputs = encode_together(learners, self.clip.text, with_states, self._share_of(learners[0]))
+        return [self._gathered(learner, out, with_states) for learner, out in zip(learners, outputs, strict=True)]
+
+    def _share_of(self, learner: PromptLearner) -> slice:
+        """The classes that this rank encodes; where only contexts are read, and what one class says all say, the first."""
+        one = self._reads_contexts and not learner.sees_names
+        return slice(1) if one else slice(self.ranks.rank, None, self.ranks.size)
+
+    def _gathered(self, learner: PromptLearner, out: TextOutput, with_states: bool) -> Classes:
+        """All classes, of the share that was encoded."""
+        count, features = len(learner.classnames), normalize(out.features)
+        if self._reads_contexts and not learner.sees_names:  # nobody reads these features
+            return Classes(features.expand(count, -1), (ContextSet(out.context, out.hidden),))
+        share = len(features) * self.ranks.size / count if learner.sees_names else 1.0
+        features = self.ranks.gather_rows(features, count)
+        return Classes(features, (ContextSet(out.context, out.hidden, share=share),) if with_states else ())
 
     @torch.no_grad()
     def contexts(self) -> tuple[ContextSet, ...]:

@@ -55,7 +55,8 @@ def find_trainer(name: str) -> tuple[type[Method], str, bool]:
         raise unknown("trainer", name, trainer_names())
     cls = _load(place)
     if with_plpp and not cls.learns_text_context:
-        raise InputError(f"{name}: {plain} learns no text context, so PLPP has nothing to act on: use {plain}")
+        instead = cls.instead_of_plpp or f"use {plain}"
+        raise InputError(f"{name}: {plain} learns no text context, so PLPP has nothing to act on: {instead}")
     return cls, plain, with_plpp
 
 

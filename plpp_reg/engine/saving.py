@@ -126,8 +126,11 @@ class Saving:
         content = checkpoint.load(path)
         extra = content.get("plpp_reg")
         self.check_classes(extra.get("classnames") if isinstance(extra, dict) else None)
-        checkpoint.load_weights(self.method.saved, content["state_dict"], path, self.method.not_loaded)
-        self.say(f'Loading weights to {self.method.model_name} from "{path}" (epoch = {content["epoch"]})')
+        method = self.method
+        lacking = checkpoint.load_weights(method.saved, content["state_dict"], path, method.not_loaded, method.optional)
+        self.say(f'Loading weights to {method.model_name} from "{path}" (epoch = {content["epoch"]})')
+        if lacking:
+            self.say(f"Not in there, and as before training: {', '.join(lacking)}")
 
     def check_classes(self, trained_on: list[str] | None) -> None:
         """Whether weights that were trained on other classes (None: unknown ones) may be loaded.

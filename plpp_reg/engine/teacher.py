@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from plpp_reg.clip.load import load_clip, weights_file
+from plpp_reg.clip.load import load_clip, weights_file, without_autocast
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.data import Datum
@@ -118,7 +118,8 @@ class Teacher:
 
     def logits(self, features: Tensor, scale: Tensor | None = None) -> Tensor:
         """Its features of images, (B, E_t) normalised -> (B, C): cosines times its own scale, or another's."""
-        return (self.scale if scale is None else scale) * features @ self.class_features.t()
+        with without_autocast(features.device):
+            return (self.scale if scale is None else scale) * features @ self.class_features.t()
 
     # ---- what is known of it without loading it ------------------------------------------------------------------
 
@@ -258,7 +259,8 @@ class Teacher:
             if weights is not None:
                 if trained_on not in (None, self.classnames) and (reason := method.bound_to_classes):
                     raise InputError(f"TEACHER: {reason}")
-                checkpoint.load_weights(method.saved, checkpoint.load(weights)["state_dict"], weights, method.not_loaded)
+                state = checkpoint.load(weights)["state_dict"]
+                checkpoint.load_weights(method.saved, state, weights, method.not_loaded, method.optional)
         finally:
             checkpoint.restore_random_streams(streams)
         self.say(f"Teacher: {self.label}")
