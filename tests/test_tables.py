@@ -183,6 +183,26 @@ def test_a_variant_is_paired_with_the_plain_method(tmp_path: Path) -> None:
     assert "| DTD | CoOp_PLPP TOP_K=3 - CoOp | +2.00 ± 0.00 | +0.00 ± 0.00 |" in text
 
 
+def test_rows_of_promptkd_are_marked_as_transductive_and_compared_with_nothing(tmp_path: Path) -> None:
+    for method, base in (("CoOp", 80.0), ("CoOp_PLPP", 81.0), ("PromptKD", 90.0)):
+        for seed in (1, 2):
+            record(tmp_path, method, seed, {"base": base + seed, "new": 60.0 + seed}, "dtd")
+    text = tables.write_tables(tmp_path, "markdown")
+    labels = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| DTD | ")]
+    ours = [label for label in labels if label.startswith("PromptKD")]
+    assert "PromptKD (transductive)" in ours and "PromptKD (published, transductive)" in ours
+    assert [label for label in labels if "transductive" in label] == ours
+    assert "CoOp_PLPP - CoOp" in labels and not [label for label in ours if " - " in label]
+    assert "Rows marked transductive were trained on the images and the names of the new classes, without labels" in text
+    assert "transductive" in tables.write_tables(tmp_path, "latex") and "transductive" in tables.write_tables(tmp_path, "csv")
+
+
+def test_few_shots_of_the_trained_classes_bear_no_mark(tmp_path: Path) -> None:
+    for shots in (1, 2):
+        record(tmp_path, "PromptKD", 1, {"accuracy": 50.0 + shots}, "dtd", protocol="few_shot", shots=shots)
+    assert "transductive" not in tables.write_tables(tmp_path, "markdown", published=False)
+
+
 def test_pairs_are_by_seed_not_by_place(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         record(tmp_path, "CoOp", seed, {"base": 10.0 * seed, "new": 50.0})

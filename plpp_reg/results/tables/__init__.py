@@ -9,10 +9,10 @@ from pathlib import Path
 from plpp_reg.io.files import write_text
 from plpp_reg.results.job import shots_text
 from plpp_reg.results.tables.literature import published_rows
-from plpp_reg.results.tables.notes import doubled, lacking, other_pictures, uncompared, unnamed, varying
+from plpp_reg.results.tables.notes import doubled, lacking, other_pictures, transductive, uncompared, unnamed, varying
 from plpp_reg.results.tables.records import Record, Runs, read_runs
 from plpp_reg.results.tables.rendering import WRITERS
-from plpp_reg.results.tables.rows import PAPERS, Row, Table, dataset_order, method_order, title_of
+from plpp_reg.results.tables.rows import PAPERS, Row, Table, dataset_order, marked, method_order, title_of
 from plpp_reg.results.tables.series import (
     AVERAGE,
     MEAN_H,
@@ -97,7 +97,8 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
                 if published and sorted(map(title_of, datasets)) == sorted(PAPERS):
                     there = published_rows(title, form, backbone, "Average", shots, {m.method for m in methods}, columns)
                     rows += [row._replace(average=True) for row in there]
-    notes = [*varying(kinds), *unnamed(kinds, records), *uncompared(apart, kinds), *without]
+    rows = [marked(row, form) for row in rows]
+    notes = [*transductive(rows, form), *varying(kinds), *unnamed(kinds, records), *uncompared(apart, kinds), *without]
     notes += [*doubled(records), *other_pictures(records, pairs)]
     return Table(name, backbone, columns, rows, notes)
 

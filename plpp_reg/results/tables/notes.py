@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from plpp_reg.results.job import shots_text
 from plpp_reg.results.tables.records import Record
-from plpp_reg.results.tables.rows import title_of
+from plpp_reg.results.tables.rows import TRANSDUCTIVE, Row, title_of
 from plpp_reg.results.tables.settings import Kinds, Name, differing, written
 
 MOST = 3  # data sets that a note names, of those with one value
@@ -72,6 +72,19 @@ def lacking(row: str, title: str, datasets: Sequence[str]) -> str:
     more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
     why = f"it lacks {', '.join(names[:MOST])}{more}" if names else "it has no seed on all of them"
     return f"{row} is not in {title}: {why}."
+
+
+def transductive(rows: Sequence[Row], form: str) -> list[str]:
+    """What a reader must know of methods that have seen, without labels, what others are only tested on."""
+    seen = {
+        "halves": "the images and the names of the new classes",
+        "targets": "the images and the names of what it is tested on",
+    }
+    if form not in seen or not any(row.mark == TRANSDUCTIVE for row in rows):
+        return []
+    return [
+        f"Rows marked {TRANSDUCTIVE} were trained on {seen[form]}, without labels: they are not comparable with the others."
+    ]
 
 
 def doubled(records: Iterable[Record]) -> list[str]:

@@ -29,7 +29,8 @@ def _cell(row: Row, column: str, plus_minus: str, none: str) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"{row.label} (published)" if row.kind == "published" else row.label
+    said = ", ".join(filter(None, ("published" if row.kind == "published" else "", row.mark)))
+    return f"{row.label} ({said})" if said else row.label
 
 
 def markdown(tables: Sequence[Table], missing: Sequence[str]) -> str:

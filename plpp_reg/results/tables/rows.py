@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from plpp_reg import trainers
 from plpp_reg.data import full_name, paper_name
 from plpp_reg.errors import InputError
 from plpp_reg.results.tables.series import Figure
@@ -13,11 +15,13 @@ from plpp_reg.results.tables.settings import Name
 PAPERS = ("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft", "SUN397", "DTD")
 PAPERS += ("EuroSAT", "UCF101")
 
+TRANSDUCTIVE = "transductive"  # a mark
+
 
 class Row(NamedTuple):
     """``kind``: measured, difference or published; ``n``: the number of seeds, "2-3" where columns differ.
 
-    ``name``: of what was measured; ``average``: over data sets.
+    ``name``: of what was measured; ``average``: over data sets; ``mark``: what a reader must not overlook, behind the label.
     """
 
     group: str
@@ -28,6 +32,13 @@ class Row(NamedTuple):
     source: str = ""
     name: Name | None = None
     average: bool = False
+    mark: str = ""
+
+
+def marked(row: Row, form: str) -> Row:
+    """With its mark, where it has one: tested across classes or data sets, not on what every method is trained on."""
+    method = re.split(r"[ +]", row.label)[0]
+    return row._replace(mark=TRANSDUCTIVE) if form != "shots" and method in trainers.TRANSDUCTIVE else row
 
 
 class Table(NamedTuple):
