@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,9 +106,12 @@ def learner_of(trainer: Trainer) -> PromptLearner:
     return learner
 
 
-def literal_images(trainer: Trainer, images: Tensor, prompts: list[Tensor]) -> Tensor:
-    """MaPLe's image tower over the stock modules: prompts (M, width) a layer, replaced at the end of the sequence."""
-    v = trainer.clip_model.visual
+def literal_images(clip_model: nn.Module, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """MaPLe's image tower over the stock modules: prompts (M, width) a layer, replaced at the end of the sequence.
+
+    (B, 3, H, W) -> (B, embed_dim), not normalised.
+    """
+    v = clip_model.visual
     x = v.conv1(images.to(v.conv1.weight.dtype)).flatten(2).transpose(1, 2)
     x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1) + v.positional_embedding.to(x.dtype)
     prompts = [rows.to(x.dtype) for rows in prompts]
@@ -117,7 +120,7 @@ def literal_images(trainer: Trainer, images: Tensor, prompts: list[Tensor]) -> T
         if 0 < layer < len(prompts):
             x = torch.cat([x[: -len(prompts[layer])], prompts[layer].unsqueeze(1).expand(-1, x.shape[1], -1)])
         x = block(x)
-    return normalize(v.ln_post(x[0]) @ v.proj)
+    return v.ln_post(x[0]) @ v.proj
 
 
 def literal_losses(trainer: Trainer, tower: LiteralText, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +140,7 @@ def literal_losses(trainer: Trainer, tower: LiteralText, batch: dict[str, Tensor
     else:
         learner, deep, visual = method.prompts.prompt_learner, method.prompts.deep_text, method.prompts.layers
     w = normalize(tower(learner.ctx, list(deep)))
-    f = literal_images(trainer, batch["img"], visual) if visual else method.frozen_features(batch)
+    f = normalize(literal_images(trainer.clip_model, batch["img"], visual)) if visual else method.frozen_features(batch)
     logits = method.cosines(f, w)
     losses = {"ce": F.cross_entropy(logits, batch["label"])}
     if name == "PromptSRC":
