@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,19 +84,3 @@ def test_steps_over_processes_are_timed_by_the_wall_and_end_where_losses_differ(
         with pytest.raises(SystemExit, match=says):
             ranks.main()
     assert not (tmp_path / "rows.json").exists()
-
-
-def test_the_study_pairs_by_seed():
-    spec = importlib.util.spec_from_file_location("study_plpp", ROOT / "tools" / "study_plpp.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
-
-    def record(seed: int, setting: str, base: float) -> dict:
-        return {"seed": seed, "n_ctx": 4, "setting": setting, "base": base, "new": 10.0, "H": 20.0, "perplexity": 50.0}
-
-    # out of order, and one seed of the setting is still missing: it must not be paired with another
-    records = [record(2, "both 1", 33.0), record(1, "none", 20.0), record(2, "none", 31.0), record(3, "none", 99.0)]
-    records.append(record(1, "both 1", 24.0))
-    text = study.table(records)
-    mean, half = 3.0, stats.t.ppf(0.975, 1) * 1.0  # differences 4 and 2: standard error 1
-    assert f"| both 1 (2 seeds) | {mean:+.1f} ± {half:.1f} |" in text

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 from pathlib import Path
 
 import torch
 from embedded_data import HELD_OUT, SIDE, Corpus, plain_code
 from embedded_text import REGROUP
 from PIL import Image
-from study_plpp import VIEWS, Features, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +27,10 @@ from plpp_reg.clip.prompts import encode_texts
 from plpp_reg.clip.text import TextTower
 from plpp_reg.data import DataSplit, Datum, sample_few_shot, subsample_classes, template
 from plpp_reg.data.emoji import read_emoji, table
+from plpp_reg.engine.run import RunArguments, resolve
+from plpp_reg.experiments.parallel_seeds import HALVES, Images, ParallelSeeds, read_images
 from plpp_reg.results.record import summary
+from plpp_reg.trainers.coop import CoOp
 
 TEST, TRAIN = 8, 24  # images a class
 
@@ -59,11 +60,11 @@ def read_held_out(args: argparse.Namespace) -> DataSplit:
     return DataSplit(train, [], test, classnames)
 
 
-def probe(features: Features, data: DataSplit) -> float:
+def probe(features: Images, data: DataSplit) -> float:
     """Accuracy of a linear classifier of the training pictures' views, in percent."""
-    rows = torch.tensor([features.row[d.name] for d in data.train])
-    images = features.train[:, rows].flatten(0, 1)
-    labels = torch.tensor([d.label for d in data.train]).repeat(VIEWS)
+    rows = torch.tensor([features.rows[d.name] for d in data.train])
+    images = features.views[:, rows].flatten(0, 1)
+    labels = torch.tensor([d.label for d in data.train]).repeat(len(features.views))
     weight = torch.zeros(images.shape[1], len(data.classnames), requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=100)
 
@@ -77,15 +78,16 @@ def probe(features: Features, data: DataSplit) -> float:
     return accuracy(features, data, weight.detach().T)
 
 
-def accuracy(features: Features, data: DataSplit, texts: Tensor) -> float:
+def accuracy(features: Images, data: DataSplit, texts: Tensor) -> float:
     """Percent of the test pictures whose nearest class text is their own."""
-    images = features.plain[torch.tensor([features.row[d.name] for d in data.test])]
+    place = {d.name: i for i, d in enumerate(features.part)}
+    images = features.measured[torch.tensor([place[d.name] for d in data.test])]
     guess = (images @ texts.T).argmax(1)
     return 100 * (guess == torch.tensor([d.label for d in data.test])).double().mean().item()
 
 
 @torch.no_grad()
-def zero_shot(clip_model: nn.Module, features: Features, data: DataSplit) -> float:
+def zero_shot(clip_model: nn.Module, features: Images, data: DataSplit) -> float:
     """Percent right with the hand-written prompt."""
     texts = [template("emoji").format(name) for name in data.classnames]
     return accuracy(features, data, F.normalize(encode_texts(TextTower(clip_model), texts), dim=-1))
@@ -103,20 +105,25 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[4, 16])
     args = parser.parse_args()
     clip_model, data = load_clip(), read_emoji() if args.openmoji else read_held_out(args)
-    with tempfile.TemporaryDirectory() as folder:  # features of the file as it is now, never of an earlier one
-        features = Features(clip_model, data, Path(folder) / "features.pt")
+    cfg, _ = resolve(RunArguments(trainer="CoOp", opts=("DATASET.NUM_SHOTS", "-1")))  # every training picture
+    features = read_images(cfg, clip_model, [cfg.SEED], "test", data)
     halves = {half: subsample_classes(data, half) for half in ("all", "base", "new")}
     print("zero-shot:", {half: round(zero_shot(clip_model, features, part), 1) for half, part in halves.items()}, flush=True)
     seeds = list(range(args.first_seed, args.first_seed + args.seeds))
     samples = [subsample_classes(sample_few_shot(data, 16, seed), "base") for seed in seeds]
     print("linear probe, base:", summary([probe(features, sample) for sample in samples]), flush=True)
     for n_ctx in args.contexts:
-        records = run(clip_model, data, features, seeds, n_ctx, "none", "test", ("OPTIM.MAX_EPOCH", str(args.epochs)))
+        opts = ("OPTIM.MAX_EPOCH", str(args.epochs), "TRAINER.COOP.N_CTX", str(n_ctx))
+        runs = ParallelSeeds(CoOp, resolve(RunArguments(trainer="CoOp", opts=opts))[0], clip_model, features, seeds)
+        runs.train()
+        found, images = runs.measure(), {half: len(runs.measured_on(half)[0]) for half in HALVES}
+        shares = {half: [100 * hits / images[half] for hits in getattr(found, half)] for half in HALVES}
         with args.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            for seed, base, new in zip(seeds, *shares.values(), strict=True):
+                file.write(json.dumps({"seed": seed, "n_ctx": n_ctx, "base": base, "new": new}) + "\n")
         print(
             f"CoOp, {n_ctx} vectors, {args.epochs} epochs:",
-            {m: f"{summary([r[m] for r in records])}" for m in ("base", "new")},
+            {half: f"{summary(values)}" for half, values in shares.items()},
             flush=True,
         )
 

@@ -1,228 +1,420 @@
-"""How PLPP's defaults were chosen: every setting over the same seeds, paired with weight 0, on the validation split.
+"""Where PLPP helps, against the right controls, and which defaults follow: one command, which goes on where it was stopped.
 
-    python tools/study_plpp.py --out study.jsonl --seeds 10                      # the validation split decides
-    python tools/study_plpp.py --out confirm.jsonl --seeds 10 --first-seed 101 --split test --settings none "inverse 1"
-    python tools/study_plpp.py --out study.jsonl --table                          # the table of docs/method.md
+    python tools/study_plpp.py --rows benchmarks/results/study.jsonl            # validation, then the confirmation
+    python tools/study_plpp.py --rows benchmarks/results/study.jsonl --tables   # the tables of docs/study.md
+    python tools/study_plpp.py --rows benchmarks/results/study.jsonl --figure docs/images/frontier.png
 
-CoOp on the base half of the embedded default, 16 shots, evaluated on both halves. Image features are computed once: each
-training image as CoOp's augmentation shows it in VIEWS epochs (the engine's own draws), of which each epoch takes one. Results
-are appended setting by setting, so that a study that was stopped goes on.
+CoOp on the base half of the embedded default, evaluated on both halves, every setting over the same seeds, which are trained
+together (plpp_reg/experiments/parallel_seeds.py). A row is one setting of one case over some seeds: how many images were named
+rightly, after each quarter of the training.
+
+THE RULE, written before the confirmation was run:
+
+1. Cases A (16 vectors, 16 shots) and B (16 vectors, 4 shots) choose, on the validation part. The control is CoOp trained for
+   5, 10, 20, 30 or 40 epochs; its best point is the one with the largest mean H over the same seeds, in each case.
+2. The score of a PLPP setting is the mean over A and B of its mean paired difference in H to the control's best point. All
+   settings run on seeds 1 to 6; the best FINALISTS of them on seeds 1 to 20, which give the final score.
+3. The largest score is the choice; among settings within 0.2 of it, the one that loses least on base (mean of A and B).
+4. The choice is run once on seeds 201 to 240 and the test part. It is confirmed if in A and in B two intervals (95%, paired)
+   lie above 0: the gap in new accuracy to the epochs' curve at equal base accuracy, and the difference in H to the number of
+   epochs that was best on validation.
+5. If it is confirmed, it becomes CoOp's recipe with 16 vectors. It becomes the regularizer's own default only if with 4 vectors
+   and 16 shots (case C) its H is not below plain CoOp's by more than the interval. If not, defaults stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from plpp_reg import PerplexityRegularizer
 from plpp_reg.clip.load import load_clip
-from plpp_reg.clip.prompts import PromptLearner
-from plpp_reg.clip.text import TextTower
-from plpp_reg.clip.vocabulary import candidate_ids
-from plpp_reg.data import DataSplit, Datum, sample_few_shot, subsample_classes
-from plpp_reg.data.augmentation import build_transform
-from plpp_reg.data.emoji import read_emoji
-from plpp_reg.data.loaders import ImageDataset
-from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
-from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.results.record import harmonic_mean, paired, summary
+from plpp_reg.engine.method import setting as method_setting
+from plpp_reg.engine.run import RunArguments, resolve, shipped_config
+from plpp_reg.experiments.parallel_seeds import HALVES, Images, ParallelSeeds, read_images
+from plpp_reg.results.frontier import Point, difference, gap_at_equal_base
+from plpp_reg.results.record import summary
+from plpp_reg.trainers.coop import CoOp
 
-VIEWS = 12
-BASE = {"top_k": 10, "temperature": 0.1, "label": "soft", "normalize_over": "vocabulary", "detach_label": True}
-
-
-def setting(weight: float, inverse_weight: float, **changed) -> dict[str, object]:
-    return {**BASE, "weight": weight, "inverse_weight": inverse_weight, **changed}
-
-
-SETTINGS: dict[str, dict[str, object]] = {
-    "none": setting(0, 0),
-    "inverse 0.1": setting(0, 0.1),
-    "inverse 0.3": setting(0, 0.3),
-    "inverse 1": setting(0, 1),
-    "inverse 3": setting(0, 3),
-    "direct 0.1": setting(0.1, 0),
-    "direct 1": setting(1, 0),
-    "both 0.01": setting(0.01, 0.01),
-    "both 0.1": setting(0.1, 0.1),
-    "both 1": setting(1, 1),
-    "direct 0.1, inverse 1": setting(0.1, 1),
-    "topk: both 0.1": setting(0.1, 0.1, normalize_over="topk"),
-    "topk: both 0.3": setting(0.3, 0.3, normalize_over="topk"),
-    "topk: both 1": setting(1, 1, normalize_over="topk"),
-    "topk: direct 0.1, inverse 1": setting(0.1, 1, normalize_over="topk"),
-    "topk: direct 1": setting(1, 0, normalize_over="topk"),
-    "topk: inverse 1": setting(0, 1, normalize_over="topk"),
-    "topk: inverse 3": setting(0, 3, normalize_over="topk"),
-    "topk: inverse 10": setting(0, 10, normalize_over="topk"),
-    "topk: direct 0.1, inverse 3": setting(0.1, 3, normalize_over="topk"),
-    "topk: both 3": setting(3, 3, normalize_over="topk"),
-    "topk: inverse 3, k 50": setting(0, 3, normalize_over="topk", top_k=50),
-    "topk: inverse 3, temperature 0.3": setting(0, 3, normalize_over="topk", temperature=0.3),
-    "inverse 1, k 3": setting(0, 1, top_k=3),
-    "inverse 1, k 50": setting(0, 1, top_k=50),
-    "inverse 1, temperature 0.02": setting(0, 1, temperature=0.02),
-    "inverse 1, temperature 0.5": setting(0, 1, temperature=0.5),
-    "direct 0.1, hard label": setting(0.1, 0, label="hard"),
-    "both 0.1, label not detached": setting(0.1, 0.1, detach_label=False),
+AT_ONCE = 20  # seeds
+COARSE, FINE, FRESH = range(1, 7), range(1, 21), range(201, 241)
+FINALISTS = 3
+CLOSE = 0.2  # in the score
+RECIPE = str(shipped_config("trainers", "CoOp", "embedded.yaml"))
+SCHEDULES: dict[str, Callable[[float], float]] = {  # the factor of PLPP's weights after a share of the training; its mean is 1
+    "constant": lambda share: 1.0,
+    "rising": lambda share: 2 * share,
+    "falling": lambda share: 2 * (1 - share),
 }
 
 
-class Features:
-    """Image features of the whole data set, by file name: augmented views of training images, plain ones of the others."""
+class SmoothedCoOp(CoOp):
+    """CoOp with label smoothing, a control."""
 
-    def __init__(self, clip_model, data: DataSplit, cache: Path) -> None:
-        if cache.is_file():
-            saved = torch.load(cache, weights_only=True)
-        else:
-            saved = self._compute(clip_model, data)
-            torch.save(saved, cache)
-        self.train, self.plain = saved["train"], saved["plain"]
-        self.row = {d.name: i for part in (data.train, data.val + data.test) for i, d in enumerate(part)}
+    @dataclass(frozen=True)
+    class Config(CoOp.Config):
+        smoothing: float = method_setting(0.0, least=0, most=1, key="TRAINER.COOP.LABEL_SMOOTHING")
 
-    @staticmethod
-    @torch.no_grad()
-    def _compute(clip_model, data: DataSplit) -> dict[str, Tensor]:
-        cfg, _ = resolve(RunArguments(trainer="CoOp"))
-
-        def encode(items: list[Datum], train: bool, epoch: int) -> Tensor:
-            pictures = ImageDataset(items, build_transform(cfg, train), cfg.SEED)
-            batches = torch.arange(len(items)).split(128)
-            out = [clip_model.encode_image(torch.stack([pictures[epoch, int(i)]["img"] for i in b])) for b in batches]
-            return F.normalize(torch.cat(out), dim=-1)
-
-        views = torch.stack([encode(data.train, True, view) for view in range(VIEWS)])  # (views, n, embed_dim)
-        return {"train": views, "plain": encode(data.val + data.test, False, 0)}
+    def losses(self, batch, classes):
+        logits = self.logits(batch, classes).float()
+        return {"ce": F.cross_entropy(logits, batch["label"], label_smoothing=self.config.smoothing)}
 
 
-def run(
-    clip_model,
-    data: DataSplit,
-    features: Features,
-    seeds: list[int],
-    n_ctx: int,
-    name: str,
-    split: str,
-    opts: tuple[str, ...] = (),
-) -> list[dict]:
-    """One training a seed: accuracies on both halves of ``split`` in percent, and the prompts' perplexity.
+@dataclass(frozen=True)
+class Setting:
+    """One point: a family's knob at one strength."""
 
-    ``opts`` are KEY VALUE pairs over CoOp's embedded recipe.
+    family: str
+    strength: float
+    opts: dict[str, object] = field(default_factory=dict)
+    trainer: str = "CoOp"
+    schedule: str = "constant"
 
-    All seeds go through the tower at once, as contexts of their own (G of them): losses are summed over seeds and SGD works
-    element by element, so that each is trained as if it were alone.
-    """
-    cfg, _ = resolve(RunArguments(trainer="CoOp", opts=opts))
-    picked = [subsample_classes(sample_few_shot(data, cfg.DATASET.NUM_SHOTS, seed), "base") for seed in seeds]
-    rows = torch.tensor([[features.row[d.name] for d in p.train] for p in picked])  # (G, n)
-    labels = torch.tensor([[d.label for d in p.train] for p in picked])
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-    width = clip_model.token_embedding.weight.shape[1]
-    context = torch.stack([torch.empty(n_ctx, width).normal_(std=0.02, generator=g) for g in streams]).requires_grad_()
-
-    tower, classes = TextTower(clip_model), picked[0].classnames
-    tree = PromptLearner(clip_model, classes, n_ctx=n_ctx).tree()
-    settings = SETTINGS[name]
-    regularizer = PerplexityRegularizer(clip_model.token_embedding.weight, candidates=candidate_ids(clip_model), **settings)
-    optimizer = build_optimizer([context], cfg.OPTIM)
-    schedule = build_lr_schedule(optimizer, cfg.OPTIM)
-    scale, size = clip_model.logit_scale.exp(), cfg.DATALOADER.TRAIN_X.BATCH_SIZE
-    for _ in range(cfg.OPTIM.MAX_EPOCH):
-        order = torch.stack([torch.randperm(rows.shape[1], generator=g) for g in streams])
-        views = torch.stack([torch.randint(VIEWS, (rows.shape[1],), generator=g) for g in streams])
-        for b in order.split(size, 1)[: rows.shape[1] // size]:  # (G, batch)
-            out = tower(tree, context, need_hidden=regularizer.active)
-            text = F.normalize(out.features, dim=-1)
-            image = features.train[views.gather(1, b), rows.gather(1, b)]
-            logits = scale * image @ text.transpose(1, 2)
-            loss = len(seeds) * F.cross_entropy(logits.flatten(0, 1), labels.gather(1, b).flatten())
-            if regularizer.active:
-                loss = loss + len(seeds) * regularizer(context, out.hidden)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-
-    records = [{"seed": seed, "n_ctx": n_ctx, "setting": name, "split": split} for seed in seeds]
-    with torch.no_grad():
-        hidden = tower(tree, context).hidden
-        for g, record in enumerate(records):
-            record["perplexity"] = regularizer.components(context[g], hidden[g]).perplexity.item()
-        for half in ("base", "new"):
-            part = subsample_classes(data, half)
-            tree = PromptLearner(clip_model, part.classnames, n_ctx=n_ctx).tree()
-            text = F.normalize(tower(tree, context, need_hidden=False).features, dim=-1)
-            items = getattr(part, split)
-            image = features.plain[torch.tensor([features.row[d.name] for d in items])]
-            hits = (image @ text.transpose(1, 2)).argmax(2) == torch.tensor([d.label for d in items])
-            for record, share in zip(records, hits.double().mean(1).tolist(), strict=True):
-                record[half] = 100 * share
-    for record in records:
-        record["H"] = harmonic_mean(record["base"], record["new"])
-    return records
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.strength:g}"
 
 
-def table(records: list[dict[str, object]]) -> str:
-    """Markdown: weight 0 as it is, every other setting as paired differences with 95% intervals."""
+class Case(NamedTuple):
+    n_ctx: int
+    shots: int
+
+    def __str__(self) -> str:
+        return f"{self.n_ctx} vectors, {self.shots} shot{'s' * (self.shots > 1)}"
+
+
+A, B, C = Case(16, 16), Case(16, 4), Case(4, 16)
+OTHERS = (Case(16, 1), Case(16, 2), Case(16, 8))
+
+
+def plpp(family: str, inverse: float, k: int, direct: float = 0.0, schedule: str = "constant", **more: object) -> Setting:
+    values = {"weight": direct, "inverse_weight": inverse, "top_k": k, **more}
+    opts = {"TRAINER.PLPP.ENABLED": True, **{f"TRAINER.PLPP.{name.upper()}": value for name, value in values.items()}}
+    return Setting(family, inverse, opts, schedule=schedule)
+
+
+PLAIN = Setting("epochs", 40)
+EPOCHS = [Setting("epochs", e, {"OPTIM.MAX_EPOCH": e}) for e in (5, 10, 20, 30)] + [PLAIN]
+PLPP = [
+    *(plpp(f"inverse, k {k}:", w, k) for k, w in ((50, 0.3), (50, 0.5), (50, 1), (200, 0.5), (200, 1), (1000, 0.3))),
+    plpp("direct 0.1, inverse, k 10:", 0.1, 10, direct=0.1),
+    plpp("direct 0.1, inverse, k 50:", 0.5, 50, direct=0.1),
+    plpp("inverse, k 50, own states:", 0.5, 50, states="own"),
+    plpp("inverse, k 200, own states:", 1, 200, states="own"),
+    plpp("inverse, k 50, over the vocabulary:", 3, 50, normalize_over="vocabulary"),
+    plpp("inverse, k 50, temperature 0.05:", 0.5, 50, temperature=0.05),
+    plpp("inverse, k 50, temperature 0.2:", 0.5, 50, temperature=0.2),
+    plpp("inverse, k 50, rising:", 0.5, 50, schedule="rising"),
+    plpp("inverse, k 50, falling:", 0.5, 50, schedule="falling"),
+]
+CONTROLS = [
+    *(Setting("learning rate", lr, {"OPTIM.LR": lr}) for lr in (0.0005, 0.001)),
+    *(Setting("weight decay", wd, {"OPTIM.WEIGHT_DECAY": wd}) for wd in (0.1, 0.4)),
+    *(Setting("label smoothing", s, {"TRAINER.COOP.LABEL_SMOOTHING": s}, f"{__name__}:SmoothedCoOp") for s in (0.2, 0.5)),
+    *(Setting("KgCoOp", w, {"TRAINER.COOP.W": w}, "KgCoOp") for w in (1.0, 8.0)),
+    Setting("ProGrad", 1, {"LOSS.LAMBDA": 1.0}, "ProGrad"),
+]
+# Each control's curve ends in plain CoOp, its knob turned off; ProGrad's is a point.
+FAMILIES = {"learning rate": 0.002, "weight decay": 5e-4, "label smoothing": 0.0, "KgCoOp": 0.0, "ProGrad": 0.0}
+
+
+class Rows:
+    """The file of rows, and what it says of a setting."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, separators=(",", ":")) + "\n")
+
+    def of(self, name: str, case: Case, split: str) -> list[dict[str, Any]]:
+        return [r for r in self.rows if (r["name"], r["n_ctx"], r["shots"], r["split"]) == (name, *case, split)]
+
+    def seeds(self, name: str, case: Case, split: str) -> list[int]:
+        return sorted(seed for r in self.of(name, case, split) for seed in r["seeds"])
+
+    def figures(self, name: str, case: Case, split: str, figure: str, seeds: Sequence[int], quarter: int = 4) -> list[float]:
+        """Accuracies in percent, or perplexities, by seed."""
+        found = {}
+        for r in self.of(name, case, split):
+            scale = 100 / r["images"][figure] if figure in HALVES else 1
+            values = r["quarters"][quarter - 1][figure]
+            found |= {seed: scale * value for seed, value in zip(r["seeds"], values, strict=True)}
+        return [found[seed] for seed in seeds]
+
+    def point(self, setting: Setting, case: Case, split: str, seeds: Sequence[int], quarter: int = 4) -> Point:
+        base, new = (self.figures(setting.name, case, split, half, seeds, quarter) for half in HALVES)
+        return Point(setting.strength, base, new)
+
+
+class Bench:
+    """Runs what is not in the rows yet."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.clip_model = rows, load_clip()
+        self._images: dict[str, Images] = {}
+
+    def images(self, split: str) -> Images:
+        if split not in self._images:
+            cfg, _ = resolve(RunArguments(trainer="CoOp", opts=("DATASET.NUM_SHOTS", "-1")))  # every training image
+            self._images[split] = read_images(cfg, self.clip_model, [cfg.SEED], split)
+        return self._images[split]
+
+    def measure(self, settings: Iterable[Setting], cases: Sequence[Case], split: str, seeds: Sequence[int]) -> None:
+        for setting in settings:
+            for case in cases:
+                done = self.rows.seeds(setting.name, case, split)
+                missing = [seed for seed in seeds if seed not in done]
+                for first in range(0, len(missing), AT_ONCE):
+                    self.rows.add(self.run(setting, case, split, missing[first : first + AT_ONCE]))
+
+    def run(self, setting: Setting, case: Case, split: str, seeds: Sequence[int]) -> dict[str, Any]:
+        opts = {"TRAINER.COOP.N_CTX": case.n_ctx, "DATASET.NUM_SHOTS": case.shots, **setting.opts}
+        words = tuple(str(word) for pair in opts.items() for word in pair)
+        cfg, method = resolve(RunArguments(trainer=setting.trainer, config_file=RECIPE, opts=words))
+        start, wall, images = time.process_time(), time.perf_counter(), self.images(split)
+        epochs = cfg.OPTIM.MAX_EPOCH
+        factor = SCHEDULES[setting.schedule]
+        runs = ParallelSeeds(method, cfg, self.clip_model, images, seeds, lambda epoch: factor((epoch + 0.5) / epochs))
+        quarters, ends = [], [round(epochs * share / 4) for share in (1, 2, 3, 4)]
+
+        def measure(epoch: int) -> None:
+            if epoch in ends:
+                found = runs.measure()
+                quarters.append({"base": found.base, "new": found.new, "perplexity": [round(p, 1) for p in found.perplexity]})
+
+        runs.train(measure)
+        print(
+            f"{split}, {case}, {setting.name}, {len(seeds)} seeds: {time.process_time() - start:.1f} CPU s, "
+            f"{time.perf_counter() - wall:.0f} s",
+            flush=True,
+        )
+        return {
+            "name": setting.name,
+            "family": setting.family,
+            "strength": setting.strength,
+            "trainer": setting.trainer.rpartition(":")[2],
+            "opts": setting.opts,
+            "schedule": setting.schedule,
+            **case._asdict(),
+            "split": split,
+            "seeds": list(seeds),
+            "images": {half: len(runs.measured_on(half)[0]) for half in HALVES},
+            "quarters": quarters,
+        }
+
+
+# ---- the rule -------------------------------------------------------------------------------------------------------
+
+
+def best_control(rows: Rows, case: Case, split: str, seeds: Sequence[int]) -> Setting:
+    """The number of epochs with the largest mean H."""
+    return max(EPOCHS, key=lambda s: summary(rows.point(s, case, split, seeds).h).mean)
+
+
+def score(rows: Rows, setting: Setting, seeds: Sequence[int]) -> float:
+    """Mean over A and B of the mean difference in H to the control's best point, on the validation part."""
+    gains = []
+    for case in (A, B):
+        control = rows.point(best_control(rows, case, "val", seeds), case, "val", seeds)
+        gains.append(difference(rows.point(setting, case, "val", seeds), control).mean)
+    return statistics.fmean(gains)
+
+
+def finalists(rows: Rows) -> list[Setting]:
+    return sorted(PLPP, key=lambda s: -score(rows, s, COARSE))[:FINALISTS]
+
+
+def chosen(rows: Rows) -> Setting:
+    """By the rule, of the finalists."""
+    scores = {s.name: score(rows, s, FINE) for s in finalists(rows)}
+    close = [s for s in finalists(rows) if scores[s.name] >= max(scores.values()) - CLOSE]
+    return max(close, key=lambda s: sum(rows.point(s, case, "val", FINE).mean_base for case in (A, B)))
+
+
+def curve_of(choice: Setting) -> list[Setting]:
+    """The choice with its weight at other strengths."""
+    weights = [choice.strength * factor for factor in (0.2, 0.5, 1, 2)]
+    key = "TRAINER.PLPP.INVERSE_WEIGHT"
+    return [Setting(choice.family, w, {**choice.opts, key: w}, choice.trainer, choice.schedule) for w in weights]
+
+
+def validate(bench: Bench) -> None:
+    bench.measure(EPOCHS, (A, B), "val", FINE)
+    bench.measure(PLPP, (A, B), "val", COARSE)
+    bench.measure(finalists(bench.rows), (A, B), "val", FINE)
+
+
+def confirm(bench: Bench) -> None:
+    """What decides first, so that a study that is stopped has it; the other controls on half of the seeds."""
+    choice = chosen(bench.rows)
+    curve = [choice, *(s for s in curve_of(choice) if s.strength != choice.strength)]
+    bench.measure([PLAIN, choice, *EPOCHS[:-1]], (A, B), "test", FRESH)
+    bench.measure([PLAIN, choice, EPOCHS[2]], (C, *OTHERS), "test", FRESH)
+    bench.measure(curve, (A, B), "test", FRESH)
+    bench.measure(CONTROLS, (A, B), "test", FRESH[:20])
+
+
+# ---- tables and figure ----------------------------------------------------------------------------------------------
+
+
+def settings_of(rows: Rows, case: Case, split: str) -> list[Setting]:
+    """In the order in which they were first run, CoOp's own recipe first."""
+    found = {r["name"]: r for r in rows.rows if (r["n_ctx"], r["shots"], r["split"]) == (*case, split)}
+    settings = [Setting(r["family"], r["strength"], r["opts"], r["trainer"], r["schedule"]) for r in found.values()]
+    return sorted(settings, key=lambda s: s.name != PLAIN.name)
+
+
+def table(rows: Rows, case: Case, split: str) -> str:
+    """Markdown: CoOp as it is, every other setting as paired differences to it with 95% intervals; stopping as measured."""
     lines = []
-    for n_ctx in sorted({r["n_ctx"] for r in records}):
-        mine = {s: {r["seed"]: r for r in records if r["n_ctx"] == n_ctx and r["setting"] == s} for s in SETTINGS}
-        control = mine["none"]
-        seeds = sorted(control)
-        values = {m: summary([control[s][m] for s in seeds]) for m in ("base", "new", "H", "perplexity")}
-        lines += [
-            f"\n{n_ctx} context vectors, {len(seeds)} seeds; weight 0: base {values['base']}, new {values['new']}, "
-            f"H {values['H']}, perplexity {values['perplexity'].mean:,.0f}\n",
-            "| setting | base | new | H | perplexity |",
-            "|---|---|---|---|---|",
-        ]
-        for name, runs in mine.items():
-            if name == "none" or not runs:
-                continue
-            both = sorted(runs.keys() & control.keys())
-            cells = [str(paired([runs[s][m] for s in both], [control[s][m] for s in both])) for m in ("base", "new", "H")]
-            perplexity = summary([runs[s]["perplexity"] for s in both]).mean
-            few = "" if len(both) == len(seeds) else f" ({len(both)} seeds)"
-            lines.append(f"| {name}{few} | {' | '.join(cells)} | {perplexity:,.0f} |")
+    for setting in settings_of(rows, case, split):
+        seeds = [s for s in rows.seeds(setting.name, case, split) if s in rows.seeds(PLAIN.name, case, split)]
+        point, plain = rows.point(setting, case, split, seeds), rows.point(PLAIN, case, split, seeds)
+        perplexity = f"{summary(rows.figures(setting.name, case, split, 'perplexity', seeds)).mean:,.0f}"
+        if setting.name == PLAIN.name:
+            base, new, h = (summary(values) for values in (plain.base, plain.new, plain.h))
+            lines += [
+                f"{case}, {split}, CoOp as it is, {len(seeds)} seeds: base {base}, new {new}, H {h}, perplexity {perplexity}\n",
+                "| setting | seeds | base | new | H | perplexity |",
+                "|---|---|---|---|---|---|",
+            ]
+            for quarter in (1, 2, 3):
+                stopped = rows.point(PLAIN, case, split, seeds, quarter)
+                at = f"{summary(rows.figures(PLAIN.name, case, split, 'perplexity', seeds, quarter)).mean:,.0f}"
+                cells = [str(difference(stopped, plain, figure)) for figure in ("base", "new", "h")]
+                lines.append(f"| the same after epoch {10 * quarter} | {len(seeds)} | {' | '.join(cells)} | {at} |")
+            continue
+        cells = [str(difference(point, plain, figure)) for figure in ("base", "new", "h")]
+        lines.append(f"| {setting.name} | {len(seeds)} | {' | '.join(cells)} | {perplexity} |")
     return "\n".join(lines)
+
+
+def curves(rows: Rows, case: Case, seeds: Sequence[int]) -> dict[str, list[Point]]:
+    """Each control's, over so many fresh seeds as it has, its knob from strong to off."""
+
+    def point(setting: Setting) -> Point:
+        return rows.point(setting, case, "test", seeds)
+
+    found = {"epochs": [point(s) for s in EPOCHS]}
+    found["stopped early"] = [rows.point(PLAIN, case, "test", seeds, q)._replace(strength=q) for q in (1, 2, 3, 4)]
+    for family, off in FAMILIES.items():
+        mine = [s for s in CONTROLS if s.family == family and set(seeds) <= set(rows.seeds(s.name, case, "test"))]
+        if mine:
+            found[family] = [*map(point, mine), point(PLAIN)._replace(strength=off)]
+    return found
+
+
+def gaps(rows: Rows, case: Case) -> str:
+    """Markdown: the choice against every control, at equal base accuracy."""
+    choice = chosen(rows)
+    lines = [
+        f"{case}: {choice.name}, new accuracy at equal base accuracy\n",
+        "| control | seeds | gap | base of the choice | the control's curve |",
+        "|---|---|---|---|---|",
+    ]
+    everything = list(FRESH)
+    for family in curves(rows, case, everything[:20]):
+        seeds = everything if family in curves(rows, case, everything) else everything[:20]
+        curve, point = curves(rows, case, seeds)[family], rows.point(choice, case, "test", seeds)
+        gap = gap_at_equal_base(point, curve)
+        shown = ", ".join(f"({p.mean_base:.1f}, {p.mean_new:.1f})" for p in sorted(curve, key=lambda p: p.strength))
+        lines.append(f"| {family} | {len(seeds)} | {gap or 'not reached'} | {point.mean_base:.1f} | {shown} |")
+    return "\n".join(lines)
+
+
+def verdict(rows: Rows) -> str:
+    """What the rule says."""
+    choice, above = chosen(rows), []
+    lines = [f"Chosen on validation: {choice.name}, score {score(rows, choice, FINE):+.2f}"]
+    for case in (A, B):
+        seeds = list(FRESH)
+        point, control = rows.point(choice, case, "test", seeds), best_control(rows, case, "val", FINE)
+        gap = gap_at_equal_base(point, curves(rows, case, seeds)["epochs"])
+        h = difference(point, rows.point(control, case, "test", seeds))
+        above += [gap is not None and gap.mean > gap.half_width, h.mean > h.half_width]
+        lines.append(f"{case}: gap at equal base {gap or 'not reached'}; H against {control.name} {h}")
+    lines.append("confirmed" if all(above) else "not confirmed")
+    plain = difference(rows.point(choice, C, "test", list(FRESH)), rows.point(PLAIN, C, "test", list(FRESH)))
+    lines.append(f"{C}: H against plain CoOp {plain}: {'not ' if plain.mean >= -plain.half_width else ''}below it")
+    return "\n".join(lines)
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Base against new, one curve for PLPP's weight and one for each control over its own strength."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    choice, seeds = chosen(rows), list(FRESH)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    colours = dict(zip(["epochs", "stopped early", *FAMILIES], plt.get_cmap("tab10").colors[1:], strict=False))
+    for a, case in zip(axes, (A, B), strict=True):
+        plain = rows.point(PLAIN, case, "test", seeds)
+
+        def place(point: Point, over: Sequence[int], case: Case = case, plain: Point = plain) -> tuple[float, float]:
+            """Paired: the difference to CoOp over its own seeds, from CoOp's mean over all of them."""
+            control = rows.point(PLAIN, case, "test", over)
+            return (
+                plain.mean_base + difference(point, control, "base").mean,
+                plain.mean_new + difference(point, control, "new").mean,
+            )
+
+        for family, curve in {**curves(rows, case, seeds[:20]), **curves(rows, case, seeds)}.items():
+            over = seeds if family in curves(rows, case, seeds) else seeds[:20]
+            xy = [place(p, over) for p in sorted(curve, key=lambda p: p.strength)]
+            a.plot(*zip(*xy, strict=True), "o-", color=colours[family], markersize=4, linewidth=1.2, label=family)
+        mine = [s for s in curve_of(choice) if set(seeds) <= set(rows.seeds(s.name, case, "test"))]
+        points = [rows.point(s, case, "test", seeds) for s in mine]
+        xy = [place(p, seeds) for p in points] + [place(plain, seeds)]
+        a.plot(*zip(*sorted(xy), strict=True), "s-", color="#d1495b", linewidth=2.2, markersize=6, label="PLPP's weight")
+        for s, point, (x, y) in zip(mine, points, xy, strict=False):
+            b, n = difference(point, plain, "base"), difference(point, plain, "new")
+            a.errorbar(x, y, xerr=b.half_width, yerr=n.half_width, color="#d1495b", alpha=0.35, linewidth=1)
+            a.annotate(f"{s.strength:g}", (x, y), textcoords="offset points", xytext=(6, 6), color="#d1495b")
+        a.plot(plain.mean_base, plain.mean_new, "k*", markersize=13, label="CoOp as it is", zorder=5)
+        a.set_xlabel("base accuracy (%)")
+        a.set_ylabel("new accuracy (%)")
+        a.set_title(f"{case}, {len(seeds)} seeds")
+        a.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a run; runs that are there are not repeated")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
-    parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--features", type=Path, default=Path("features.pt"), help="cache of image features")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines; what is there is not run again")
+    parser.add_argument("--stage", choices=("val", "test", "all"), default="all", help="choose, confirm, or both")
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is there, run nothing")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw what is there, run nothing")
     args = parser.parse_args()
-    records = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    if args.table:
-        print(table(records))
+    rows = Rows(args.rows)
+    if args.tables or args.figure:
+        if args.figure:
+            draw(rows, args.figure)
+        if args.tables:
+            cases = dict.fromkeys((r["split"], Case(r["n_ctx"], r["shots"])) for r in rows.rows)
+            print(
+                "\n\n".join([*(table(rows, case, split) for split, case in cases), gaps(rows, A), gaps(rows, B), verdict(rows)])
+            )
         return
-    clip_model, data = load_clip(), read_emoji()
-    features = Features(clip_model, data, args.features)
-    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-    done = {(r["seed"], r["n_ctx"], r["setting"]) for r in records}
-    for n_ctx in args.contexts:
-        for name in args.settings:
-            missing = [seed for seed in seeds if (seed, n_ctx, name) not in done]
-            if not missing:
-                continue
-            start = time.perf_counter()
-            new = run(clip_model, data, features, missing, n_ctx, name, args.split)
-            with args.out.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in new)
-            means = {m: f"{summary([r[m] for r in new])}" for m in ("base", "new", "H")}
-            print(f"{n_ctx} vectors, {name}: {means} {time.perf_counter() - start:.1f} s", flush=True)
+    bench = Bench(rows)
+    if args.stage in ("val", "all"):
+        validate(bench)
+    if args.stage in ("test", "all"):
+        confirm(bench)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ COMMANDS = {  # each is a file of this folder
     "train": "train and test one prompt learner",
     "estimate": "what a run will cost, before it is started; no weights are downloaded",
     "demo": "methods with and without PLPP on the embedded default: one table, one picture",
+    "tune": "PLPP's weight and k for your own data and backbone, against stopping early",
     "run": "a protocol: every method, data set and seed of it; what is done is skipped",
     "table": "the tables of a folder of runs, beside published figures",
     "report": "one HTML page of a folder of runs: tables, figures, words, every configuration",
@@ -40,7 +41,7 @@ COMMANDS = {  # each is a file of this folder
     "doctor": "what is installed, what will fail, and the command that mends it",
     "inspect": "read the words out of learned prompts",
 }
-TAKE_KEYS = (["train"], ["estimate"], ["demo"])  # configuration keys after the flags
+TAKE_KEYS = (["train"], ["estimate"], ["demo"], ["tune"])  # configuration keys after the flags
 KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|USE_CUDA|OUTPUT_DIR|RESUME|VERSION")
 
 

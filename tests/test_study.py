@@ -1,0 +1,110 @@
+"""The study of PLPP's defaults: rows that go on, pairs by seed, the rule."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from engine_helpers import ROOT
+from scipy import stats
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study_plpp", ROOT / "tools" / "study_plpp.py")
+    module = sys.modules["study_plpp"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(setting, case, split: str, seeds: list[int], base: list[int], new: list[int]) -> dict:
+    """Of 100 images a half, the same after each quarter."""
+    quarter = {"base": base, "new": new, "perplexity": [50.0] * len(seeds)}
+    named = {"name": setting.name, "family": setting.family, "strength": setting.strength, "opts": setting.opts}
+    of = {"trainer": setting.trainer, "schedule": setting.schedule, **case._asdict(), "split": split, "seeds": seeds}
+    return {**named, **of, "images": {"base": 100, "new": 100}, "quarters": [quarter] * 4}
+
+
+def written(study: ModuleType, path: Path, rows: list[dict]):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return study.Rows(path)
+
+
+def test_pairs_are_by_seed(study, tmp_path: Path) -> None:
+    treated = study.PLPP[0]
+    # out of order, in two rows, and one seed of the setting is still missing: it must not be paired with another
+    rows = written(
+        study,
+        tmp_path / "rows.jsonl",
+        [
+            row(treated, study.A, "val", [2], [33], [10]),
+            row(study.PLAIN, study.A, "val", [3, 1, 2], [99, 20, 31], [10, 10, 10]),
+            row(treated, study.A, "val", [1], [24], [10]),
+            row(treated, study.B, "val", [1, 2, 3], [90, 90, 90], [90, 90, 90]),
+        ],
+    )
+    text = study.table(rows, study.A, "val")
+    half = stats.t.ppf(0.975, 1) * 1.0  # differences 4 and 2: mean 3, standard error 1
+    assert f"| {treated.name} | 2 | +3.0 ± {half:.1f} | +0.0 ± 0.0 |" in text
+    assert "3 seeds: base 50.0 ± 42.8" in text
+    assert "90" not in text
+
+
+def test_what_is_there_is_not_run_again(study, tmp_path: Path, monkeypatch) -> None:
+    rows = written(study, tmp_path / "rows.jsonl", [row(study.PLAIN, study.A, "val", [1, 3], [1, 2], [3, 4])])
+    bench = object.__new__(study.Bench)
+    bench.rows, ran = rows, []
+
+    def run(setting, case, split, seeds):
+        ran.append((setting.name, case, split, seeds))
+        return row(setting, case, split, seeds, seeds, seeds)
+
+    monkeypatch.setattr(bench, "run", run, raising=False)
+    bench.measure([study.PLAIN], [study.A], "val", range(1, 5))
+    bench.measure([study.PLAIN], [study.A], "val", range(1, 5))
+    assert ran == [(study.PLAIN.name, study.A, "val", [2, 4])]
+    again = study.Rows(rows.path)
+    assert again.seeds(study.PLAIN.name, study.A, "val") == [1, 2, 3, 4]
+    assert again.figures(study.PLAIN.name, study.A, "val", "base", [1, 2, 3, 4]) == [1, 2, 2, 4]
+
+
+def test_the_rule_takes_the_best_score_and_of_close_ones_the_cheapest(study, tmp_path: Path) -> None:
+    seeds = list(study.FINE)
+
+    def even(setting, case, base: int, new: int) -> dict:
+        return row(setting, case, "val", seeds, [base] * 20, [new] * 20)
+
+    rows = []
+    for case in (study.A, study.B):
+        # H: 40 epochs 40.0, 20 epochs 45.0 (the control's best), the others less
+        for setting, base, new in zip(study.EPOCHS, (30, 40, 45, 50, 60), (40, 42, 45, 37, 30), strict=True):
+            rows.append(even(setting, case, base, new))
+        rows += [even(setting, case, 40, 40) for setting in study.PLPP[3:]]  # H 40
+    for case, (base, new) in ((study.A, (50, 50)), (study.B, (45, 45))):
+        rows.append(even(study.PLPP[0], case, base, new))  # H 50 and 45: score 2.5
+        rows.append(even(study.PLPP[1], case, base + 5, new - 4))  # about 50.3 and 45.0, less lost on base
+        rows.append(even(study.PLPP[2], case, base + 9, new - 9))  # clearly less
+    found = written(study, tmp_path / "rows.jsonl", rows)
+    assert study.best_control(found, study.A, "val", seeds) == study.EPOCHS[2]
+    assert study.score(found, study.PLPP[0], seeds) == pytest.approx(2.5)
+    assert study.finalists(found)[0] in study.PLPP[:2]
+    assert study.chosen(found) == study.PLPP[1]
+    assert [s.strength for s in study.curve_of(study.PLPP[1])] == pytest.approx([0.1, 0.25, 0.5, 1.0])
+    assert study.curve_of(study.PLPP[1])[0].opts["TRAINER.PLPP.INVERSE_WEIGHT"] == pytest.approx(0.1)
+
+
+def test_one_setting_is_measured(study, tmp_path: Path) -> None:
+    """A real one, on the embedded model: what a row says can be run by ``plpp train``."""
+    bench = study.Bench(study.Rows(tmp_path / "rows.jsonl"))
+    short = study.plpp("inverse, k 50:", 0.5, 50)
+    short.opts["OPTIM.MAX_EPOCH"] = 4
+    bench.measure([short], [study.Case(4, 1)], "val", [1, 2])
+    (found,) = bench.rows.rows
+    assert found["images"] == {"base": 134, "new": 124}
+    assert len(found["quarters"]) == 4 and len(found["quarters"][-1]["base"]) == 2
+    assert found["opts"]["TRAINER.PLPP.TOP_K"] == 50
+    assert found["quarters"][0]["perplexity"] != found["quarters"][3]["perplexity"]
