@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_helpers import make_cfg, make_images, make_trainer, register, tiny_clip
 
 from plpp_reg.data import sample_few_shot, subsample_classes
 from plpp_reg.engine.log import RunLog
@@ -15,6 +14,8 @@ from plpp_reg.errors import InputError
 from plpp_reg.experiments import parallel_seeds
 from plpp_reg.experiments.parallel_seeds import Images, ParallelSeeds, read_images
 from plpp_reg.trainers.coop import CoOp
+
+from helpers.engine import make_cfg, make_images, make_trainer, register, tiny_clip
 
 SEEDS = [3, 7]
 PLPP = ("TRAINER.PLPP.ENABLED", True, "TRAINER.PLPP.WEIGHT", 0.2, "TRAINER.PLPP.INVERSE_WEIGHT", 0.7)

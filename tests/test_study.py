@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from engine_helpers import ROOT
 from scipy import stats
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

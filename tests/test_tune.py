@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from engine_helpers import make_images, quietly, register, tiny_clip, write_backbone, write_recipe
 
 from plpp_reg.commands import cli
 from plpp_reg.engine.run import RunArguments
@@ -16,6 +15,8 @@ from plpp_reg.errors import InputError
 from plpp_reg.experiments import tune as module
 from plpp_reg.experiments.tune import Bench, tune
 from plpp_reg.results.frontier import Point
+
+from helpers.engine import make_images, quietly, register, tiny_clip, write_backbone, write_recipe
 
 EPOCHS = 4
 
