@@ -36,8 +36,9 @@ from typing import Any, NamedTuple
 from torch.nn import functional as F
 
 from plpp_reg.clip.load import load_clip
+from plpp_reg.engine.arguments import shipped_config
 from plpp_reg.engine.method import setting as method_setting
-from plpp_reg.engine.run import RunArguments, resolve, shipped_config
+from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.experiments.parallel_seeds import HALVES, Images, ParallelSeeds, read_images
 from plpp_reg.results.frontier import Point, difference, gap_at_equal_base
 from plpp_reg.results.record import summary
