@@ -34,13 +34,15 @@ demo = [
     "jinja2>=3",  # the report's page: a template engine that escapes what it is given
 ]
 ray = ["ray"]  # without the dashboard
+onnx = ["onnx", "onnxscript", "onnxruntime"]  # plpp export FILE.onnx: torch's exporter needs the first two, the last checks
 data = ["huggingface_hub>=1.0"]  # plpp data get: addresses, sizes and SHA-256 of the Hub's files
 docs = [
     "sphinx>=8.1",  # docs/ as a site, with the docstrings; a link or a name that leads nowhere is an error
     "myst-parser>=4",  # its pages stay the Markdown that is read in the repository
     "furo",  # a theme of which nothing is fetched when a page is read
 ]
-test = [*demo, *ray, *data, *docs, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build", "scikit-learn"]
+test = [*demo, *ray, *data, *onnx, *docs, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build"]
+test += ["scikit-learn"]
 test += ["mypy"]  # of a script that names what is public
 test += ["sybil>=8"]  # runs the Python of the Markdown pages
 test += ["transformers", "accelerate"]  # attach on Hugging Face's CLIP, and in its Trainer
@@ -76,6 +78,7 @@ setup(
         "test": test,
         "ray": ray,
         "data": data,
+        "onnx": [*train, *onnx],
         "open_clip": ["open_clip_torch"],
         "docs": [*train, *docs],  # the reference is read off the imported package
     },

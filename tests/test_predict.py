@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
+import fcntl
 import json
+import os
+import pty
 import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +24,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.commands import cli
+from plpp_reg.data import DataSplit
+from plpp_reg.data.augmentation import build_transform
+from plpp_reg.engine import checkpoint
 from plpp_reg.errors import InputError
-from plpp_reg.prompts.predict import export, find_images, load_run, predict
+from plpp_reg.io.pictures import open_picture
+from plpp_reg.prompts import predict as predicting
+from plpp_reg.prompts.export import TOLERANCE, export
+from plpp_reg.prompts.loading import load_run
+from plpp_reg.prompts.predict import find_images, predict
 
 from helpers import engine as helpers
 
@@ -105,14 +125,19 @@ def test_the_command_prints_and_writes_json(world: Path, capsys: pytest.CaptureF
     [
         (["nowhere", "{world}/images"], "expected a run's folder"),
         (["{world}/CoOp", "nowhere.png"], "no such file or folder"),
-        (["{world}/CoOp", "{world}/recipe.yaml"], "expected a readable picture"),
         (["{world}/CoOp", "{world}/empty"], "expected pictures"),
         (["{world}/CoOp", "{world}/images", "--classes", "a", "a"], "expected different names, got 'a' and 'a'"),
         (["{world}/CoOp", "{world}/images", "--classes", "red_panda", "red panda"], "got 'red_panda' and 'red panda'"),
         (["{world}/CoOp", "{world}/images", "--classes", "Tea", "tea "], "got 'Tea' and 'tea '"),
         (["{world}/CoOp", "{world}/images", "--classes", "cat,dog"], "expected two names or more, with spaces between them"),
         (["{world}/CoOp", "{world}/images", "--classes", "a", "_"], "--classes: expected names, got '_'"),
+        (["{world}/CoOp", "{world}/images", "--classes", "d\u2019or", "d'or"], "which CLIP reads as one"),
         (["{world}/CoOp", "{world}/images", "--top", "0"], "--top: expected a number >= 1, got 0"),
+        (["{world}/CoOp", "{world}/images", "--workers", "-1"], "--workers: expected a number, 0 to 1024, got -1"),
+        (["{world}/CoOp", "{world}/images", "--device", "tpu"], "--device: expected cpu, cuda or cuda:<number>, got 'tpu'"),
+        (["{world}/CoOp", "{world}/images", "--device", "cuda:99"], "--device cuda:99: expected one of"),
+        (["{world}/images", "{world}/images"], "or a checkpoint; "),
+        (["{world}/clip.pt", "{world}/images"], "expected keys state_dict and epoch"),
     ],
 )
 def test_bad_input_is_one_line(world: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
@@ -129,11 +154,65 @@ def test_the_callers_own_computing_is_left_alone(world: Path) -> None:
         assert not torch.is_autocast_enabled("cpu")
 
 
-def test_a_run_that_learned_nothing_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_that_learns_nothing_predicts_by_its_template(world: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("TRAINER:\n  NAME: ZeroshotCLIP\n")
+    keys = (world / "CoOp" / "config.yaml").read_text().replace("NAME: CoOp_PLPP", "NAME: ZeroshotCLIP")
+    (tmp_path / "run" / "config.yaml").write_text(keys)
     assert cli.main(["predict", str(tmp_path / "run"), pictures(world)[0]]) == 2
-    assert "expected a run that has learned prompts, ZeroshotCLIP has no checkpoint" in capsys.readouterr().err
+    assert "does not say its class names: give them with --classes" in capsys.readouterr().err
+    assert cli.main(["predict", str(tmp_path / "run"), pictures(world)[0], "--classes", "cat", "tea"]) == 0
+
+
+def test_a_run_without_a_checkpoint_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.yaml").write_text((world / "CoOp" / "config.yaml").read_text())
+    assert cli.main(["predict", str(tmp_path), pictures(world)[0]]) == 2
+    assert "expected a run that has learned prompts, CoOp_PLPP has no checkpoint" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_test_predicts_what_was_tested(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """On other classes than the run's own: base to new."""
+    run = ["--root", str(world / "images"), "--config-file", str(world / "recipe.yaml"), "--backbone", str(world / "clip.pt")]
+    opts = ["DATASET.NAME", "tiny", "DATASET.SUBSAMPLE_CLASSES", "new"]
+    shutil.copytree(world / "CoOp", tmp_path / "run")
+    argv = ["--trainer", "CoOp", "--eval-only", "--model-dir", str(tmp_path / "run"), "--output-dir", str(tmp_path / "test")]
+    assert cli.main(["train", *run, *argv, *opts]) == 0
+    new = [p for p in pictures(world) if int(Path(p).parent.name) >= 3]
+    found = list(predict(load_run(tmp_path / "test"), new))
+    assert set(found[0].probabilities) == set(helpers.CLASSNAMES[3:])
+    truth = [helpers.CLASSNAMES[int(Path(p.image).parent.name)] for p in found]
+    accuracy = 100 * np.mean([next(iter(p.probabilities)) == t for p, t in zip(found, truth, strict=True)])
+    assert accuracy == pytest.approx(json.loads((tmp_path / "test" / "result.json").read_text())["metrics"]["accuracy"])
+    shutil.rmtree(tmp_path / "run")
+    capsys.readouterr()
+    assert cli.main(["predict", str(tmp_path / "test"), new[0]]) == 2
+    assert "which is not there any more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["CoOp", "CSC", "CoCoOp", "MaPLe", "IVLP", "VPT", "PromptSRC"])
+def test_upstreams_own_checkpoints_predict_as_ours(world: Path, name: str, tmp_path: Path) -> None:
+    """Without a configuration: the method and its settings are read off the tensors, the class names off their tokens."""
+    ours = load_run(world / name)
+    content = checkpoint.load(checkpoint.find(world / name, ours.method.model_name, None))
+    state, table = dict(content["state_dict"]), ours.clip_model.token_embedding.weight.detach()
+    (learner,) = [m for m in ours.method.modules() if isinstance(m, PromptLearner)] or [None]
+    if learner is not None:  # upstream keeps the vectors of what follows the context, 77 positions long
+        suffix = [[t for t in prompt[1:] if t >= 0] for prompt in learner.prompts]
+        rows = torch.stack([table[torch.tensor(ids + [0] * (60 - len(ids)))] for ids in suffix])
+        state["token_suffix" if "ctx" in state else "prompt_learner.token_suffix"] = rows
+    if name in ("MaPLe", "IVLP", "VPT", "PromptSRC"):  # and the frozen towers
+        state["image_encoder.conv1.weight"] = ours.clip_model.visual.conv1.weight.detach()
+    place = tmp_path / ours.method.model_name
+    checkpoint.save(place, {"state_dict": state, "epoch": 5, "optimizer": {}, "scheduler": {}, "val_result": None})
+    classes = [] if name not in ("VPT",) else helpers.CLASSNAMES
+    theirs = load_run(tmp_path, classes, backbone=str(world / "clip.pt"))
+    for a, b in zip(predict(ours, pictures(world)), predict(theirs, pictures(world)), strict=True):
+        spelled = {n.replace("_", " "): p for n, p in a.probabilities.items()}
+        assert spelled == pytest.approx({n.replace("_", " "): p for n, p in b.probabilities.items()}, abs=1e-5)
+    if name == "CoOp":
+        with pytest.raises(InputError, match="--backbone: expected the CLIP that .* was trained on"):
+            load_run(tmp_path)
+        (found,) = predict(load_run(tmp_path, ["owl", "bee"], backbone=str(world / "clip.pt")), pictures(world)[:1])
+        assert set(found.probabilities) == {"owl", "bee"}
 
 
 def test_folders_and_files_in_order(tmp_path: Path) -> None:
@@ -217,29 +296,158 @@ def test_classes_of_one_name_are_told_apart(
     (found,) = predict(trainer, [picture])
     assert set(found.probabilities) == {"cat (class 0)", "tea (class 1)", "tea (class 2)", "cat (class 3)", "map"}
     assert list(found.probabilities.values()) == pytest.approx(list(plain.probabilities.values()))
-    monkeypatch.setattr("plpp_reg.prompts.predict.load_run", lambda *_, **__: trainer)
+    monkeypatch.setattr("plpp_reg.prompts.loading.load_run", lambda *_, **__: trainer)
     capsys.readouterr()
     assert cli.main(["predict", str(world / "CoOp"), picture, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert sum(row["probabilities"].values()) == pytest.approx(1) and len(row["probabilities"]) == 5
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_the_others_go_on(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.fixture(scope="module")
+def mixed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    """Pictures, three of which cannot be read; and those three."""
+    folder, good = tmp_path_factory.mktemp("mixed"), pictures(world)[:3]
+    (folder / "a, b.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\0IHDR\xa8\xa1\xdeZ")
+    (folder / "b.jpg").write_bytes(b"no picture")
+    os.mkfifo(folder / "pipe.png")
+    bad = [str(folder / name) for name in ("a, b.png", "b.jpg", "pipe.png")]
+    return [good[0], bad[0], good[1], bad[1], bad[2], good[2]], bad
+
+
+def test_a_picture_that_cannot_be_read_is_an_entry_and_the_others_go_on(
+    world: Path, mixed: tuple[list[str], list[str]], capsys: pytest.CaptureFixture
 ) -> None:
-    good = pictures(world)[:3]
-    bad = [tmp_path / "a.png", tmp_path / "b.jpg"]
-    bad[0].write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\0IHDR\xa8\xa1\xdeZ")
-    bad[1].write_bytes(b"no picture")
+    images, bad = mixed
     capsys.readouterr()
-    assert cli.main(["predict", str(world / "CoOp"), *map(str, good)]) == 0
-    alone = capsys.readouterr().out
-    mixed = [good[0], bad[0], good[1], bad[1], good[2]]
-    assert cli.main(["predict", str(world / "CoOp"), *map(str, mixed)]) == 1
-    said = capsys.readouterr()
-    assert said.out == alone
-    assert [line.split(": ")[:2] for line in said.err.splitlines()] == [["plpp", f"image {path}"] for path in bad]
-    assert cli.main(["predict", str(world / "CoOp"), *map(str, mixed), "--json"]) == 1
-    assert [row["image"] for row in json.loads(capsys.readouterr().out)] == list(map(str, good))
-    assert cli.main(["predict", str(world / "CoOp"), *map(str, bad)]) == 1
-    assert cli.main(["predict", str(world / "CoOp"), str(bad[0])]) == 2  # nothing else was asked for
+    told = {}
+    for form in ([], ["--json"], ["--csv"]):
+        assert cli.main(["predict", str(world / "CoOp"), *images, *form]) == 1
+        said = capsys.readouterr()
+        assert said.err == "plpp: 3 of 6 images could not be read\n"
+        told["".join(form)] = said.out
+    alone = {p.image: p for p in predict(load_run(world / "CoOp"), [i for i in images if i not in bad])}
+    text, rows, table = told[""].splitlines(), json.loads(told["--json"]), list(csv.DictReader(told["--csv"].splitlines()))
+    assert [row["image"] for row in rows] == [row["image"] for row in table] == images
+    for line, row, cells in zip(text, rows, table, strict=True):
+        if row["image"] in bad:
+            assert "probabilities" not in row and row["error"] == cells["error"] and cells["class"] == cells["tea"] == ""
+            assert line == f"{row['image']}  not read: {row['error']}" and row["error"].startswith(
+                "expected a readable picture"
+            )
+        else:
+            p = alone[row["image"]]
+            assert "error" not in row and cells["error"] == "" and cells["class"] == next(iter(p.probabilities)) in line
+            assert row["probabilities"] == pytest.approx(p.probabilities, abs=1e-6)
+            assert {name: float(cells[name]) for name in helpers.CLASSNAMES} == pytest.approx(p.probabilities, abs=1e-6)
+    for only in (bad[:1], bad):
+        assert cli.main(["predict", str(world / "CoOp"), *only]) == 1
+
+
+def test_images_are_streamed_and_any_number_of_threads_gives_the_same(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, images, opened = load_run(world / "CoOp"), pictures(world) * 4, []
+    size = trainer.cfg.DATALOADER.TEST.BATCH_SIZE
+    opener = predicting.open_picture
+    monkeypatch.setattr(predicting, "open_picture", lambda path: opened.append(path) or opener(path))
+    for given, prediction in enumerate(found := predict(trainer, images, threads=3)):
+        assert len(opened) <= size * (given // size + 2), "more than the batch and the one ahead"
+        assert prediction.image == images[given]
+    assert len(opened) == len(images) and list(found) == []
+    assert list(predict(trainer, images[:9])) == list(predict(trainer, images[:9], threads=5))
+
+
+def test_a_bar_shows_in_a_terminal_alone(world: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "plpp_reg", "predict", str(world / "CoOp"), str(world / "images"), "--json"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # of no columns it would show nothing
+    with (tmp_path / "out.json").open("w") as out:
+        assert subprocess.run(argv, stdout=out, stderr=theirs).returncode == 0
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end, on Linux
+        while part := os.read(ours, 4096):
+            shown += part
+    assert b" images" in shown and b"%" in shown
+    assert len(json.loads((tmp_path / "out.json").read_text())) == len(list((world / "images").rglob("*.png")))
+    assert subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE).stderr == b""
+
+
+# ---- ONNX --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["CoOp", "CSC", "MaPLe", "IVLP", "VPT", "PromptSRC"])
+def test_an_onnx_file_gives_torchs_probabilities(world: Path, name: str, tmp_path: Path, capsys) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    capsys.readouterr()
+    assert cli.main(["export", str(world / name), str(tmp_path / "p.onnx"), "--format", "onnx"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    session = onnxruntime.InferenceSession(tmp_path / "p.onnx")
+    told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    trainer = load_run(world / name)
+    assert told["trainer"] == trainer.cfg.TRAINER.NAME and told["input"]["size"] == [32, 32]
+    transform = build_transform(trainer.cfg, train=False)
+    for images in (pictures(world)[:1], pictures(world)):
+        pixels = torch.stack([transform.pixels(open_picture(path)) for path in images])
+        (rows,) = session.run(None, {"pixels": pixels.numpy()})
+        for row, ours in zip(rows, predict(trainer, images), strict=True):
+            wanted = {n.replace("_", " "): p for n, p in ours.probabilities.items()}
+            assert dict(zip(told["classnames"], row.tolist(), strict=True)) == pytest.approx(wanted, abs=TOLERANCE)
+
+
+def test_a_resnets_onnx_file(tiny_resnet: torch.nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    data = DataSplit([], [], [], ["cat", "dog"])
+    export(helpers.make_trainer(data, clip_model=tiny_resnet), tmp_path / "p.onnx")  # it compares the two itself
+    assert (tmp_path / "p.onnx").stat().st_size > 1000
+
+
+def test_what_has_no_onnx_file_says_why(world: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    assert cli.main(["export", str(world / "CoCoOp"), str(tmp_path / "p.onnx")]) == 2
+    assert "CoCoOp runs the text tower on every class name again for each image" in capsys.readouterr().err
+    assert cli.main(["export", str(world / "CoOp"), str(tmp_path / "p.safetensors"), "--format", "onnx"]) == 2
+    assert "expected the name of a file that ends in .onnx" in capsys.readouterr().err
+    assert cli.main(["export", str(world / "CoOp"), str(tmp_path / "p.onnx"), "--format", "tflite"]) == 2
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert cli.main(["export", str(world / "CoOp"), str(tmp_path / "p.onnx")]) == 2
+    assert 'pip install -e ".[onnx]"' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_file_that_computes_something_else_is_not_kept(world: Path, tmp_path: Path, monkeypatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Wrong:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def run(self, _: object, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [np.full((len(inputs["pixels"]), 5), 0.2, np.float32)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    with pytest.raises(InputError, match="expected torch's probabilities within 0.0001, got them"):
+        export(load_run(world / "CoOp"), tmp_path / "p.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readmes_service_answers_as_plpp_predict_does(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    trainer = load_run(world / "CoOp")
+    export(trainer, tmp_path / "prompt.onnx")
+    code = re.search(r"<!-- service -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    assert sum(bool(line) for line in code.splitlines()) <= 15
+    code = code.replace('"prompt.onnx"', repr(str(tmp_path / "prompt.onnx"))).replace("8000", "0")
+    *lines, last = code.strip().splitlines()
+    assert last.endswith(".serve_forever()")
+    scope: dict = {}
+    exec("\n".join([*lines, "server = " + last.removesuffix(".serve_forever()")]), scope)  # noqa: S102
+    threading.Thread(target=scope["server"].serve_forever, daemon=True).start()
+    try:
+        for path in pictures(world)[::4]:
+            address = f"http://127.0.0.1:{scope['server'].server_address[1]}"
+            with urllib.request.urlopen(address, Path(path).read_bytes()) as answer:
+                told = json.loads(answer.read())
+            (ours,) = predict(trainer, [path])
+            assert told == pytest.approx({n.replace("_", " "): p for n, p in ours.probabilities.items()}, abs=TOLERANCE)
+    finally:
+        scope["server"].shutdown()
+        scope["server"].server_close()

@@ -39,7 +39,7 @@ ABOVE_ALL = ("plpp_reg", "plpp_reg.trainers", "plpp_reg.configs")
 # What a room may load beside the standard library (and, in a function, beside what its rooms above may).
 LIBRARIES = {
     "loss": {"torch"},
-    "io": {"torch", "safetensors", "filelock", "PIL", "yaml"},
+    "io": {"torch", "safetensors", "filelock", "PIL", "yaml", "numpy"},
     "results": {"matplotlib", "jinja2", "scipy"},
 }
 

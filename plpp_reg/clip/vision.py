@@ -76,7 +76,7 @@ class ImageTower(nn.Module):
     def _transformer(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
         v = self.visual
         patches = v.conv1(images).flatten(2).transpose(1, 2)  # B, patches, width
-        first = v.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        first = v.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([first, patches], 1) + v.positional_embedding.to(patches.dtype)
         if prompts is not None:
             x = torch.cat([x, _for_each_image(prompts, x)], 1)
@@ -94,4 +94,4 @@ class ImageTower(nn.Module):
 
 def _for_each_image(rows: Tensor, x: Tensor) -> Tensor:
     """(M, width) -> (B, M, width) in x's dtype."""
-    return rows.to(x.dtype).expand(len(x), -1, -1)
+    return rows.to(x.dtype).expand(x.shape[0], -1, -1)

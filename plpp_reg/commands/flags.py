@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plpp_reg.errors import InputError
 from plpp_reg.io.paths import usable_path
@@ -45,9 +45,27 @@ def keys(parser: argparse.ArgumentParser, where: str = "configuration keys, afte
 
 
 def learned(parser: argparse.ArgumentParser) -> None:
-    """Which of a run's checkpoints, around which class names."""
+    """What was learned: which run, which of its checkpoints, around which class names."""
+    parser.add_argument(
+        "run", type=path, metavar="RUN", help="a run's folder, of a training or a test, or a checkpoint, ours or upstream's"
+    )
     parser.add_argument("--classes", nargs="+", default=[], help="class names (default: those trained on)")
     parser.add_argument("--load-epoch", type=int, default=None, help="epoch to load (default: best on validation, else last)")
+    parser.add_argument("--backbone", type=path, default="", help="the CLIP it was trained on (a run of ours knows it)")
+    parser.add_argument("--position", default="end", help="where the class name stands: end, middle, front (upstream's only)")
+    own_trainer(parser)
+
+
+def learned_from(args: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`learned` added, as :func:`plpp_reg.prompts.loading.load_run` takes it."""
+    return {
+        "folder": args.run,
+        "classes": args.classes,
+        "epoch": args.load_epoch,
+        "trainer": args.trainer,
+        "backbone": args.backbone,
+        "position": args.position,
+    }
 
 
 def own_trainer(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from plpp_reg.data.emoji import cache_folder
 from plpp_reg.data.sampling import Datum
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import write_text
+from plpp_reg.io.pictures import picture_stat
 
 THREADS = 8  # that read: hashing and waiting for the disk go without Python's lock
 JUST_NOW = 2 * 10**9  # nanoseconds: a file that is younger may change once more without another time
@@ -26,12 +27,9 @@ def file_state(path: str) -> tuple[int, ...]:
     """What changes with a file's content: size, times and inode. Of the times one, that of the inode, cannot be set back.
 
     Raises:
-        InputError: it cannot be looked at.
+        InputError: it cannot be looked at, or is no plain file.
     """
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError) as e:
-        raise InputError(f"image {path}: expected a readable picture, got {e}") from e
+    stat = picture_stat(path)
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 

@@ -6,7 +6,7 @@ The epoch counts as its view: the same number, unless ``INPUT.VIEWS`` says that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -19,11 +19,14 @@ from yacs.config import CfgNode
 from plpp_reg.data import DataSplit, Datum, load_dataset
 from plpp_reg.data.augmentation import Transform, build_transform
 from plpp_reg.data.contents import file_state
+from plpp_reg.data.own import own_kind
 from plpp_reg.errors import InputError
 from plpp_reg.io.mixing import MASK, STEP, mixed
-from plpp_reg.io.pictures import open_picture
+from plpp_reg.io.pictures import open_as_upstream, open_picture
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
+Opener = Callable[[str], Image.Image]
 DECODED_BYTES = 64 * 2**20  # of a part's pictures, kept decoded from one view to the next
 MOST_WORKERS = 1024  # more is a slip of the hand, which a machine would not survive
 BATCHES_AHEAD = 1  # of pictures, made while the one before is encoded
@@ -66,10 +69,11 @@ class Pictures:
 
     Args:
         largest: bytes of decoded pixels, of a picture that is kept.
+        opener: what reads a file.
     """
 
-    def __init__(self, largest: int = 0) -> None:
-        self.largest = largest
+    def __init__(self, largest: int = 0, opener: Opener = open_picture) -> None:
+        self.largest, self.opener = largest, opener
         self._kept: dict[str, tuple[tuple[int, ...], Image.Image]] = {}  # with the state of its file
 
     def open(self, path: str) -> Image.Image:
@@ -81,7 +85,7 @@ class Pictures:
         state = file_state(path)
         kept, image = self._kept.get(path, (None, None))
         if kept != state:
-            image = open_picture(path)
+            image = self.opener(path)
             if 3 * image.width * image.height <= self.largest:
                 self._kept[path] = state, image
         return image
@@ -95,11 +99,14 @@ class ImageDataset(Dataset):
         transform: what they become.
         seed: of the views.
         max_bytes: of decoded pictures that are kept for their next view; large ones, of which not all would fit, are not.
+        opener: what reads a picture's file.
     """
 
-    def __init__(self, items: Sequence[Datum], transform: Transform, seed: int, max_bytes: int = 0) -> None:
+    def __init__(
+        self, items: Sequence[Datum], transform: Transform, seed: int, max_bytes: int = 0, opener: Opener = open_picture
+    ) -> None:
         self.items, self.transform, self.seed = items, transform, seed
-        self.pictures = Pictures(max_bytes // max(1, len(items)))
+        self.pictures = Pictures(max_bytes // max(1, len(items)), opener)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -156,6 +163,11 @@ def image_seed_of(cfg: CfgNode) -> int:
     return cfg.DATASET.SEED if cfg.DATASET.SEED >= 0 else cfg.SEED
 
 
+def opener_of(cfg: CfgNode) -> Opener:
+    """How the pictures of ``cfg.DATASET`` are read: one's own as a person sees them, a paper's as upstream reads them."""
+    return open_picture if own_kind(cfg.DATASET.NAME) else open_as_upstream
+
+
 def load_data(cfg: CfgNode) -> DataSplit:
     """What ``cfg.DATASET`` names, as a run sees it."""
     node = cfg.DATASET
@@ -195,7 +207,7 @@ def build_loader(
         raise InputError(f"DATALOADER.NUM_WORKERS: expected an integer, 0 to {MOST_WORKERS}, got {cfg.DATALOADER.NUM_WORKERS}")
     workers = cfg.DATALOADER.NUM_WORKERS if pixels else 0
     kept = 0 if workers else DECODED_BYTES  # or each worker would keep its own
-    images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg), kept)
+    images = ImageDataset(items, build_transform(cfg, train), image_seed_of(cfg), kept, opener_of(cfg))
     return DataLoader(
         images if pixels else Labels(items),
         batch_sampler=EpochBatches(len(items), batch_size, cfg.SEED, train, ranks, cfg.INPUT.VIEWS),
@@ -206,22 +218,24 @@ def build_loader(
     )
 
 
-def read_ahead(images: ImageDataset, batches: Sequence[Sequence[tuple[int, int]]], threads: int) -> Iterator[Tensor]:
-    """Each batch of (view, index) as (B, 3, H, W) float32, made by ``threads`` threads while the caller has the one before.
-
-    Pillow computes without Python's lock, and an image's draws are its own: the number of threads changes no bit.
-    """
-    pool, ahead = ThreadPoolExecutor(threads), deque()
+def ahead(make: Callable[[Item], Made], batches: Iterable[Sequence[Item]], threads: int) -> Iterator[list[Made]]:
+    """What ``make`` gives of each batch, made by ``threads`` threads while the caller has the batch before."""
+    pool, waiting = ThreadPoolExecutor(threads), deque[list[Future[Made]]]()
     try:
         for batch in batches:
-            ahead.append([pool.submit(images.pixels, *key) for key in batch])
-            if len(ahead) > BATCHES_AHEAD:
-                yield _together(images, ahead.popleft())
-        while ahead:
-            yield _together(images, ahead.popleft())
+            waiting.append([pool.submit(make, item) for item in batch])
+            if len(waiting) > BATCHES_AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _together(images: ImageDataset, parts: Sequence[Future[Tensor]]) -> Tensor:
-    return images.transform.normalized(torch.stack([part.result() for part in parts]))
+def read_ahead(images: ImageDataset, batches: Sequence[Sequence[tuple[int, int]]], threads: int) -> Iterator[Tensor]:
+    """Each batch of (view, index) as (B, 3, H, W) float32, made ahead.
+
+    Pillow computes without Python's lock, and an image's draws are its own: the number of threads changes no bit.
+    """
+    for parts in ahead(lambda key: images.pixels(*key), batches, threads):
+        yield images.transform.normalized(torch.stack(parts))

@@ -27,12 +27,13 @@ from yacs.config import CfgNode
 from plpp_reg.data import DataSplit
 from plpp_reg.data.augmentation import build_transform
 from plpp_reg.data.contents import files_sha256, forget_contents
-from plpp_reg.data.loaders import DECODED_BYTES, ImageDataset, image_seed_of, read_ahead, view_of
+from plpp_reg.data.loaders import DECODED_BYTES, ImageDataset, image_seed_of, opener_of, read_ahead, view_of
 from plpp_reg.engine.backbone import computing
 from plpp_reg.engine.distributed import Ranks
 from plpp_reg.engine.frozen import FrozenEncoder
 from plpp_reg.io.files import clear_left_behind
 from plpp_reg.io.folders import cache_folder
+from plpp_reg.io.pictures import READING, open_picture
 from plpp_reg.io.store import Entry, TensorStore
 
 BATCH = 64  # images of a canonical batch at most
@@ -126,7 +127,8 @@ class FrozenFeatures:
     def _images_of(self, split: str) -> ImageDataset:
         if split not in self._images:
             transform, items = build_transform(self.cfg, split == "train"), getattr(self.data, split)
-            self._images[split] = ImageDataset(items, transform, image_seed_of(self.cfg), DECODED_BYTES)
+            seed, opener = image_seed_of(self.cfg), opener_of(self.cfg)
+            self._images[split] = ImageDataset(items, transform, seed, DECODED_BYTES, opener)
         return self._images[split]
 
     def _described(self, split: str, view: int) -> dict[str, Any]:
@@ -136,6 +138,7 @@ class FrozenFeatures:
         must not be kept under the name of the old ones. It costs some microseconds an image.
         """
         cfg, train = self.cfg, split == "train"
+        reading = {"reading": READING} if opener_of(cfg) is open_picture else {}
         return {
             "what": "normalised features of CLIP's image tower",
             "version": VERSION,
@@ -146,6 +149,7 @@ class FrozenFeatures:
             "seed": image_seed_of(cfg) if train else None,
             "epoch": view,
             "files": files_sha256(getattr(self.data, split)),
+            **reading,
         }
 
 

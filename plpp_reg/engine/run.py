@@ -109,9 +109,10 @@ def run(
     if trainer.teacher is not None and not (args.eval_only or args.no_train):
         _check_teacher(trainer, tests or {})
     before = None if args.eval_only or args.no_train else in_words(trainer.method)
+    loaded = None
     if args.eval_only:
         if args.model_dir:
-            trainer.saving.load_model(args.model_dir, args.load_epoch)
+            loaded = trainer.saving.load_model(args.model_dir, args.load_epoch)
         elif cls.learns:
             log("No --model-dir: evaluating the prompts as they are before training")
     elif cfg.RESUME and not checkpoint.newest(folder / cls.model_name) and not trainer.saving.resume(cfg.RESUME):
@@ -128,7 +129,7 @@ def run(
         _clear(place, trainer)
         log.open(place)
         stack.callback(log.close)
-        return _run_in(place, folder, trainer, args, after_epoch, further, note, before), trainer
+        return _run_in(place, folder, trainer, args, after_epoch, further, note, before, loaded), trainer
 
 
 def parts_read(cfg: CfgNode, trains: bool) -> list[str]:
@@ -227,6 +228,7 @@ def _run_in(
     further: Sequence[FurtherTest] = (),
     note: Mapping[str, Any] | None = None,
     before: dict[str, Any] | None = None,
+    loaded: Path | None = None,
 ) -> dict[str, Any]:
     cfg, log = trainer.cfg, trainer.log
     if not args.eval_only:
@@ -248,6 +250,9 @@ def _run_in(
         result["tests"] = {test.name: _test_further(folder, trainer, test) for test in further}
     if note is not None:
         result["protocol"] = dict(note)
+    if args.eval_only or not trainer.method.learns:  # what plpp predict goes by, where no checkpoint lies in the folder
+        of = None if loaded is None else str(loaded.resolve())
+        result["tested"] = {"checkpoint": of, "classnames": list(trainer.data.classnames)}
     if args.eval_only:
         write_text(folder / "config.yaml", config.to_yaml(cfg))
     path = write_result(folder, result)

@@ -111,11 +111,13 @@ class Saving:
         self.say(f"Resumed from {path} (epoch {self.state.epoch})")
         return True
 
-    def load_model(self, folder: str | Path, epoch: int | None = None) -> None:
-        """Weights alone, from a run's folder, ours or upstream's."""
+    def load_model(self, folder: str | Path, epoch: int | None = None) -> Path:
+        """Weights alone, from a run's folder, ours or upstream's; the file that they came from."""
         if not self.method.learns:
             raise InputError(f"--model-dir: {type(self.method).__name__} learns nothing, so there is nothing to load")
-        self.load_weights(checkpoint.find(folder, self.method.model_name, epoch))
+        path = checkpoint.find(folder, self.method.model_name, epoch)
+        self.load_weights(path)
+        return path
 
     def load_weights(self, path: Path) -> None:
         """Weights alone, from a checkpoint.
