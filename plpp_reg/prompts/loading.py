@@ -15,9 +15,9 @@ from plpp_reg.clip.prompts import encode
 from plpp_reg.data import DataSplit
 from plpp_reg.data.names import check_names
 from plpp_reg.engine import checkpoint, config, registry
+from plpp_reg.engine.arguments import shipped_config
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.method import Method
-from plpp_reg.engine.run import shipped_config
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.prompts import contexts
