@@ -360,6 +360,7 @@ def test_every_method_that_learns_text_context_has_its_plpp() -> None:
     names = registry.trainer_names()
     assert set(TRAINERS) <= set(names)
     with_plpp = {"CoOp", "CoCoOp", "KgCoOp", "ProGrad", "MaPLe", "IVLP", "PromptSRC", "FDBPL"}
+    with_plpp |= {f"{name}_KDPL" for name in ("CoOp", "KgCoOp", "MaPLe", "PromptSRC")}
     assert {name.removesuffix("_PLPP") for name in names if name.endswith("_PLPP")} == with_plpp
     for name in sorted(with_plpp):
         cls, plain, plpp = registry.find_trainer(f"{name}_PLPP")

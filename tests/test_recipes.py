@@ -18,6 +18,7 @@ from plpp_reg.trainers import TRAINERS
 FOLDER = Path(str(shipped_config("trainers")))
 RECIPES = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.glob("*/*.yaml") if p.parent.name != "common")
 WORDS = "a photo of a"
+USES = ("base2new", "cross_dataset", "few_shot_16")
 
 
 def of(recipe: str, *opts: str) -> dict[str, object]:
@@ -85,6 +86,14 @@ FDBPL = {
     "TRAINER.FDBPL.CASCADE": "none",
     "TRAINER.FDBPL.PREC": "fp16",
 }
+
+
+def kdpl(own: dict[str, object], **more: object) -> dict[str, object]:
+    """The recipe of its method, a zero-shot teacher, and all classes compared."""
+    teacher = {"TEACHER.TRAINER": "ZeroshotCLIP", "TEACHER.BACKBONE": "open_clip:ViT-H-14-quickgelu/dfn5b"}
+    return {**own, **teacher, "TEACHER.RUN": "", "TRAINER.KDPL.K_MAX": 0, **more}
+
+
 COCOOP = {
     "OPTIM.MAX_EPOCH": 10,
     "OPTIM.LR": 0.002,
@@ -140,6 +149,13 @@ PUBLISHED = {
     "FDBPL/few_shot_16.yaml": FDBPL,
     "FDBPL/base2new.yaml": FDBPL,
     "FDBPL/cross_dataset.yaml": FDBPL,
+    **{f"CoOp_KDPL/{use}.yaml": kdpl(coop(50, 4, WORDS)) for use in USES},
+    **{f"KgCoOp_KDPL/{use}.yaml": kdpl(coop(100, 4, WORDS, batch=128), **{"TRAINER.COOP.W": 8.0}) for use in USES},
+    **{f"MaPLe_KDPL/{use}.yaml": kdpl(deep("MaPLe", 5, 0.0035, 9)) for use in USES},
+    **{f"VPT_KDPL/{use}.yaml": kdpl(deep("VPT", 5, 0.0025, 12)) for use in USES},
+    "PromptSRC_KDPL/base2new.yaml": kdpl(src(20, 9, 15.0, 1.0)),
+    "PromptSRC_KDPL/few_shot_16.yaml": kdpl(src(20, 9, 15.0, 1.0)),
+    "PromptSRC_KDPL/cross_dataset.yaml": kdpl(src(20, 3, 6.0, 10.0)),
     "ZeroshotCLIP/few_shot_16.yaml": {},
     "ZeroshotCLIP2/few_shot_16.yaml": {},
     "ZeroshotCLIP/base2new.yaml": {},
@@ -189,10 +205,11 @@ def test_the_embedded_recipe_is_that_of_the_embedded_model(name: str) -> None:
     own = {"PromptKD": {"DATASET.NUM_SHOTS": -1}, "FDBPL": {"INPUT.RRCROP_SCALE": [0.08, 0.936]}}.get(name, {})
     want = {**SHARED, **own, "INPUT.SIZE": [48, 48], "MODEL.BACKBONE.NAME": "embedded", "DATALOADER.NUM_WORKERS": 0}
     assert {key: cfg[key] for key in want} == want
-    node = {"CoOp": "COOP", "KgCoOp": "COOP", "ProGrad": "COOP"}.get(name, name.upper())
+    plain = name.removesuffix("_KDPL")
+    node = {"CoOp": "COOP", "KgCoOp": "COOP", "ProGrad": "COOP"}.get(plain, plain.upper())
     assert cfg.get(f"TRAINER.{node}.PREC", "fp32") == "fp32"
     assert all(cfg[key] <= 4 for key in cfg if key.startswith(f"TRAINER.{node}.PROMPT_DEPTH"))  # four layers of text
-    if name == "PromptSRC":  # of five epochs, the average leans on the last but one
+    if plain == "PromptSRC":  # of five epochs, the average leans on the last but one
         assert (cfg["TRAINER.PROMPTSRC.GPA_MEAN"], cfg["OPTIM.MAX_EPOCH"]) == (4.0, 5)
 
 
@@ -207,7 +224,7 @@ def test_a_recipe_takes_the_flag_and_options_over_its_own_figures() -> None:
     for recipe in RECIPES:
         assert of(recipe, "OPTIM.MAX_EPOCH", "7")["OPTIM.MAX_EPOCH"] == 7
         name = recipe.split("/")[0]
-        if name in ("VPT", "PromptKD", "ZeroshotCLIP", "ZeroshotCLIP2"):
+        if name in ("VPT", "VPT_KDPL", "PromptKD", "ZeroshotCLIP", "ZeroshotCLIP2"):
             continue
         plain, with_plpp = (
             config.flat(resolve(RunArguments(trainer=trainer, config_file=str(FOLDER / recipe)))[0])

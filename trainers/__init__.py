@@ -13,6 +13,11 @@ TRAINERS = {
     "PromptSRC": "plpp_reg.trainers.promptsrc:PromptSRC",
     "PromptKD": "plpp_reg.trainers.promptkd:PromptKD",
     "FDBPL": "plpp_reg.trainers.fdbpl:FDBPL",
+    "CoOp_KDPL": "plpp_reg.trainers.kdpl:CoOp_KDPL",
+    "KgCoOp_KDPL": "plpp_reg.trainers.kdpl:KgCoOp_KDPL",
+    "MaPLe_KDPL": "plpp_reg.trainers.kdpl:MaPLe_KDPL",
+    "VPT_KDPL": "plpp_reg.trainers.kdpl:VPT_KDPL",
+    "PromptSRC_KDPL": "plpp_reg.trainers.kdpl:PromptSRC_KDPL",
 }
 
 # What a table of results must know of a method that it does not import: the node below TRAINER that it reads (some share one,
@@ -30,6 +35,12 @@ NODES = {
     "PromptSRC": "PROMPTSRC",
     "PromptKD": "PROMPTKD",
     "FDBPL": "FDBPL",
+    "CoOp_KDPL": "COOP",
+    "KgCoOp_KDPL": "COOP",
+    "MaPLe_KDPL": "MAPLE",
+    "VPT_KDPL": "VPT",
+    "PromptSRC_KDPL": "PROMPTSRC",
 }
+KDPL = "KDPL"  # what X_KDPL reads beside X's own
 UNTRAINED = ("ZeroshotCLIP", "ZeroshotCLIP2")
 TRANSDUCTIVE = ("PromptKD",)

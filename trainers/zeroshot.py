@@ -12,7 +12,7 @@ from plpp_reg.clip.load import without_autocast
 from plpp_reg.clip.prompts import encode_texts
 from plpp_reg.clip.text import TextTower
 from plpp_reg.data import template
-from plpp_reg.data.templates import SEVEN
+from plpp_reg.data.templates import SEVEN, SIXTY
 from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.method import Classes, Method, Settings, setting
 
@@ -51,8 +51,15 @@ class ZeroshotCLIP(Method):
 
 
 class ZeroshotCLIP2(ZeroshotCLIP):
-    """The mean of several templates' normalised features: OpenAI's seven, and the data set's own except for ImageNet."""
+    """The mean of several templates' normalised features: OpenAI's seven, and the data set's own except for ImageNet; or sixty,
+    which PromptSRC's code averages."""
+
+    @dataclass(frozen=True)
+    class Config(ZeroshotCLIP.Config):
+        templates: str = setting("seven", choices=("seven", "sixty"))
 
     def choose_templates(self) -> list[str]:
+        if self.config.templates == "sixty":
+            return list(SIXTY)
         own = [] if self.config.dataset == "ImageNet" else [template(self.config.dataset)]
         return [*SEVEN, *own]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results.record import NOT_IN_THE_RESULT
-from plpp_reg.trainers import NODES
+from plpp_reg.trainers import KDPL, NODES
 
 Settings = Mapping[str, Any]
 Kinds = Mapping["Name", Mapping[Hashable, Settings]]  # of each row: what its runs of a cell were made with
@@ -72,8 +72,10 @@ def relevant(config: object, method: str, learns: bool = True) -> Settings:
 def _relevant_keys(keys: tuple[str, ...], method: str, learns: bool) -> tuple[str, ...]:
     idle = (*(() if method.endswith(SUFFIX) else (OF_PLPP,)), *(() if learns else OF_TRAINING))
     # A configuration has the keys of every method. Which of them a trainer of one's own reads is not known: all count.
-    node = NODES.get(method.removesuffix(SUFFIX))
-    read = (OF_PLPP, f"{OF_METHODS}{node}.") if node else (OF_METHODS,)
+    plain = method.removesuffix(SUFFIX)
+    node = NODES.get(plain)
+    nodes = (node, KDPL) if plain.endswith(f"_{KDPL}") else (node,)
+    read = (OF_PLPP, *(f"{OF_METHODS}{name}." for name in nodes)) if node else (OF_METHODS,)
     return tuple(
         key
         for key in keys
