@@ -20,7 +20,7 @@ from plpp_reg.engine.run import RunArguments
 from plpp_reg.engine.teacher import Spoken, Teacher
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
-from plpp_reg.prompts.predict import load_run
+from plpp_reg.prompts.loading import load_run
 from plpp_reg.trainers import TRAINERS
 
 from helpers import engine as helpers

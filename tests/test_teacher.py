@@ -19,7 +19,7 @@ from plpp_reg.engine.run import RunArguments
 from plpp_reg.engine.teacher import Teacher
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
-from plpp_reg.prompts.predict import load_run
+from plpp_reg.prompts.loading import load_run
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.ivlp import IVLP
 from plpp_reg.trainers.maple import MaPLe
