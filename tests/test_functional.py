@@ -289,3 +289,21 @@ def test_large_logits_do_not_overflow():
     rows = plpp(context, hidden.detach() * 1e4, E)
     assert all(t.isfinite().all() for t in rows)
     assert rows.perplexity_loss.max() > 100  # float32's exp overflows from 88.7 on: the test reached that far
+
+
+@pytest.mark.parametrize("max_bytes", [2**20, 3 * 8 * 200])
+def test_few_words_looked_up_and_many_among_all_are_the_same(max_bytes, monkeypatch):
+    torch.manual_seed(1)
+    E, h = torch.randn(200, 16).double(), torch.randn(7, 1, 16, dtype=torch.double, requires_grad=True)
+    ids = torch.stack([torch.randperm(200)[:40] for _ in range(7)])
+    weights = torch.randn(7, 40).double()
+    found = []
+    for many in (0, 1000):  # never, always
+        monkeypatch.setattr(PF, "MANY", many)
+        products = PF.word_products(h, E, ids, max_bytes)
+        (first,) = torch.autograd.grad((products.squeeze(1).sin() * weights).sum(), h, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), h)
+        found.append((products, first, second, PF.weighted_words(weights, E, ids, max_bytes)))
+    for looked_up, among_all in zip(*found, strict=True):
+        torch.testing.assert_close(looked_up, among_all)
+    assert second.abs().max() > 1e-3

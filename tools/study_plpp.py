@@ -257,13 +257,14 @@ def validate(bench: Bench) -> None:
 
 
 def confirm(bench: Bench) -> None:
-    """What decides first, so that a study that is stopped has it; the other controls on half of the seeds."""
-    choice = chosen(bench.rows)
-    curve = [choice, *(s for s in curve_of(choice) if s.strength != choice.strength)]
+    """What the rule asks for first, so that a study that is stopped has it; curves and other controls on half of the seeds."""
+    choice, half = chosen(bench.rows), FRESH[:20]
+    curve = [s for s in curve_of(choice) if s.strength != choice.strength]
     bench.measure([PLAIN, choice, *EPOCHS[:-1]], (A, B), "test", FRESH)
-    bench.measure([PLAIN, choice, EPOCHS[2]], (C, *OTHERS), "test", FRESH)
-    bench.measure(curve, (A, B), "test", FRESH)
-    bench.measure(CONTROLS, (A, B), "test", FRESH[:20])
+    bench.measure([PLAIN, choice], (C,), "test", FRESH)
+    bench.measure([*curve, *CONTROLS], (B,), "test", half)
+    bench.measure([*curve, *CONTROLS], (A,), "test", half)
+    bench.measure([PLAIN, choice, EPOCHS[2]], OTHERS, "test", half)
 
 
 # ---- tables and figure ----------------------------------------------------------------------------------------------
@@ -376,12 +377,14 @@ def draw(rows: Rows, path: Path) -> None:
             over = seeds if family in curves(rows, case, seeds) else seeds[:20]
             xy = [place(p, over) for p in sorted(curve, key=lambda p: p.strength)]
             a.plot(*zip(*xy, strict=True), "o-", color=colours[family], markersize=4, linewidth=1.2, label=family)
-        mine = [s for s in curve_of(choice) if set(seeds) <= set(rows.seeds(s.name, case, "test"))]
-        points = [rows.point(s, case, "test", seeds) for s in mine]
-        xy = [place(p, seeds) for p in points] + [place(plain, seeds)]
-        a.plot(*zip(*sorted(xy), strict=True), "s-", color="#d1495b", linewidth=2.2, markersize=6, label="PLPP's weight")
-        for s, point, (x, y) in zip(mine, points, xy, strict=False):
-            b, n = difference(point, plain, "base"), difference(point, plain, "new")
+        mine = [s for s in curve_of(choice) if set(seeds[:20]) <= set(rows.seeds(s.name, case, "test"))]
+        overs = [seeds if set(seeds) <= set(rows.seeds(s.name, case, "test")) else seeds[:20] for s in mine]
+        points = [rows.point(s, case, "test", over) for s, over in zip(mine, overs, strict=True)]
+        xy = [place(p, over) for p, over in zip(points, overs, strict=True)]
+        a.plot(*zip(place(plain, seeds), *xy, strict=True), "s-", color="#d1495b", linewidth=2.2, label="PLPP's weight")
+        for s, over, point, (x, y) in zip(mine, overs, points, xy, strict=True):
+            control = rows.point(PLAIN, case, "test", over)
+            b, n = difference(point, control, "base"), difference(point, control, "new")
             a.errorbar(x, y, xerr=b.half_width, yerr=n.half_width, color="#d1495b", alpha=0.35, linewidth=1)
             a.annotate(f"{s.strength:g}", (x, y), textcoords="offset points", xytext=(6, 6), color="#d1495b")
         a.plot(plain.mean_base, plain.mean_new, "k*", markersize=13, label="CoOp as it is", zorder=5)

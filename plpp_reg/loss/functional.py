@@ -30,6 +30,7 @@ LABELS = ("soft", "hard")
 STATES = ("preceding", "own")  # which state of the text tower h is
 NORMALIZE_EPS = 1e-12  # as in F.normalize: a shorter vector counts as one of this length
 NORMALIZE_OVER = ("vocabulary", "topk")
+MANY = 24  # of a row's K words: where K * MANY >= V, all V are multiplied with in less time than K are looked up
 
 
 class PLPPRows(NamedTuple):
@@ -91,6 +92,7 @@ def word_products(x: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
     """``E_I x``, each row with its own words: x (R, N, D), E (V, D), ids (R, K) -> (R, N, K). Differentiable in x, twice.
 
     The words' vectors (R, K, D) are looked up, at most ``max_bytes`` of them at a time, in both directions, and never kept.
+    Where K is a good part of V (:data:`MANY`) and N is 1, products with all words, of which K are taken, cost less.
 
     >>> word_products(torch.tensor([[[0.0, 4.0, 3.0]]]), torch.eye(3), torch.tensor([[2, 1]]), max_bytes=2**20)
     tensor([[[3., 4.]]])
@@ -102,6 +104,9 @@ def word_products(x: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
 class _WordProducts(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
+        if x.shape[1] == 1 and _many(ids, E):
+            rows = parts(len(ids), len(E) * E.element_size(), max_bytes)
+            return torch.cat([(x[part, 0] @ E.T).gather(1, ids[part]) for part in rows]).unsqueeze(1)
         a_row = ids.shape[1] * E.shape[1] * E.element_size()
         products = [torch.bmm(x[part], F.embedding(ids[part], E).transpose(1, 2)) for part in parts(len(ids), a_row, max_bytes)]
         return products[0] if len(products) == 1 else torch.cat(products)
@@ -116,34 +121,43 @@ class _WordProducts(torch.autograd.Function):
         E, ids = ctx.saved_tensors
         with _without_autocast(E):  # some call backward inside it
             if gradient.shape[1] == 1:
-                return weighted_words(gradient[:, 0], E, ids).unsqueeze(1), None, None, None
+                return weighted_words(gradient[:, 0], E, ids, ctx.max_bytes).unsqueeze(1), None, None, None
             a_row = ids.shape[1] * E.shape[1] * E.element_size()
             sums = [torch.bmm(gradient[part], F.embedding(ids[part], E)) for part in parts(len(ids), a_row, ctx.max_bytes)]
             return torch.cat(sums), None, None, None
 
 
-def weighted_words(weights: Tensor, E: Tensor, ids: Tensor) -> Tensor:
-    """``sum_k weights_k E_{I_k}`` for each row: weights (R, K), E (V, D), ids (R, K) -> (R, D)."""
+def _many(ids: Tensor, E: Tensor) -> bool:
+    """Whether all V words are multiplied with in less time than K of them are looked up for each row."""
+    return ids.shape[1] * MANY >= len(E)
+
+
+def weighted_words(weights: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
+    """``sum_k weights_k E_{I_k}`` for each row: weights (R, K), E (V, D), ids (R, K), of different words -> (R, D)."""
+    if _many(ids, E):
+        rows = parts(len(ids), len(E) * E.element_size(), max_bytes)
+        nothing = weights.new_zeros(1, len(E))
+        return torch.cat([nothing.expand(len(ids[r]), -1).scatter(1, ids[r], weights[r]) @ E for r in rows])
     return F.embedding_bag(ids, E, per_sample_weights=weights.contiguous(), mode="sum")
 
 
-def with_gradient(cosines: Tensor, v: Tensor, E: Tensor, E_inverse_norm: Tensor, ids: Tensor) -> Tensor:
+def with_gradient(cosines: Tensor, v: Tensor, E: Tensor, E_inverse_norm: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
     """Known cosines of v (R, D) to its words ids (R, K) as a function of v: (R, K) -> (R, K).
 
     ``d cos_k / d v = (E_k / |E_k| - cos_k u) / |v|`` with ``u = v / |v|``.
     """
-    same: Tensor = _Cosines.apply(v, cosines, E, E_inverse_norm, ids)
+    same: Tensor = _Cosines.apply(v, cosines, E, E_inverse_norm, ids, max_bytes)
     return same
 
 
 class _Cosines(torch.autograd.Function):
     @staticmethod
-    def forward(v: Tensor, cosines: Tensor, E: Tensor, E_inverse_norm: Tensor, ids: Tensor) -> Tensor:
+    def forward(v: Tensor, cosines: Tensor, E: Tensor, E_inverse_norm: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
         return cosines.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        v, _, E, E_inverse_norm, ids = inputs
+        v, _, E, E_inverse_norm, ids, ctx.max_bytes = inputs
         ctx.save_for_backward(v, output, E, E_inverse_norm, ids)
 
     @staticmethod
@@ -151,9 +165,9 @@ class _Cosines(torch.autograd.Function):
         v, cosines, E, E_inverse_norm, ids = ctx.saved_tensors
         with _without_autocast(E):  # some call backward inside it
             length = v.norm(dim=-1, keepdim=True).clamp_min(NORMALIZE_EPS)
-            toward = weighted_words(gradient * E_inverse_norm[ids], E, ids)
+            toward = weighted_words(gradient * E_inverse_norm[ids], E, ids, ctx.max_bytes)
             along = (gradient * cosines).sum(-1, keepdim=True) / length
-            return (toward - along * v) / length, None, None, None, None
+            return (toward - along * v) / length, None, None, None, None, None
 
 
 def perplexity_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -269,7 +283,7 @@ def plpp(
         contexts, m = v.shape[:2]
         rows = v.flatten(0, 1)
         cosines, ids = search(rows.detach(), E, E_inverse_norm, top_k, max_bytes)
-        cosines = with_gradient(cosines, rows, E, E_inverse_norm, ids).view(contexts, m, -1)
+        cosines = with_gradient(cosines, rows, E, E_inverse_norm, ids, max_bytes).view(contexts, m, -1)
         log_q = (cosines / temperature).log_softmax(-1)  # (1 or P, M, K)
 
         h = h.expand(max(contexts, len(h)), -1, -1)
