@@ -6,6 +6,8 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+# What torch, and the loading of its libraries, say where there is no memory.
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "failed to map segment")
 # What torch says where a worker's batch finds no room in shared memory.
 NO_SHARED_MEMORY = ("shared memory", "</torch_", "Bus error")
 
@@ -40,7 +42,7 @@ def line_of(error: BaseException) -> str | None:
             what = type(error).__name__ + (f": {error.strerror}" if error.errno else f": {text.rpartition('Error: ')[2]}")
             cause = f"expected a file or folder that can be used, got {what}"
         return f"{str(error.filename)!r}: {cause}" if error.filename is not None else cause
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(s in str(error) for s in NO_MEMORY):
         return (
             f"expected more memory, got {text or 'none'}: smaller batches (DATALOADER.TRAIN_X.BATCH_SIZE and TEST's) take less"
         )

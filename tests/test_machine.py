@@ -157,6 +157,8 @@ def test_no_memory_is_a_line() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
     assert "expected more memory" in line_of(caught.value) and "BATCH_SIZE" in line_of(caught.value)
+    for said in ("std::bad_alloc", "libtorch_cuda.so: failed to map segment from shared object"):
+        assert f"expected more memory, got {said}:" in line_of(RuntimeError(said))
     assert "expected more memory" in line_of(MemoryError()) and "\n" not in line_of(MemoryError())
     assert line_of(RuntimeError("a fault of the program")) is None
 

@@ -195,8 +195,17 @@ def alive(pid: int) -> bool:
     return True
 
 
+STOPPED = [
+    ("Ctrl-C", "processes", 2),
+    ("kill", "processes", 1),
+    ("Ctrl-C", "ray", 1),
+    ("SIGTERM", "ray", 1),
+    ("SIGHUP", "ray", 1),
+]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
-@pytest.mark.parametrize(("how", "executor", "n"), [("Ctrl-C", "processes", 2), ("kill", "processes", 1), ("Ctrl-C", "ray", 1)])
+@pytest.mark.parametrize(("how", "executor", "n"), STOPPED)
 def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, executor: str, n: int, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     output = place.folder / f"{how}-{executor}"
@@ -214,6 +223,11 @@ def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, exec
         if how == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to everybody
             assert process.wait(30) == 130 and "plpp: stopped" in process.stderr.read()
+        elif how.startswith("SIG"):
+            number = signal.Signals[how]
+            process.send_signal(number)
+            assert process.wait(60) == 128 + number
+            assert process.stderr.read() == f"plpp: stopped by {how}; the same command goes on from what is there\n"
         else:
             process.kill()
             process.wait(30)

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from plpp_reg.errors import InputError, install, unknown
+from plpp_reg.errors import InputError, install, line_of, unknown
 from plpp_reg.io.folders import openai_clip_folder
 from plpp_reg.io.safe_reading import is_torchscript, read_tensors, read_torchscript
 
@@ -122,6 +122,8 @@ def _build(state_dict: dict[str, torch.Tensor], name: str) -> nn.Module:
         model = openai_clip().model.build_model(weights).float()
         model.load_state_dict(weights)  # once more: build_model rounds to fp16, and a file may hold float32
     except (KeyError, RuntimeError, AssertionError, IndexError, ZeroDivisionError, ValueError) as e:
+        if line_of(e) is not None and not isinstance(e, InputError):  # no memory
+            raise
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"backbone {name!r}: expected weights of OpenAI's CLIP, got something else ({first})") from e
     return model

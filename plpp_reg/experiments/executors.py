@@ -28,6 +28,7 @@ from tqdm import tqdm
 from plpp_reg.errors import InputError, install, unknown
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.experiments.sweep import Models, Outcome, Runner, execute, failure, one_after_another
+from plpp_reg.io.signals import kept
 
 EXECUTORS = ("processes", "ray")
 MOST = 1024  # processes or threads: more is a slip of the hand, which a machine would not survive
@@ -239,12 +240,13 @@ def _connected(address: str, cpus: int | None) -> ModuleType:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}  # a run's log is in its folder
-    if not address:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
-        return ray
-    try:
-        ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
-        raise InputError(f"--address {address!r}: expected a running Ray cluster, got {e}") from e
+    with kept(signal.SIGTERM):  # Ray answers it with an end of its own, without a word
+        if not address:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
+            return ray
+        try:
+            ray.init(address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
+            raise InputError(f"--address {address!r}: expected a running Ray cluster, got {e}") from e
     return ray

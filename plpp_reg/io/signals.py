@@ -25,9 +25,10 @@ def stopped_as_by_ctrl_c() -> Iterator[None]:
 
     A second signal ends the process at once.
     """
-    before = {}
+    before, came = {}, []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         restore()
         raise Stopped(number)
 
@@ -42,5 +43,20 @@ def stopped_as_by_ctrl_c() -> Iterator[None]:
                 before[number] = signal.signal(number, stop)
     try:
         yield
+    except KeyboardInterrupt as e:
+        if came and not isinstance(e, Stopped):  # Ray, waiting in C++, makes a KeyboardInterrupt of whatever a signal raises
+            raise Stopped(came[0]) from e
+        raise
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def kept(number: int) -> Iterator[None]:
+    """What a signal does is afterwards what it was before, whatever is set inside."""
+    before, main = signal.getsignal(number), threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    finally:
+        if main and before is not None:
+            signal.signal(number, before)
