@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import time
+from pathlib import Path
 
 from plpp_reg.commands import flags
+from plpp_reg.io.terminal import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +18,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from plpp_reg.experiments.demo import demo
+    from plpp_reg.experiments.demo import PICTURE, demo
 
-    demo(args.seeds, args.output_dir, args.opts, args.methods)
+    start = time.perf_counter()
+    text = demo(args.seeds, args.output_dir, args.opts, args.methods, say)
+    picture, took = Path(args.output_dir) / PICTURE, time.perf_counter() - start
+    say(f"\n{text}\n\nPicture: {picture}\nElapsed: {took:.0f} s")

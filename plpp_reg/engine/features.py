@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import time
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from plpp_reg.engine.frozen import FrozenEncoder
 from plpp_reg.io.files import clear_left_behind
 from plpp_reg.io.folders import cache_folder
 from plpp_reg.io.pictures import READING, open_picture
-from plpp_reg.io.store import Entry, TensorStore
+from plpp_reg.io.store import TensorStore
 
 BATCH = 64  # images of a canonical batch at most
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
@@ -50,25 +48,14 @@ def feature_store(max_gib: float) -> TensorStore:
     return TensorStore(cache_folder() / "features", max_gib)
 
 
-def show_store(clear: bool = False) -> None:
-    """``plpp cache``: what is kept, and remove it if asked to."""
+def clear_cache() -> int:
+    """Remove the kept features, hashes and what killed processes left half-written; how many files of features there were."""
     store = feature_store(1)
-    entries, halves = store.entries(), store.halves()
-    print(f"{store.folder}: {len(entries)} file{'s' * (len(entries) != 1)}, {_mib(entries)}")
-    if halves:
-        print(f"half-written, by runs at work or killed ones: {len(halves)}, {_mib(halves)}")
-    if entries:
-        days = [f"{(time.time() - entry.used) / 86400:.1f}" for entry in (entries[0], entries[-1])]
-        print(f"last used {days[0]} (the oldest) to {days[1]} days ago; FEATURES.MAX_GIB bounds them, --clear removes them")
-    if clear:
-        print(f"removed {store.clear()}")
-        forget_contents()
-        for folder in (store.folder.parent, *filter(Path.is_dir, store.folder.parent.glob("*"))):
-            clear_left_behind(folder)  # half-drawn pictures of the embedded data set
-
-
-def _mib(entries: Sequence[Entry]) -> str:
-    return f"{sum(entry.size for entry in entries) / 2**20:.1f} MiB"
+    removed = store.clear()
+    forget_contents()
+    for folder in (store.folder.parent, *filter(Path.is_dir, store.folder.parent.glob("*"))):
+        clear_left_behind(folder)  # half-drawn pictures of the embedded data set
+    return removed
 
 
 class FrozenFeatures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from plpp_reg.loss import SUFFIX
 from plpp_reg.results.record import Paired, harmonic_mean, paired, summary
 from plpp_reg.trainers import TRAINERS
 
+PICTURE = "demo.png"
 GREY, RED = "#777777", "#d1495b"  # plain, with PLPP
 
 
@@ -50,15 +50,16 @@ def demo(
     output_dir: str | Path = "output/demo",
     opts: Sequence[str] = (),
     methods: Sequence[str] = ("CoOp",),
+    say: Callable[[str], object] = print,
 ) -> str:
-    """Train, print one table, write it and one picture into ``output_dir``. What is done already is not done again.
+    """Train, write one table and one picture into ``output_dir``, and return the table. What is done is not done again.
 
-    ``opts`` are KEY VALUE pairs for every run; ``methods`` names of prompt learners without PLPP, or "all".
+    ``opts`` are KEY VALUE pairs for every run; ``methods`` names of prompt learners without PLPP, or "all"; ``say`` is told of
+    each run.
     """
     if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
         raise InputError(f"--seeds: expected different integers >= 0, got {' '.join(map(str, seeds))}")
     names = _with_and_without(methods)
-    start = time.perf_counter()
     bench = Bench(Path(output_dir), load_clip(), tuple(opts))
     folder = bench.folder
     zero_shot = [bench.evaluate("ZeroshotCLIP", half, seeds[0], folder / "ZeroshotCLIP" / half) for half in ("base", "new")]
@@ -67,12 +68,10 @@ def demo(
         for name, done in runs.items():
             done.append(bench.train_base_to_new(name, seed))
             last = done[-1]
-            print(f"{name:14s} seed {seed}: base {last.base:.1f}, new {last.new:.1f}, H {last.h:.1f}", flush=True)
+            say(f"{name:14s} seed {seed}: base {last.base:.1f}, new {last.new:.1f}, H {last.h:.1f}")
     text = report(zero_shot, runs, seeds)
     write_text(folder / "demo.txt", text + "\n")
-    picture = folder / "demo.png"
-    write_atomically(picture, lambda path: draw(runs, seeds, path))
-    print(f"\n{text}\n\nPicture: {picture}\nElapsed: {time.perf_counter() - start:.0f} s")
+    write_atomically(folder / PICTURE, lambda path: draw(runs, seeds, path))
     return text
 
 
