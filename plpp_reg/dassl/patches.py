@@ -1,4 +1,4 @@
-"""What a new torch broke in Dassl, mended in memory. Each fault is tried out first: what works is left alone.
+"""What a new torch or numpy broke in Dassl, mended in memory. Each fault is tried out first: what works is left alone.
 
 Dassl's files, and the host's, are never written.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import inspect
 import io
 import os
@@ -16,7 +17,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy
 import torch
+from PIL import Image
 from torch.optim import lr_scheduler as torch_schedulers
 
 from plpp_reg.errors import InputError
@@ -69,6 +72,13 @@ def faults() -> list[Fault]:
             "the schedulers and optimizers in them are read as data, not run",
             _checkpoints_are_refused,
             _mend_load_checkpoint,
+        ),
+        Fault(
+            "numpy's old names",
+            "Dassl's randaugment and autoaugment use np.int, which numpy no longer has",
+            "it is int",
+            _old_numpy_names_are_used,
+            _mend_old_numpy_names,
         ),
     ]
 
@@ -242,3 +252,40 @@ def _mend_load_checkpoint() -> None:
 
     load_checkpoint.__doc__ = original.__doc__
     rebind(original, load_checkpoint)
+
+
+# ---- augmentations ---------------------------------------------------------------------------------------------------
+
+
+class _OldNumpy:
+    """numpy, with the name that it had for int."""
+
+    int = int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(numpy, name)
+
+
+def _augmentations() -> list[Any]:
+    modules = []
+    for name in ("randaugment", "autoaugment"):
+        with contextlib.suppress(ModuleNotFoundError):
+            modules.append(importlib.import_module(f"dassl.data.transforms.{name}"))
+    return modules
+
+
+def _old_numpy_names_are_used() -> bool:
+    for module in _augmentations():
+        try:
+            if hasattr(module, "SolarizeAdd"):
+                module.SolarizeAdd(Image.new("RGB", (1, 1)))
+            else:
+                module.SubPolicy(0.5, "invert", 0, 0.5, "invert", 0)
+        except AttributeError:
+            return True
+    return False
+
+
+def _mend_old_numpy_names() -> None:
+    for module in _augmentations():
+        module.np = _OldNumpy()
