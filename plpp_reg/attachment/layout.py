@@ -18,7 +18,7 @@ from plpp_reg.errors import InputError
 POSITIONS = ("end", "middle", "front")
 BYTES_AT_ONCE = 2**26  # of prompts whose bits are summed at a time
 # How far two states may lie apart, as a share of their length, that count as one: rounding, in a batch's different rows.
-ROUNDING = {torch.float16: 0.03, torch.bfloat16: 0.1}
+ROUNDING = {torch.float16: 5e-3, torch.bfloat16: 0.03}
 MARKS, STEPS = 2, 2**20  # numbers that stand for a prompt's states, in integers
 
 
@@ -72,7 +72,7 @@ class Layouts:
         if end > length:
             values = _values(prompts, layout, end, marks)
         self._length = end or None
-        rounding = 0 if hidden is None else ROUNDING.get(hidden.dtype, 1e-4) * STEPS
+        rounding = 0 if hidden is None else ROUNDING.get(hidden.dtype, 1e-5) * STEPS
         return self._distinct(values, prompts, rounding)
 
     def _distinct(self, values: list[tuple], prompts: Tensor, rounding: float = 0) -> Rows | None:
