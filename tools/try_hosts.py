@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CLASSES = ["accordion", "cougar_body", "face", "grand_piano", "leopard", "wild_cat"]
-WEIGHTS = "ViT-B-16.pt"
+WEIGHTS = {"ViT-B/16": "ViT-B-16.pt", "RN50": "RN50.pt"}
 
 
 class Case(NamedTuple):
@@ -39,10 +40,13 @@ class Case(NamedTuple):
     opts: tuple[str, ...]
     idle: str = ""  # methods of tensors and modules that are written into it, and that the wrapper makes no-operations
     dassl: str = "Dassl.pytorch"
+    trainer: str = ""  # where it is not the case's own name
 
 
 BATCH = ("DATALOADER.TRAIN_X.BATCH_SIZE", "4")
 MULTIMODAL = "multimodal-prompt-learning"
+KDPL = ("TRAINER.KDPL.PREC", "fp32", "MODEL.BACKBONE.NAME", "ViT-B/16")
+CLIPS = ("clip.clip", "clip_maple.clip", "trainers.clip_text.clip")  # a checkout's own copies
 KGCOOP = {"checkout": "KgCoOp/KgCoOp", "model": "prompt_learner", "idle": "cuda", "dassl": "KgCoOp/Dassl.ProGrad.pytorch"}
 CASES = {
     "CoOp": Case("CoOp", "CoOp/vit_b16_ep50", "prompt_learner", (*BATCH, "TRAINER.COOP.PREC", "fp32")),
@@ -69,19 +73,77 @@ CASES = {
         opts=(*BATCH, "TRAINER.COOP.PREC", "fp32", "MODEL.BACKBONE.NAME", "ViT-B/16", "LOSS.NAME", "prograd"),
         **KGCOOP,
     ),
+    "CoOp_KDPL": Case("KDPL/src", "CoOp_KDPL/vit_b32", "prompt_learner", (*BATCH, "TRAINER.COOP.PREC", "fp32", *KDPL), "cuda"),
+    "CoCoOp_KDPL": Case(
+        "KDPL/src",
+        "CoCoOp_KDPL/vit_b32",
+        "prompt_learner",
+        ("DATALOADER.TRAIN_X.BATCH_SIZE", "2", "TRAINER.COCOOP.PREC", "fp32", *KDPL),
+        "cuda",
+    ),
+    "MaPLe_KDPL": Case(
+        "KDPL/src", "MaPLe_KDPL/vit_b32", "MultiModalPromptLearner", ("TRAINER.MAPLE.PREC", "fp32", *KDPL), "cuda half"
+    ),
+    "PromptSRC_KDPL": Case(
+        "KDPL/src",
+        "PromptSRC_KDPL/vit_b32_c2_ep20_batch4_4+4ctx",
+        "VLPromptLearner",
+        ("TRAINER.PROMPTSRC.PREC", "fp32", *KDPL),
+        "cuda half",
+    ),
+    "PromptSRC of PromptKD": Case(
+        "PromptKD",
+        "PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx",
+        "VLPromptLearner",
+        ("TRAINER.PROMPTSRC.PREC", "fp32"),
+        "cuda half",
+        "PromptKD/Dassl.pytorch",
+        "PromptSRC",
+    ),
+    "TCP": Case(
+        "Textual-based_Class-aware_prompt_tuning",
+        "TCP/vit_b16_ep100_ctxv1",
+        "prompt_learner",
+        (*BATCH, "TRAINER.COOP.PREC", "fp32", "TRAINER.COOP.CTX_INIT", "True"),
+        "cuda",
+    ),
+    "PLOT": Case(
+        "PLOT/plot-coop", "PLOT/rn50", "prompt_learner", (*BATCH, "TRAINER.PLOT.PREC", "fp32", "MODEL.BACKBONE.NAME", "RN50")
+    ),
+    "ExtrasLinearProbeCoOp": Case(
+        "DePT", "ExtrasLinearProbeCoOp/", "PromptLearner", ("TRAINER.COOP.PREC", "fp32", "DATASET.SUBSAMPLE_CLASSES", "base")
+    ),
+    "ExtrasLinearProbeMaPLe": Case(
+        "DePT",
+        "ExtrasLinearProbeMaPLe/",
+        "MultiModalPromptLearner",
+        ("TRAINER.MAPLE.PREC", "fp32", "DATASET.SUBSAMPLE_CLASSES", "base"),
+        "half",
+    ),
+    "CoPrompt": Case("CoPrompt", "coprompt", "MultiModalPromptLearner", ("TRAINER.CoPrompt.PREC", "fp32"), "half"),
+    "VPT": Case(
+        "Bayesian-Prompt-Learning",
+        "VPT/vit_b16_c4_ep10_batch1_ctxv1",
+        "prompt_learner",
+        ("DATALOADER.TRAIN_X.BATCH_SIZE", "1", "TRAINER.VPT.PREC", "fp32", "TRAINER.VPT.L", "3"),
+    ),
 }
 
 
-def make_weights(path: Path) -> None:
-    """A random CLIP with ViT-B/16's widths (hosts have 512 and 768 written in) and three layers, as a state_dict in float16."""
+def make_weights(folder: Path) -> None:
+    """Random CLIPs with the widths of ViT-B/16 and RN50 (hosts have 512 and 768 written in), as state_dicts in float16.
+
+    The text tower has nine layers, for hosts that do something in the eighth; the image towers have few.
+    """
     import torch
 
     from plpp_reg.clip.load import openai_clip
 
-    torch.manual_seed(0)
-    model = openai_clip().model.CLIP(512, 32, 3, 768, 16, 77, 49408, 512, 8, 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: t.half() for name, t in model.state_dict().items()}, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for backbone, vision in (("ViT-B/16", (32, 3, 768, 16)), ("RN50", (32, (1, 1, 1, 1), 64, None))):
+        torch.manual_seed(0)
+        model = openai_clip().model.CLIP(512 if backbone == "ViT-B/16" else 1024, *vision, 77, 49408, 512, 8, 9)
+        torch.save({name: t.half() for name, t in model.state_dict().items()}, folder / WEIGHTS[backbone])
 
 
 def make_images(root: Path) -> None:
@@ -102,14 +164,22 @@ def make_images(root: Path) -> None:
     (folder / "split_zhou_Caltech101.json").write_text(json.dumps(split))
 
 
-def inside(weights: str, mode: str, idle: str, arguments: list[str]) -> int:
-    """In the checkout: the launcher, with the random weights' checksum as the expected one."""
+def inside(folder: str, mode: str, idle: str, arguments: list[str]) -> int:
+    """In the checkout: the launcher, with the random weights' checksums as the expected ones."""
     sys.path.insert(0, os.getcwd())
     import torch
-    from clip import clip
 
-    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    clip._MODELS["ViT-B/16"] = f"random/{digest}/{WEIGHTS}"
+    for name in CLIPS:
+        try:
+            clip = importlib.import_module(name)
+        except ImportError:
+            continue
+        for backbone, file in WEIGHTS.items():
+            clip._MODELS[backbone] = f"random/{hashlib.sha256((Path(folder) / file).read_bytes()).hexdigest()}/{file}"
+    if "KDPL" in os.getcwd():
+        import open_clip
+
+        open_clip.create_model_and_transforms = small_teacher
     for name in idle.split():
         for kind in (torch.Tensor, torch.nn.Module):
             setattr(kind, name, lambda self, *args, **kwargs: self)
@@ -120,6 +190,16 @@ def inside(weights: str, mode: str, idle: str, arguments: list[str]) -> int:
     from plpp_reg.dassl.__main__ import main
 
     return main(arguments)
+
+
+def small_teacher(*args: Any, **kwargs: Any) -> tuple[Any, None, None]:
+    """In place of open_clip's ViT-H/14, which KDPL downloads."""
+    import open_clip
+    import torch
+
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1, "head_width": 32}
+    return open_clip.CLIP(64, vision, {"vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}), None, None
 
 
 def compare_gradients(trainer: Any) -> None:
@@ -165,7 +245,7 @@ def compare_gradients(trainer: Any) -> None:
         rows: list[int] = []  # one of each: its vectors and the states before them are not those of another
         for i in range(len(p)):
             if not any(
-                torch.equal(p[i, : 1 + m], p[j, : 1 + m]) and torch.allclose(h[i, :m], h[j, :m], 1e-3, 1e-4) for j in rows
+                torch.equal(p[i, : 1 + m], p[j, : 1 + m]) and torch.allclose(h[i, :m], h[j, :m], 1e-5, 1e-5) for j in rows
             ):
                 rows.append(i)
         terms.append(regularizer(p[rows, 1 : 1 + m], h[rows, 0:m]))
@@ -183,10 +263,10 @@ def compare_gradients(trainer: Any) -> None:
 class Bench:
     """Where things are, and how a host is run."""
 
-    def __init__(self, hosts: Path, work: Path) -> None:
-        self.hosts, self.work = hosts.resolve(), work.resolve()
-        self.weights = self.work / "home" / ".cache" / "clip" / WEIGHTS
-        if not self.weights.is_file():
+    def __init__(self, hosts: Path, work: Path, gradient_alone: bool = False) -> None:
+        self.hosts, self.work, self.gradient_alone = hosts.resolve(), work.resolve(), gradient_alone
+        self.weights = self.work / "home" / ".cache" / "clip"
+        if not all((self.weights / file).is_file() for file in WEIGHTS.values()):
             make_weights(self.weights)
             make_images(self.work / "data")
 
@@ -215,23 +295,27 @@ class Bench:
             [sys.executable, __file__, "--inside", str(self.weights), mode, case.idle if idle else "", *command],
             cwd=checkout,
             env={**os.environ, "HOME": str(self.work / "home"), "PYTHONPATH": dassl},
+            input="c\n",  # one stops in a debugger
             capture_output=True,
             text=True,
         )
         out.mkdir(parents=True, exist_ok=True)
         (out / "terminal.txt").write_text(done.stdout + done.stderr)
-        numbers = {key: re.findall(rf" {key} (\S+) \(", done.stdout) for key in ("loss_ppl", "loss_inverse_ppl", "perplexity")}
+        said = done.stdout
+        if "batch [" not in said and "gradients:" not in said:  # one writes to its log alone
+            said += "".join(path.read_text() for path in sorted(out.glob("log.txt*"), key=os.path.getmtime)[-1:])
+        numbers = {key: re.findall(rf" {key} (\S+) \(", said) for key in ("loss_ppl", "loss_inverse_ppl", "perplexity")}
         return {
             "command": " ".join(command).replace(str(self.work), "WORK"),
             "status": done.returncode,
             "seconds": round(time.perf_counter() - start, 1),
             "error": done.stderr.strip().splitlines()[-1:] if done.returncode else [],
-            "mended": re.findall(r"^plpp: mended in memory: (.*)", done.stdout, re.M),
-            "accuracy": re.findall(r"accuracy: ([\d.]+)%", done.stdout),
-            "lr": sorted({float(lr) for lr in re.findall(r"epoch \[3/3\].* lr (\S+)", done.stdout)}),
+            "mended": re.findall(r"^plpp: mended in memory: (.*)", said, re.M),
+            "accuracy": re.findall(r"accuracy: ([\d.]+)%", said),
+            "lr": sorted({float(lr) for lr in re.findall(r"epoch \[3/3\].* lr (\S+)", said)}),
             "first_and_last": {key: [values[0], values[-1]] for key, values in numbers.items() if values},
-            "gradients": re.findall(r"^gradients: (.*)", done.stdout, re.M),
-            "epochs": sorted(set(re.findall(r"epoch \[(\d)/3\]", done.stdout))),
+            "gradients": re.findall(r"^gradients: (.*)", said, re.M),
+            "epochs": sorted(set(re.findall(r"epoch \[(\d)/3\]", said))),
         }
 
     def weights_of(self, name: str, folder: str, epoch: int = 3) -> dict[str, Any]:
@@ -249,25 +333,27 @@ class Bench:
     def try_host(self, name: str) -> dict[str, Any]:
         """Train, test, save, resume, evaluate; with PLPP, without, and with weights of 0."""
         runs = self.work / "runs" / name
+        trainer = CASES[name].trainer or name
         shutil.rmtree(runs, ignore_errors=True)
-        plain = self.run(name, name, "plain")
-        found: dict[str, Any] = {"plain": plain}
+        found: dict[str, Any] = {"gradient": self.run(name, trainer + "_PLPP", "gradient", mode="gradient")}
+        if self.gradient_alone:
+            return found
+        plain = found["plain"] = self.run(name, trainer, "plain")
         if CASES[name].idle:
-            found["as it is"] = self.run(name, name, "as_it_is", idle=False)["error"]
+            found["as it is"] = self.run(name, trainer, "as_it_is", idle=False)["error"]
         if plain["status"]:
             return found
         zero = ("TRAINER.PLPP.WEIGHT", "0.0", "TRAINER.PLPP.INVERSE_WEIGHT", "0.0")
-        found["weights 0"] = self.run(name, name + "_PLPP", "zero", opts=zero)
-        found["PLPP"] = self.run(name, name + "_PLPP", "plpp")
-        found["flag"] = self.run(name, name, "flag", opts=("TRAINER.PLPP.ENABLED", "True"))
-        found["gradient"] = self.run(name, name + "_PLPP", "gradient", mode="gradient")
+        found["weights 0"] = self.run(name, trainer + "_PLPP", "zero", opts=zero)
+        found["PLPP"] = self.run(name, trainer + "_PLPP", "plpp")
+        found["flag"] = self.run(name, trainer, "flag", opts=("TRAINER.PLPP.ENABLED", "True"))
         shutil.copytree(runs / "plpp", runs / "resumed")
         inside = runs / "resumed" / CASES[name].model
         (inside / "model.pth.tar-3").unlink()
         (inside / "checkpoint").write_text("model.pth.tar-2\n")
-        found["resumed"] = self.run(name, name + "_PLPP", "resumed", "--resume", str(runs / "resumed"))
+        found["resumed"] = self.run(name, trainer + "_PLPP", "resumed", "--resume", str(runs / "resumed"))
         flags = ("--eval-only", "--model-dir", str(runs / "plpp"), "--load-epoch", "3")
-        found["evaluated"] = self.run(name, name, "evaluated", *flags)
+        found["evaluated"] = self.run(name, trainer, "evaluated", *flags)
         found["checks"] = {
             "weights 0: same bits as plain": self.same(name, "plain", "zero"),
             "PLPP: other bits than plain": not self.same(name, "plain", "plpp"),
@@ -285,14 +371,17 @@ def main() -> None:
     parser.add_argument("--hosts", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument(
+        "--gradient-alone", action="store_true", help="one step with PLPP, its gradient compared; no whole runs"
+    )
     args = parser.parse_args()
-    bench = Bench(args.hosts, args.work)
+    bench = Bench(args.hosts, args.work, args.gradient_alone)
     report = bench.work / "report.json"
     results = json.loads(report.read_text()) if report.is_file() else {}
     for name in args.only:
         results[name] = bench.try_host(name)
         report.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{name}: {json.dumps({k: results[name].get(k) for k in ('checks', 'as it is')}, indent=1)}", flush=True)
+        print(f"{name}: {json.dumps({k: results[name].get(k) for k in ('checks', 'as it is')})}", flush=True)
         for key in ("plain", "PLPP", "gradient", "resumed"):
             print(f"  {key}: {json.dumps(results[name].get(key))}", flush=True)
 
