@@ -23,6 +23,7 @@ from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError, install
 from plpp_reg.estimate.estimate import LIBRARIES_MIB, Estimate, estimate, swapped_parameters, typical_names
+from plpp_reg.estimate.text import as_text
 from plpp_reg.estimate.trace import ALL, IMAGE, OTHER, PLPP, TEXT, Passes, Tracer, passes_of
 from plpp_reg.loss import SUFFIX
 
@@ -80,7 +81,9 @@ def test_the_passes_are_the_method_s_own():
     assert of["CoOp_PLPP"].step.flops(PLPP) == 2 * 16 * 512 * (49408 + 10)  # each vector meets each word
     test = of["CoCoOp_PLPP"]
     assert not test.classes.flops() and test.batch.flops(TEXT) > 2 * test.few.flops(TEXT)  # ten images, and four
-    assert of["ZeroshotCLIP"].frozen["test"].flops() == flops_of_images(64) == 16 * of["ZeroshotCLIP"].few_frozen.flops()
+    assert (
+        of["ZeroshotCLIP"].frozen["test"].flops() == flops_of_images(64) == 16 * of["ZeroshotCLIP"].few_frozen["test"].flops()
+    )
 
 
 def test_each_tower_has_its_own_way_back():
@@ -131,9 +134,28 @@ def test_without_a_number_the_data_set_is_read(monkeypatch):
 
 @pytest.mark.parametrize("name", registry.trainer_names())
 def test_every_trainer_has_an_estimate(name):
-    cost = estimate(RunArguments(trainer=name, backbone="ViT-B/16"), classes=3)
+    opts = ("TEACHER.TRAINER", "ZeroshotCLIP") if name == "PromptKD" else ()  # of which it has no usual one
+    cost = estimate(RunArguments(trainer=name, backbone="ViT-B/16", opts=opts), classes=3)
     assert cost.test.operations > 0 and (cost.plpp.seconds > 0) == name.endswith(SUFFIX)
     assert (cost.run_seconds > 0) == (cost.steps > 0) == (not name.startswith("Zeroshot"))
+
+
+def test_a_teachers_passes_and_what_the_store_gets_are_counted():
+    teacher = ("TEACHER.TRAINER", "ZeroshotCLIP", "TEACHER.BACKBONE", "ViT-L/14")
+    small = ("DATASET.NUM_SHOTS", "4", "OPTIM.MAX_EPOCH", "3")
+    cost = estimate(RunArguments(trainer="PromptKD", backbone="ViT-B/16", opts=(*teacher, *small)), classes=5)
+    tower, pixels = ImageTower(without_weights(OPENAI["ViT-L/14"])), torch.empty(1, 3, 224, 224, device="meta")
+    assert cost.ahead.operations == pytest.approx(20 * Tracer().of(lambda: tower(pixels)).flops())
+    assert cost.views == 3 and cost.kept_gib == pytest.approx(3 * 20 * 768 * 4 / 2**30)
+    assert cost.model_mib == pytest.approx((149.62 + 427.62) * 4 * 1e6 / 2**20, rel=1e-3)  # both are there
+    more = ("INPUT.VIEWS", "2", "FEATURES.MAX_GIB", str(cost.kept_gib / 2))
+    unfit = estimate(RunArguments(trainer="PromptKD", backbone="ViT-B/16", opts=(*teacher, *small, *more)), classes=5)
+    assert unfit.views == 3 and "they do not fit" in as_text(unfit) and "they do not fit" not in as_text(cost)
+
+
+def test_a_teacher_that_shares_the_students_tower_costs_no_passes_of_its_own():
+    costs = {name: estimate(RunArguments(trainer=name, backbone="ViT-B/16"), classes=3) for name in ("CoOp", "FDBPL")}
+    assert costs["FDBPL"].ahead.operations == costs["CoOp"].ahead.operations > 0
 
 
 PUBLISHED = [("RN50", 102.01), ("RN50x64", 623.26), ("ViT-B/16", 149.62), ("ViT-L/14", 427.62)]

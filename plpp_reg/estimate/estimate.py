@@ -14,8 +14,9 @@ With the letters of plpp_reg/loss/functional.py, and ``t`` the seconds of a part
 
 ``N * t(image, frozen)`` is there where a method reads the frozen tower's features: once a (view, image), and not at all where
 another run left them (``plpp cache``); ``views`` is e, or ``INPUT.VIEWS`` where that is set and less and all of them fit into
-``FEATURES.MAX_GIB``. ``libraries`` is :data:`LIBRARIES_MIB`. Memory is what lives: an allocator may keep more (docs/cost.md),
-and the process itself has some 700 MiB. Reading images from a disk and augmenting them is not counted.
+``FEATURES.MAX_GIB``. A teacher's images are among them, and its class features are in ``once``; nothing of it is there where
+another run left what it said. ``libraries`` is :data:`LIBRARIES_MIB`. Memory is what lives: an allocator may keep more
+(docs/cost.md), and the process itself has some 700 MiB. Reading images from a disk and augmenting them is not counted.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from plpp_reg.engine.features import canonical_batches
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
+from plpp_reg.estimate.teacher import TeacherWithoutNumbers
 from plpp_reg.estimate.throughput import Machine, operation_seconds, overhead, plpp_seconds
-from plpp_reg.estimate.trace import ALL, FEW, IMAGE, PLPP, TEXT, Work, passes_of
+from plpp_reg.estimate.trace import ALL, FEW, IMAGE, PLPP, TEXT, Work, encoders_of, passes_of
 
 MIB = 2**20
 MOST_CLASSES = 100_000
@@ -85,6 +87,9 @@ class Estimate(NamedTuple):
     peak_mib: float  # the model, and the most of step, ahead and test over it
     gflop_a_second: dict[str, float]  # of each tower, over all that is timed of it
     assumed: list[str]
+    views: int  # of each training image, passed through frozen encoders in the run
+    kept_gib: float  # features of all its views, which FEATURES.MAX_GIB bounds
+    max_gib: float
 
 
 def estimate(
@@ -118,8 +123,10 @@ def estimate(
         data = DataSplit([], [], [], typical_names(classes))
         assumed.append(f"{classes} class names of typical length")
     log = RunLog(quiet=True)
+    clip_model = clip_model or clip_without_weights(cfg.MODEL.BACKBONE.NAME)
     with swapped_parameters():
-        trainer = Trainer(cls, cfg, data=data, clip_model=clip_model or clip_without_weights(cfg.MODEL.BACKBONE.NAME), log=log)
+        teacher = TeacherWithoutNumbers(cfg, data.classnames, clip_model) if cls.distils else None
+        trainer = Trainer(cls, cfg, data=data, clip_model=clip_model, log=log, teacher=teacher)
     shots = cfg.DATASET.NUM_SHOTS
     if not data.train and shots < 1:
         shots = SHOTS
@@ -168,7 +175,7 @@ def _priced(trainer: Trainer, machine: Machine, images: int, test_images: int, a
     first = {"train": batch, "test": test_batch}
     counts = {"train": images, "test": test_images}
     made = passes_of(trainer, first, {split: len(canonical_batches(count)[0]) for split, count in counts.items()})
-    price = Price([made.step, made.once, made.few_frozen, made.classes, made.few], machine)
+    price = Price([made.step, made.once, *made.few_frozen.values(), made.classes, made.few], machine)
     text, image = price(made.step, TEXT), price(made.step, IMAGE)
     step, plpp = price(made.step), price(made.step, PLPP)
     if made.plpp:
@@ -183,7 +190,7 @@ def _priced(trainer: Trainer, machine: Machine, images: int, test_images: int, a
         """Frozen features of all its images, in canonical batches; nothing where its batches have none of it."""
         if not trainer.method.inputs.of(split):
             return Part()
-        few = price(made.few_frozen)
+        few = price(made.few_frozen[split])
         share = counts[split] / FEW
         return Part(share * few.seconds, share * few.operations, held(made.frozen[split]))
 
@@ -196,8 +203,10 @@ def _priced(trainer: Trainer, machine: Machine, images: int, test_images: int, a
         max(held(made.classes, made.batch), for_test.mib),
     )
     steps, epochs = (max(1, images // batch), cfg.OPTIM.MAX_EPOCH) if learns else (0, 0)
-    run_seconds = epochs * steps * step.seconds + _views(trainer, images, epochs) * ahead.seconds + price(made.once).seconds
-    model_mib = sum(t.nbytes for t in (*trainer.clip_model.parameters(), *trainer.clip_model.buffers())) / MIB
+    views, kept_gib = _views(trainer, images, epochs)
+    run_seconds = epochs * steps * step.seconds + views * ahead.seconds + price(made.once).seconds
+    models = {trainer.clip_model} | ({trainer.teacher.loaded.method.clip.model} if trainer.teacher else set())
+    model_mib = sum(t.nbytes for model in models for t in (*model.parameters(), *model.buffers())) / MIB
     step = step._replace(mib=held(made.step) if learns else 0.0)
     return Estimate(
         trainer=cfg.TRAINER.NAME,
@@ -220,6 +229,9 @@ def _priced(trainer: Trainer, machine: Machine, images: int, test_images: int, a
         peak_mib=model_mib + max(step.mib, ahead.mib, test.mib),
         gflop_a_second=price.gflop_a_second,
         assumed=assumed,
+        views=views if ahead.operations else 0,
+        kept_gib=kept_gib,
+        max_gib=cfg.FEATURES.MAX_GIB,
     )
 
 
@@ -243,15 +255,17 @@ class Price:
         return {tower: count / self.seconds(self.every, tower) / 1e9 for tower, count in flops.items() if count}
 
 
-def _views(trainer: Trainer, images: int, epochs: int) -> int:
-    """How often a run passes its images through the frozen tower: once a view, if the store has room for all views.
+def _views(trainer: Trainer, images: int, epochs: int) -> tuple[int, float]:
+    """How often a run passes its images through frozen encoders, once a view if the store has room for all views; and the GiB
+    of all views' features.
 
     Else each epoch: views come in turn and the longest unused is the first to go, so each is gone when it comes again.
     """
     views = min(epochs, trainer.cfg.INPUT.VIEWS or epochs)
-    a_view = 4 * images * sum(encoder.width for encoder in trainer.method.inputs.of("train").values())  # bytes of float32
+    a_view = 4 * images * sum(encoder.width for encoder in encoders_of(trainer, "train"))  # bytes of float32
     kept = views * a_view <= trainer.cfg.FEATURES.MAX_GIB * 2**30
-    return views if kept or views == 1 else epochs  # the last one is at hand without a store
+    # the last one is at hand without a store
+    return views if kept or views == 1 else epochs, views * a_view / 2**30
 
 
 def _device(device: torch.device) -> str:

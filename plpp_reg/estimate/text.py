@@ -32,9 +32,13 @@ def as_text(cost: Estimate) -> str:
     ]
     if ahead := cost.ahead.seconds:
         lines.append(
-            f"in the run    {duration(ahead)} a view, {cost.ahead.mib:,.0f} MiB: features of the frozen image tower, once "
+            f"in the run    {duration(ahead)} a view, {cost.ahead.mib:,.0f} MiB: features of frozen image towers, once "
             "a (view, image), not at all where they are kept (plpp cache)"
         )
+        store = f"the store     {cost.kept_gib:,.2f} GiB of features of the training images' views, bound {cost.max_gib:g} GiB"
+        if cost.kept_gib > cost.max_gib > 0:
+            store += f": they do not fit, so {cost.views} times of all images (fewer INPUT.VIEWS or a larger FEATURES.MAX_GIB)"
+        lines.append(store)
     lines.append(f"measured here {measured} GFLOP/s, on a machine as busy as it was")
     if cost.assumed:
         lines.append(f"assumed       {'; '.join(cost.assumed)}")

@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from plpp_reg.clip.load import PRECISIONS, set_precision
+from plpp_reg.clip.vision import ImageTower
 from plpp_reg.engine.evaluation import Classifier
+from plpp_reg.engine.frozen import FrozenEncoder
 from plpp_reg.engine.method import Batch, ContextSet
 from plpp_reg.engine.plpp import ContextTerms, Terms
 from plpp_reg.engine.trainer import Trainer
@@ -71,7 +73,7 @@ class Passes(NamedTuple):
     step: Work
     once: Work
     frozen: dict[str, Work]
-    few_frozen: Work
+    few_frozen: dict[str, Work]
     classes: Work
     batch: Work
     few: Work
@@ -190,10 +192,13 @@ def passes_of(trainer: Trainer, images: dict[str, int], canonical: dict[str, int
     """
     tracer = Tracer()
     method = trainer.method
-    tracer.watch(method.clip.text, TEXT)
+    teacher = trainer.teacher.loaded.method if trainer.teacher else None
+    for tower in {method.clip.text, *([teacher.clip.text] if teacher else [])}:
+        tracer.watch(tower, TEXT)
     for tower in {method.clip.image, *(encoder.tower for encoder in method.inputs.of("train").values())}:
         tracer.watch(tower, IMAGE)
-    set_precision(trainer.clip_model, PRECISIONS[trainer.precision])
+    for model in {trainer.clip_model, *([teacher.clip.model] if teacher else [])}:
+        set_precision(model, PRECISIONS[trainer.precision])
     trainer.scaler = torch.amp.GradScaler(enabled=False)
     reads: list[tuple[torch.Size, torch.Size]] = []
     if trainer.plpp is not None:
@@ -223,17 +228,17 @@ def passes_of(trainer: Trainer, images: dict[str, int], canonical: dict[str, int
     def test(count: int) -> Work:
         return noted(lambda: classifiers[0](_batch(trainer, "test", count)))
 
-    def encoded(count: int) -> Work:
-        encoders = method.inputs.of("train").values()
-        return noted(lambda: [encoder.encode(_pixels(trainer, count)) for encoder in encoders])
+    def encoded(split: str, count: int) -> Work:
+        return noted(lambda: [e.encode(_pixels(e.tower, count)) for e in encoders_of(trainer, split)])
 
     first, later = (noted(step), noted(step)) if method.learns else (Work(), Work())
     with torch.no_grad():
+        said = noted(teacher.encode_classes) if teacher else Work()
         return Passes(
             step=later,
-            once=Work(first.operations - later.operations),
-            frozen={split: encoded(count) for split, count in canonical.items()},
-            few_frozen=encoded(FEW),
+            once=Work(first.operations - later.operations + said.operations),
+            frozen={split: encoded(split, count) for split, count in canonical.items()},
+            few_frozen={split: encoded(split, FEW) for split in canonical},
             classes=noted(lambda: classifiers.append(Classifier(method))),
             batch=test(images["test"]),
             few=test(min(FEW, images["test"])),
@@ -241,17 +246,28 @@ def passes_of(trainer: Trainer, images: dict[str, int], canonical: dict[str, int
         )
 
 
-def _pixels(trainer: Trainer, images: int) -> Tensor:
-    side = trainer.clip_model.visual.input_resolution
+def encoders_of(trainer: Trainer, split: str) -> list[FrozenEncoder]:
+    """What encodes the images of a split ahead; where there is a store, each of those that say the same once."""
+    found: dict[object, FrozenEncoder] = {}
+    for encoder in trainer.method.inputs.of(split).values():
+        own = trainer.teacher.loaded.encoder if trainer.teacher and encoder is trainer.teacher.encoder else encoder
+        shared = type(own) is FrozenEncoder and trainer.cfg.FEATURES.MAX_GIB > 0
+        found.setdefault(own.tower.visual if shared else own, own)
+    return list(found.values())
+
+
+def _pixels(tower: ImageTower, images: int) -> Tensor:
+    side = tower.visual.input_resolution
     return torch.empty(images, 3, side, side, device="meta")
 
 
 def _batch(trainer: Trainer, split: str, images: int) -> Batch:
     """What the trainer's own loader would give, without numbers."""
-    inputs = trainer.method.inputs
-    batch = {"label": torch.zeros(images, dtype=torch.long, device="meta")}
+    inputs, batch = trainer.method.inputs, {}
+    if inputs.labels or split != "train":
+        batch["label"] = torch.zeros(images, dtype=torch.long, device="meta")
     if inputs.pixels:
-        batch["img"] = _pixels(trainer, images)
+        batch["img"] = _pixels(trainer.method.clip.image, images)
     return {
         **batch,
         **{name: torch.empty(images, encoder.width, device="meta") for name, encoder in inputs.of(split).items()},
