@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from plpp_reg.results import numbers
 from plpp_reg.results import record as results
 
 PAIRS = [
@@ -100,4 +101,4 @@ def test_versions_name_what_the_figures_depend_on() -> None:
     [(0.04, "0.0 s"), (3.21, "3.2 s"), (9.97, "10 s"), (89.6, "90 s"), (90, "1.5 min"), (4500, "75 min"), (43_200, "12 h")],
 )
 def test_seconds_as_a_person_reads_them(seconds: float, text: str) -> None:
-    assert results.duration(seconds) == text
+    assert numbers.duration(seconds) == text

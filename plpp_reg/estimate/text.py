@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from plpp_reg.estimate.estimate import Estimate, Part
-from plpp_reg.results.record import duration
+from plpp_reg.results.numbers import duration
 
 PROCESS_MIB = 700  # resident before a model is there: torch 500, this package and what it imports 200
 

@@ -18,11 +18,11 @@ from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.io.files import write_atomically, write_text
 from plpp_reg.loss import SUFFIX
+from plpp_reg.results import numbers, style
 from plpp_reg.results.record import Paired, harmonic_mean, paired, summary
 from plpp_reg.trainers import TRAINERS
 
 PICTURE = "demo.png"
-GREY, RED = "#777777", "#d1495b"  # plain, with PLPP
 
 
 class DemoRun(NamedTuple):
@@ -71,7 +71,8 @@ def demo(
             say(f"{name:14s} seed {seed}: base {last.base:.1f}, new {last.new:.1f}, H {last.h:.1f}")
     text = report(zero_shot, runs, seeds)
     write_text(folder / "demo.txt", text + "\n")
-    write_atomically(folder / PICTURE, lambda path: draw(runs, seeds, path))
+    png = draw(runs, seeds)
+    write_atomically(folder / PICTURE, lambda path: path.write_bytes(png))
     return text
 
 
@@ -136,7 +137,7 @@ def report(zero_shot: Sequence[float], runs: dict[str, list[DemoRun]], seeds: Se
     columns = {**ACCURACIES, "perplexity before": lambda r: r.perplexity[0], "after": lambda r: r.perplexity[-1]}
     rows = [["", *columns]]
     base, new = zero_shot
-    rows.append(["zero-shot", f"{base:.1f}", f"{new:.1f}", f"{harmonic_mean(base, new):.1f}", "", ""])
+    rows.append(["zero-shot", *(numbers.figure(value, 1) for value in (base, new, harmonic_mean(base, new))), "", ""])
     for name, done in runs.items():
         shown = columns if done[0].perplexity else ACCURACIES
         cells = [_cell([value(r) for r in done]) for value in shown.values()]
@@ -144,11 +145,7 @@ def report(zero_shot: Sequence[float], runs: dict[str, list[DemoRun]], seeds: Se
         if name.endswith(SUFFIX):
             plain = runs[name.removesuffix(SUFFIX)]
             rows.append(["difference", *(str(_difference(done, plain, f)) for f in ACCURACIES.values()), "", ""])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
+    lines = numbers.columns(rows)
     n = len(seeds)
     lines.insert(0, f"Embedded CLIP, emoji, 16 shots, accuracy in percent, {n} seed{'s' if n > 1 else ''} (mean ± std):")
     if n > 1:
@@ -163,43 +160,36 @@ def _difference(treated: Sequence[DemoRun], plain: Sequence[DemoRun], value: Cal
 
 
 def _cell(values: list[float]) -> str:
-    if max(values) >= 1000:
-        return f"{statistics.fmean(values):,.0f}"
-    return str(summary(values))
+    return numbers.magnitude(statistics.fmean(values)) if max(values) >= 1000 else str(summary(values))
 
 
-def draw(runs: dict[str, list[DemoRun]], seeds: Sequence[int], path: Path) -> None:
-    """Of one method: its accuracies, one line a seed, and its perplexity over the epochs. Of several: what PLPP changes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def draw(runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> bytes:
+    """A PNG. Of one method: accuracies, a line a seed, and perplexity over the epochs. Of several: what PLPP changes."""
     pairs = {name.removesuffix(SUFFIX): name for name in runs if name.endswith(SUFFIX)}
     several = len(pairs) > 1
-    height = 1.5 + 0.5 * len(pairs) if several else 4
-    figure, axes = plt.subplots(1, 3 if several else 2, figsize=(10, height), layout="constrained", sharey=several)
-    if several:
-        _draw_differences(axes, runs, pairs)
-        figure.suptitle(f"16 shots, {len(seeds)} seeds (grey), mean and 95% interval (red)")
-    else:
-        _draw_accuracies(axes[0], runs, seeds)
-        _draw_perplexity(axes[1], runs)
-    for a in axes:
-        a.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
+    with style.settings():
+        figure = style.figure(10, 1.5 + 0.5 * len(pairs) if several else 4)
+        axes = figure.subplots(1, 3 if several else 2, sharey=several)
+        if several:
+            _draw_differences(axes, runs, pairs)
+        else:
+            _draw_accuracies(axes[0], runs, seeds)
+            _draw_perplexity(axes[1], runs)
+        style.finish(figure)
+        title = f"16 shots, {len(seeds)} seeds (grey), mean and 95% interval" if several else ""
+        return style.png(figure, title, dpi=120)
 
 
 def _colour(name: str) -> str:
-    return RED if name.endswith(SUFFIX) else GREY
+    return style.SERIES[0] if name.endswith(SUFFIX) else style.LIGHT["grid"]
 
 
 def _draw_accuracies(axes: Any, runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> None:
     sides = dict(zip(runs, (-0.15, 0.15), strict=False))
     for i, value in enumerate(ACCURACIES.values()):
+        places = [i + side for side in sides.values()]
         for each in zip(*runs.values(), strict=True):
-            axes.plot([i + s for s in sides.values()], [value(r) for r in each], color="#bbbbbb", linewidth=1, zorder=1)
+            axes.plot(places, [value(r) for r in each], color=style.LIGHT["grid"], linewidth=1, zorder=1)
         for name, done in runs.items():
             places, label = [i + sides[name]] * len(done), name if i == 0 else None
             axes.scatter(places, [value(r) for r in done], color=_colour(name), zorder=2, label=label)
@@ -221,12 +211,12 @@ def _draw_perplexity(axes: Any, runs: dict[str, list[DemoRun]]) -> None:
 
 def _draw_differences(axes: Any, runs: dict[str, list[DemoRun]], pairs: dict[str, str]) -> None:
     for a, (title, value) in zip(axes, ACCURACIES.items(), strict=True):
-        a.axvline(0, color="#bbbbbb", linewidth=1)
+        a.axvline(0, color=style.LIGHT["grid"], linewidth=1)
         for y, (plain, treated) in enumerate(pairs.items()):
             found = _difference(runs[treated], runs[plain], value)
             each = [value(t) - value(p) for t, p in zip(runs[treated], runs[plain], strict=True)]
-            a.errorbar(found.mean, y, xerr=found.half_width, color=RED, fmt="o", capsize=3, zorder=1)
-            a.scatter(each, [y] * len(each), color=GREY, s=14, zorder=2)
+            a.errorbar(found.mean, y, xerr=found.half_width, color=style.SERIES[0], fmt="o", capsize=3, zorder=1)
+            a.scatter(each, [y] * len(each), color=style.LIGHT["ink"], s=14, zorder=2)
         a.set_title(title)
         a.set_xlabel("accuracy with PLPP - without, points")
     axes[0].set_yticks(range(len(pairs)), list(pairs))

@@ -27,7 +27,8 @@ from plpp_reg.errors import InputError, InUse, line_of
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.io.files import locked, write_text
 from plpp_reg.results.job import FAILED, JOB, SUPERSEDED
-from plpp_reg.results.record import duration, read_if_whole
+from plpp_reg.results.numbers import duration
+from plpp_reg.results.record import read_if_whole
 
 DYING = 5.0  # seconds: a worker that died may not have left its folder yet when that is known
 POLL = 0.5  # seconds between looks at what other processes have

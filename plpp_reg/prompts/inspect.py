@@ -15,6 +15,7 @@ from plpp_reg.errors import InputError, unknown
 from plpp_reg.io.files import write_atomically
 from plpp_reg.prompts import contexts
 from plpp_reg.prompts.contexts import OurRun, Upstream
+from plpp_reg.results import style
 
 NARROWEST = 80  # columns of a terminal
 READ_WITH = {
@@ -209,23 +210,18 @@ def _wrapped(text: str, width: int, start: str = "") -> list[str]:
 
 def draw(found: Inspection, path: Path) -> None:
     """The perplexity over the epochs, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    if found.logged:
-        axes.plot(
-            list(found.logged), list(found.logged.values()), color="#d1495b", linewidth=1.2, label="in training, epoch mean"
-        )
-    measured = sorted(found.epochs.items())
-    axes.plot(*zip(*measured, strict=True), "o", color="#777777", label="of the checkpoints (0: before)")
-    axes.set_yscale("log")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("perplexity of the context vectors")
-    axes.set_title(f"{found.trainer} on {found.backbone}")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, lambda p: figure.savefig(p, dpi=120, format="png"))
-    plt.close(figure)
+    logged, measured = sorted(found.logged.items()), sorted(found.epochs.items())
+    with style.settings():
+        figure = style.figure(6, 4)
+        axes = figure.subplots()
+        if logged:
+            axes.plot(*zip(*logged, strict=True), color=style.SERIES[0], linewidth=1.2, label="in training, epoch mean")
+        axes.plot(*zip(*measured, strict=True), "o", color=style.SERIES[1], label="of the checkpoints (0: before)")
+        axes.set_yscale("log")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("perplexity of the context vectors")
+        axes.set_title(style.readable(f"{found.trainer} on {found.backbone}"))
+        axes.legend(frameon=False)
+        style.finish(figure)
+        png = style.png(figure)
+    write_atomically(path, lambda p: p.write_bytes(png))

@@ -1,8 +1,7 @@
 """Figures of a report: each drawn once, written as an SVG that takes its colours from the page, and as a PNG.
 
-matplotlib draws with the colours of :data:`LIGHT`. In the SVG each of them becomes a CSS variable (``--ink``, ``--grid``,
-``--s0``, ...), so that a page may show it light or dark. Nothing global of matplotlib is changed, and text is never read as
-mathematics: names of runs are anybody's.
+matplotlib draws with the colours of :mod:`plpp_reg.results.style`. In the SVG each of them becomes a CSS variable (``--ink``,
+``--grid``, ``--s0``, ...), so that a page may show it light or dark.
 """
 
 from __future__ import annotations
@@ -12,20 +11,13 @@ import hashlib
 import io
 import math
 import re
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-LIGHT = {"ink": "#1b1f24", "grid": "#c9ced4"}
-DARK = {"ink": "#e4e7eb", "grid": "#454b54"}
-SERIES = ("#1f5fa8", "#c2410c", "#15803d", "#7e3aa8", "#7a5200", "#be185d", "#0f6f7a", "#566b00")  # 4.5 : 1 on white
-SERIES_DARK = ("#6fb1ff", "#ff9257", "#4ecb7d", "#c79bff", "#d9b35c", "#ff8cc0", "#4fd0df", "#b3cf45")  # 7 : 1 on #14171a
-LIGHT |= {f"s{i}": colour for i, colour in enumerate(SERIES)}
-DARK |= {f"s{i}": colour for i, colour in enumerate(SERIES_DARK)}
-MARKERS = "os^Dv<>P"
+from plpp_reg.results import style
+from plpp_reg.results.style import LIGHT, MARKERS, SERIES, label, readable
+
 WIDTH = 4.3  # inches: at a phone's width its letters are still read
-SETTINGS = {"font.size": 9, "legend.fontsize": 8.5, "svg.fonttype": "none", "text.parse_math": False}
-LONGEST = 44  # characters of a name in a figure
 
 
 class Style(NamedTuple):
@@ -63,12 +55,6 @@ class Picture(NamedTuple):
     png: bytes
 
 
-def readable(text: str, longest: int = LONGEST) -> str:
-    """A name without what XML or a font cannot have, cut short in the middle."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-(longest // 2 - 1) :]}"
-
-
 def styles(methods: Sequence[Hashable], plain_of: Mapping[Hashable, Hashable]) -> dict[Hashable, Style]:
     """A colour a method; the plain one has that of the first PLPP form of it. ``plain_of``: X_PLPP and its variants -> X."""
     found: dict[Hashable, Style] = {}
@@ -86,9 +72,7 @@ def styles(methods: Sequence[Hashable], plain_of: Mapping[Hashable, Hashable]) -
 def _with_our_settings(draw: Callable[..., Picture]) -> Callable[..., Picture]:
     @functools.wraps(draw)
     def drawn(*args: Any, **kwargs: Any) -> Picture:
-        import matplotlib
-
-        with matplotlib.rc_context(SETTINGS):
+        with style.settings():
             return draw(*args, **kwargs)
 
     return drawn
@@ -101,13 +85,13 @@ def curves(
 ) -> Picture:  # fmt: skip
     """Lines with bands."""
     rows = math.ceil(len(lines) / _legend_columns(lines))
-    figure = _figure(2.7 + 0.17 * rows)
+    figure = style.figure(WIDTH, 2.7 + 0.17 * rows)
     axes = figure.subplots()
     for line in lines:
         colour = LIGHT[f"s{line.style.colour}"]
         dashes, inside = ("--", "none") if line.style.plain else ("-", colour)
         look = {"marker": MARKERS[line.style.colour], "markersize": 4, "markerfacecolor": inside} if len(line.x) <= 20 else {}
-        axes.plot(line.x, line.y, dashes, color=colour, linewidth=1.5, label=_label(line.label), **look)
+        axes.plot(line.x, line.y, dashes, color=colour, linewidth=1.5, label=label(line.label), **look)
         if list(line.low) != list(line.high):
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
     if log_x:
@@ -134,12 +118,12 @@ def bars(
 ) -> Picture:
     """Horizontal bars from 0, a group a row and a colour a key of ``values``, each with its interval."""
     thick = 0.8 / max(1, len(values))
-    figure = _figure(1.2 + max(0.26, 0.13 * len(values)) * len(rows))
+    figure = style.figure(WIDTH, 1.2 + max(0.26, 0.13 * len(values)) * len(rows))
     axes = figure.subplots()
-    for i, (label, each) in enumerate(values.items()):
+    for i, (column, each) in enumerate(values.items()):
         places = [row + (i - (len(values) - 1) / 2) * thick for row, bar in enumerate(each) if bar is not None]
         there = [bar for bar in each if bar is not None]
-        axes.barh(places, [b.value for b in there], thick * 0.9, color=LIGHT[f"s{i % len(SERIES)}"], label=_label(label))
+        axes.barh(places, [b.value for b in there], thick * 0.9, color=LIGHT[f"s{i % len(SERIES)}"], label=label(column))
         known = [(p, b) for p, b in zip(places, there, strict=True) if math.isfinite(b.half_width)]
         axes.errorbar(
             [b.value for _, b in known], [p for p, _ in known], xerr=[b.half_width for _, b in known],
@@ -154,42 +138,18 @@ def bars(
     return _picture(figure, name, title, alt)
 
 
-def _label(text: str) -> str:
-    text = readable(text)
-    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides what begins with an underscore
-
-
 def _legend_columns(lines: Sequence[Line]) -> int:
     return 1 if any(len(line.label) > 20 for line in lines) else min(2, len(lines))
 
 
-def _figure(height: float) -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no window, nothing global
-
-    return Figure(figsize=(WIDTH, height), layout="constrained")
-
-
 def _picture(figure: Any, name: str, title: str, alt: str) -> Picture:
-    import matplotlib
-
-    for axes in figure.axes:
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["bottom", "left"]].set_color(LIGHT["ink"])
-        axes.tick_params(colors=LIGHT["ink"], which="both", labelcolor=LIGHT["ink"])
-        for text in (axes.xaxis.label, axes.yaxis.label):
-            text.set_color(LIGHT["ink"])
-    for legend in figure.legends:
-        for text in legend.get_texts():
-            text.set_color(LIGHT["ink"])
-    svg, png = io.StringIO(), io.BytesIO()
+    style.finish(figure)
+    svg = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # no metadata: the same figure is the same bytes
-    with matplotlib.rc_context({"svg.hashsalt": readable(name)}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has more fonts
+    with style.settings(**{"svg.hashsalt": readable(name)}):
         figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
-        figure.suptitle(readable(title, 60), fontsize=10, color=LIGHT["ink"])
-        figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    return Picture(name, title, alt, _for_a_page(svg.getvalue(), name), png.getvalue())
+        png = style.png(figure, title)
+    return Picture(name, title, alt, _for_a_page(svg.getvalue(), name), png)
 
 
 def _for_a_page(svg: str, name: str) -> str:

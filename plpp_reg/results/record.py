@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from plpp_reg import __version__
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import read_json, write_text
+from plpp_reg.results import numbers
 
 RESULT = "result.json"
 PLAIN = (str, bool, float, type(None))  # values of a configuration, beside integers and lists
@@ -44,7 +45,7 @@ class Summary(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.std:.1f}" if self.n > 1 else f"{self.mean:.1f}"
+        return numbers.with_spread(self.mean, self.std, 1)
 
 
 class Paired(NamedTuple):
@@ -56,7 +57,7 @@ class Paired(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} ± {self.half_width:.1f}" if self.n > 1 else f"{self.mean:+.1f}"
+        return numbers.with_spread(self.mean, self.half_width, 1, signed=True)
 
 
 def summary(values: Sequence[float]) -> Summary:
@@ -91,15 +92,6 @@ def harmonic_mean(base: float, new: float) -> float:
     60.0
     """
     return 2 * base * new / (base + new) if base + new else 0.0
-
-
-def duration(seconds: float) -> str:
-    """As a person reads it: 3.2 s, 35 s, 2.4 min, 12 h."""
-    value, unit = seconds, "s"
-    for name, size in (("min", 60), ("h", 3600)):
-        if seconds >= 1.5 * size:
-            value, unit = seconds / size, name
-    return f"{value:.1f} {unit}" if round(value, 1) < 10 else f"{value:.0f} {unit}"
 
 
 def versions() -> dict[str, str]:
@@ -146,7 +138,8 @@ def checked(result: object) -> dict[str, Any]:
     for key, kind in {"config": is_settings, "metrics": is_figures, "files_sha256": is_text}.items():
         if not isinstance(result, dict) or not kind(result.get(key)):
             raise InputError(f"its {RESULT}: expected a run's record, got no {key} of a run")
-    optional = {"losses": is_figures, "versions": is_texts, "seconds": is_number, "pictures_sha256": is_texts}
+    optional = {"losses": is_figures, "versions": is_texts, "seconds": is_number, "phases": is_figures}
+    optional["pictures_sha256"] = is_texts
     optional |= dict.fromkeys(("trainer", "dataset", "backbone"), is_text)
     for key, kind in optional.items():
         if key in result and not kind(result[key]):

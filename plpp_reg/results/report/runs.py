@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results.job import read_failure, run_label
-from plpp_reg.results.record import duration
+from plpp_reg.results.numbers import duration
 from plpp_reg.results.report.grids import Cell, Grid, TableRow
 from plpp_reg.results.tables.records import Found, Record
 from plpp_reg.results.tables.rows import dataset_order, title_of
