@@ -43,6 +43,7 @@ docs = [
 ]
 test = [*demo, *ray, *data, *onnx, *docs, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build"]
 test += ["scikit-learn"]
+test += ["torchmetrics"]  # what the calibration error is compared with; to import it takes longer than many a run
 test += ["mypy"]  # of a script that names what is public
 test += ["sybil>=8"]  # runs the Python of the Markdown pages
 test += ["transformers", "accelerate"]  # attach on Hugging Face's CLIP, and in its Trainer

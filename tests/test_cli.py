@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from plpp_reg.commands import cli
 from plpp_reg.engine import config
@@ -164,9 +166,13 @@ def test_the_test_split_and_no_test(world: Path, tmp_path: Path) -> None:
 
 def test_confusion_matrix_is_written_where_it_is_asked_for(world: Path, tmp_path: Path) -> None:
     assert cli.main(line(world, tmp_path / "out", "TEST.COMPUTE_CMAT", "True")) == 0
-    matrix = torch.load(tmp_path / "out" / "cmat.pt", weights_only=True)
-    assert matrix.sum(1).tolist() == pytest.approx([1] * 5)  # shares of a class, as Dassl's; here each has three images
-    assert 100 * matrix.diagonal().mean().item() == pytest.approx(result_of(tmp_path / "out")["metrics"]["accuracy"])
+    header, *rows = csv.reader((tmp_path / "out" / "confusion.csv").open(encoding="utf-8"))
+    assert header[1:] == [name for name, *_ in rows] == helpers.CLASSNAMES
+    counts = torch.tensor([list(map(int, row[1:])) for row in rows])
+    assert counts.sum(1).tolist() == [3] * 5
+    assert 100 * counts.diagonal().sum().item() / 15 == pytest.approx(result_of(tmp_path / "out")["metrics"]["accuracy"])
+    with Image.open(tmp_path / "out" / "confusion.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_the_default_output_folder_says_what_it_is(world: Path, tmp_path: Path) -> None:

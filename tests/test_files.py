@@ -345,7 +345,7 @@ def test_everything_a_run_writes_for_keeps_goes_through_a_rename(
     there = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
     appended = {name for name in there if name in (".lock", "log.txt") or name.startswith("events.")}
     assert there - appended <= renamed
-    assert "cmat.pt" in there and not any(name.endswith(".tmp") for name in there)
+    assert {"confusion.csv", "confusion.png"} <= there and not any(name.endswith(".tmp") for name in there)
 
 
 def test_the_pointer_never_names_a_file_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,7 +372,7 @@ def test_an_example_trains_and_plpp_acts_on_it(data: DataSplit, name: str, cls: 
     first, last = trainer.state.history[0], trainer.state.history[-1]
     names = ["ppl"] if name == "own_method" else ["ppl_shows", "ppl_shows_not"]
     assert all(last[n] < first[n] for n in names) and trainer.measure_prompts().perplexity < before.perplexity
-    assert last["loss"] < first["loss"] and trainer.test().keys() == {"accuracy", "error", "macro_f1"}
+    assert last["loss"] < first["loss"] and trainer.test()["accuracy"] > 0
 
 
 def test_a_context_set_is_a_name_for_its_parts() -> None:

@@ -81,7 +81,7 @@ def test_the_golden_figures_are_right() -> None:
 
 
 def test_mean_h_beside_h_of_the_averages(halves: Path) -> None:
-    text = tables.write_tables(halves, "markdown", mean_h=True, published=False)
+    text = tables.tables_text(halves, "markdown", mean_h=True, published=False)
     line = next(x for x in text.splitlines() if x.startswith("| Average of 2 | CoOp |"))
     assert line.split("|")[5].strip().startswith("66.94")
     assert line.split("|")[6].strip() == f"{(2 * 80 * 50 / 130 + 2 * 91 * 60 / 151) / 2:.2f}" == "66.93"
@@ -103,20 +103,20 @@ def test_csv_has_every_figure_unrounded(halves: Path, tmp_path: Path) -> None:
 
 
 def test_golden_latex(halves: Path) -> None:
-    text = tables.write_tables(halves, "latex", published=False)
+    text = tables.tables_text(halves, "latex", published=False)
     assert r"DTD & CoOp\_PLPP & 80.17 $\pm$ 0.29 & 54.83 $\pm$ 0.76 & 65.12 $\pm$ 0.56 & 3 \\" in text
     assert text.count(r"\midrule") == 3 and r"\caption{base\_to\_new, ViT-B/16. Accuracy" in text
     assert text.count("{") == text.count("}")
 
 
 def test_published_rows_stand_by_themselves_with_their_source(halves: Path) -> None:
-    rows = [line.split(" | ") for line in tables.write_tables(halves, "markdown").splitlines() if "(published)" in line]
+    rows = [line.split(" | ") for line in tables.tables_text(halves, "markdown").splitlines() if "(published)" in line]
     dtd = {row[1]: row for row in rows if row[0] == "| DTD"}
     assert "CoOp (published)" in dtd and "CoOp [rerun in DePT] (published)" in dtd
     assert dtd["CoOp (published)"][2:5] == ["79.44", "41.18", "54.24"] and "PromptKD" in dtd["CoOp (published)"][6]
     assert not any("CoCoOp" in row[1] or "ATPrompt" in row[1] for row in rows)
     assert not any(row[0].startswith("| Average") for row in rows)  # theirs is over 11 data sets
-    measured = figures(tables.write_tables(halves, "csv"), group="DTD", method="CoOp", kind="measured")
+    measured = figures(tables.tables_text(halves, "csv"), group="DTD", method="CoOp", kind="measured")
     assert measured["base"] == 80.0  # published figures enter no mean of ours
 
 
@@ -125,7 +125,7 @@ def test_published_averages_stand_beside_the_papers_eleven_alone(tmp_path: Path)
     for dataset in [*short, "dtd", "eurosat", "ucf101"]:
         for method in ("CoOp", "CoOp_PLPP"):
             record(tmp_path, method, 1, {"base": 80.0, "new": 60.0}, dataset)
-    text = tables.write_tables(tmp_path, "markdown")
+    text = tables.tables_text(tmp_path, "markdown")
     assert "| Average of 11 | CoOp (published) | 82.69 | 63.22 | 71.66 |" in text
     plpp = next(line for line in text.splitlines() if "CoOp+PLPP [ICLR24 submission] (published)" in line)
     assert "|  |  | 71.44 |" in plpp
@@ -139,7 +139,7 @@ def test_no_published_row_beside_another_model_or_other_shots(tmp_path: Path) ->
     record(tmp_path / "a", "CoOp", 1, {"base": 80.0, "new": 60.0}, backbone="RN50")
     record(tmp_path / "b", "CoOp", 1, {"base": 80.0, "new": 60.0}, shots=4)
     for folder in ("a", "b"):
-        assert "(published)" not in tables.write_tables(tmp_path / folder, "markdown")
+        assert "(published)" not in tables.tables_text(tmp_path / folder, "markdown")
 
 
 def test_few_shot_table(tmp_path: Path) -> None:
@@ -149,13 +149,13 @@ def test_few_shot_table(tmp_path: Path) -> None:
             for seed in (1, 2):
                 accuracy = {"accuracy": 45.0 + shots + seed + offset}
                 record(tmp_path, "CoOp", seed, accuracy, dataset, protocol="few_shot", shots=shots)
-    text = tables.write_tables(tmp_path, "markdown", published=False)
+    text = tables.tables_text(tmp_path, "markdown", published=False)
     assert "| data set | method | 1 | 16 | seeds | reference |" in text
     assert "| DTD | ZeroshotCLIP | 40.00 | 40.00 | 1 |" in text  # the same at any number of shots
     assert "| DTD | CoOp | 47.50 ± 0.71 | 62.50 ± 0.71 | 2 |" in text
     assert "| Average of 2 | CoOp | 52.50 ± 0.71 | 67.50 ± 0.71 | 2 |" in text
     record(tmp_path, "CoOp", 3, {"accuracy": 50.0}, "dtd", protocol="few_shot", shots=1)
-    text = tables.write_tables(tmp_path, "markdown", published=False)
+    text = tables.tables_text(tmp_path, "markdown", published=False)
     assert "| DTD | CoOp | 48.33 ± 1.53 | 62.50 ± 0.71 | 2-3 |" in text
     assert "| Average of 2 | CoOp | 52.50 ± 0.71 | 67.50 ± 0.71 | 2 |" in text  # of the seeds that every data set has
 
@@ -164,7 +164,7 @@ def test_targets_table_beside_published_figures(tmp_path: Path) -> None:
     targets = {"source": 71.0, "imagenetv2": 64.0, "imagenet_sketch": 48.0, "imagenet_a": 50.0, "imagenet_r": 76.0}
     for seed in (1, 2):
         record(tmp_path, "CoOp", seed, {k: v + seed for k, v in targets.items()}, "imagenet", protocol="domain_generalization")
-    text = tables.write_tables(tmp_path, "markdown")
+    text = tables.tables_text(tmp_path, "markdown")
     columns = "source | ImageNetV2 | ImageNet-Sketch | ImageNet-A | ImageNet-R | average"
     assert f"| data set | method | {columns} | seeds | reference |" in text
     ours = " | ".join(f"{v:.2f} ± 0.71" for v in (72.5, 65.5, 49.5, 51.5, 77.5, 61.0))
@@ -178,7 +178,7 @@ def test_a_variant_is_paired_with_the_plain_method(tmp_path: Path) -> None:
         record(tmp_path, "CoOp", seed, {"base": 70.0 + seed, "new": 60.0})
         record(tmp_path, "CoOp_PLPP", seed, {"base": 71.0 + seed, "new": 60.0})
         record(tmp_path, "CoOp_PLPP", seed, {"base": 72.0 + seed, "new": 60.0}, variant="TOP_K=3")
-    text = tables.write_tables(tmp_path, "markdown", published=False)
+    text = tables.tables_text(tmp_path, "markdown", published=False)
     assert "| DTD | CoOp_PLPP - CoOp | +1.00 ± 0.00 | +0.00 ± 0.00 |" in text
     assert "| DTD | CoOp_PLPP TOP_K=3 - CoOp | +2.00 ± 0.00 | +0.00 ± 0.00 |" in text
 
@@ -187,20 +187,20 @@ def test_rows_of_promptkd_are_marked_as_transductive_and_compared_with_nothing(t
     for method, base in (("CoOp", 80.0), ("CoOp_PLPP", 81.0), ("PromptKD", 90.0)):
         for seed in (1, 2):
             record(tmp_path, method, seed, {"base": base + seed, "new": 60.0 + seed}, "dtd")
-    text = tables.write_tables(tmp_path, "markdown")
+    text = tables.tables_text(tmp_path, "markdown")
     labels = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| DTD | ")]
     ours = [label for label in labels if label.startswith("PromptKD")]
     assert "PromptKD (transductive)" in ours and "PromptKD (published, transductive)" in ours
     assert [label for label in labels if "transductive" in label] == ours
     assert "CoOp_PLPP - CoOp" in labels and not [label for label in ours if " - " in label]
     assert "Rows marked transductive were trained on the images and the names of the new classes, without labels" in text
-    assert "transductive" in tables.write_tables(tmp_path, "latex") and "transductive" in tables.write_tables(tmp_path, "csv")
+    assert "transductive" in tables.tables_text(tmp_path, "latex") and "transductive" in tables.write_tables(tmp_path, "csv")
 
 
 def test_few_shots_of_the_trained_classes_bear_no_mark(tmp_path: Path) -> None:
     for shots in (1, 2):
         record(tmp_path, "PromptKD", 1, {"accuracy": 50.0 + shots}, "dtd", protocol="few_shot", shots=shots)
-    assert "transductive" not in tables.write_tables(tmp_path, "markdown", published=False)
+    assert "transductive" not in tables.tables_text(tmp_path, "markdown", published=False)
 
 
 def test_pairs_are_by_seed_not_by_place(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_pairs_are_by_seed_not_by_place(tmp_path: Path) -> None:
         record(tmp_path, "CoOp", seed, {"base": 10.0 * seed, "new": 50.0})
     for seed in (2, 3, 4):
         record(tmp_path, "CoOp_PLPP", seed, {"base": 10.0 * seed + 1, "new": 50.0})
-    text = tables.write_tables(tmp_path, "markdown", published=False)
+    text = tables.tables_text(tmp_path, "markdown", published=False)
     assert "| DTD | CoOp_PLPP - CoOp | +1.00 ± 0.00 | +0.00 ± 0.00 |" in text
     assert text.splitlines()[6].endswith("| 2 |  |")
 
@@ -223,7 +223,7 @@ def test_what_is_missing_or_failed_is_named_and_not_counted(halves: Path) -> Non
     (stale / "job.json").write_text((stale / "job.json").read_text().replace('"key": "0"', '"key": "1"'))
     other = record(halves / "superseded", "CoOp", 8, {"base": 0.0, "new": 0.0})
     assert (other / "result.json").is_file()
-    text = tables.write_tables(halves, "markdown", published=False)
+    text = tables.tables_text(halves, "markdown", published=False)
     assert text.startswith(GOLDEN)
     assert text[len(GOLDEN) :].strip().splitlines() == [
         "Missing, 4 runs:",
@@ -233,12 +233,12 @@ def test_what_is_missing_or_failed_is_named_and_not_counted(halves: Path) -> Non
         "- base_to_new: dtd, 16 shots, CoOp, seed 7: not run yet with these settings",
         "- base_to_new: eurosat, 16 shots, CoOp, seed 5: failed: loss 'ce' is nan",
     ]
-    assert "missing" in tables.write_tables(halves, "csv") and "% missing: base_to_new" in tables.write_tables(halves, "latex")
+    assert "missing" in tables.tables_text(halves, "csv") and "% missing: base_to_new" in tables.write_tables(halves, "latex")
 
 
 def test_an_average_lacks_a_method_that_lacks_a_data_set(halves: Path) -> None:
     record(halves, "KgCoOp", 1, {"base": 99.0, "new": 99.0})
-    text = tables.write_tables(halves, "markdown", published=False)
+    text = tables.tables_text(halves, "markdown", published=False)
     assert "| DTD | KgCoOp | 99.00 | 99.00 | 99.00 | 1 |" in text and "| Average of 2 | KgCoOp" not in text
     assert "- KgCoOp is not in Average of 2: it lacks EuroSAT." in text.splitlines()
     assert "| Average of 2 | CoOp | 85.50 ± 0.50 |" in text

@@ -78,7 +78,7 @@ class Swept(NamedTuple):
         for path in sorted(self.output.rglob("result.json")):
             result = json.loads(path.read_text())
             if result["trainer"] == method:
-                del result["seconds"], result["config"]["OUTPUT_DIR"]
+                del result["seconds"], result["phases"], result["config"]["OUTPUT_DIR"]
                 found[str(path.relative_to(self.output))] = result
         return found
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from plpp_reg.data import template
 from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.method import Batch, Classes, setting
+from plpp_reg.engine.zero_shot import template_features
 from plpp_reg.trainers.coop import CoOp
-from plpp_reg.trainers.zeroshot import template_features
 
 
 class KgCoOp(CoOp):

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from plpp_reg.data.templates import SIXTY
 from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.method import Batch, Classes, Inputs, setting
+from plpp_reg.engine.zero_shot import template_features
 from plpp_reg.trainers.ivlp import IVLP
-from plpp_reg.trainers.zeroshot import template_features
 
 
 class PromptSRC(IVLP):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from plpp_reg.clip.deep import VisualPrompts
 from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.method import Batch, Classes, Inputs, Method, Settings, precision, setting
+from plpp_reg.engine.zero_shot import template_features
 from plpp_reg.trainers.ivlp import IVLP, prompted_features, prompts_of
-from plpp_reg.trainers.zeroshot import template_features
 
 
 class VPT(Method):

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from plpp_reg.clip.load import without_autocast
-from plpp_reg.clip.prompts import encode_texts
-from plpp_reg.clip.text import TextTower
 from plpp_reg.data import template
 from plpp_reg.data.templates import SEVEN, SIXTY
-from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.method import Classes, Method, Settings, setting
-
-
-@torch.no_grad()
-def template_features(tower: TextTower, templates: Sequence[str], classnames: Sequence[str]) -> Tensor:
-    """(n_templates, C, embed_dim): the text features of each class in each template, not normalised."""
-    names = [name.replace("_", " ") for name in classnames]
-    with without_autocast(tower.positional_embedding.device):
-        features = encode_texts(tower, [pattern.replace("{}", name) for pattern in templates for name in names])
-    return features.unflatten(0, (len(templates), len(names)))
+from plpp_reg.engine.zero_shot import zero_shot_classes
 
 
 class ZeroshotCLIP(Method):
@@ -46,8 +32,7 @@ class ZeroshotCLIP(Method):
         return [template(self.config.dataset)]
 
     def encode_classes(self, image_features: Tensor | None = None, with_states: bool = False) -> Classes:
-        features = normalize(template_features(self.clip.text, self.templates, self.classnames))
-        return Classes(normalize(features.mean(0)))
+        return Classes(zero_shot_classes(self.clip.text, self.templates, self.classnames))
 
 
 class ZeroshotCLIP2(ZeroshotCLIP):

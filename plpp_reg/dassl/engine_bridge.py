@@ -94,8 +94,8 @@ class OurTrainer:
             write_text(folder / "config.yaml", config.to_yaml(self.cfg))
             before = in_words(trainer.method)
             trainer.saving.resume(self.cfg.RESUME or folder)
-            metrics = train_and_test(trainer, folder)
-            trainer.log(f"Result: {write_result(folder, record(trainer, metrics, learned(before, trainer.method)))}")
+            tested = train_and_test(trainer, folder)
+            trainer.log(f"Result: {write_result(folder, record(trainer, tested, learned(before, trainer.method)))}")
 
     def test(self) -> float:
         return self.trainer.test(self.cfg.TEST.SPLIT)["accuracy"]

@@ -82,15 +82,28 @@ def _remembered(path: Path) -> str | None:
 
 def _content(datum: Datum) -> str:
     """``size sha256`` of an image's file."""
+    return " ".join(map(str, _size_and_sha256(datum.impath)))
+
+
+def content_sha256(path: str) -> str:
+    """Of what is in an image's file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return _size_and_sha256(path)[1]
+
+
+def _size_and_sha256(path: str) -> tuple[int, str]:
     try:
-        with open(datum.impath, "rb") as file:
+        with open(path, "rb") as file:
             digest, size = hashlib.sha256(), 0
             while block := file.read(BLOCK):
                 digest.update(block)
                 size += len(block)
-            return f"{size} {digest.hexdigest()}"
+            return size, digest.hexdigest()
     except (OSError, ValueError) as e:
-        raise InputError(f"image {datum.impath}: expected a readable picture, got {e}") from e
+        raise InputError(f"image {path}: expected a readable picture, got {e}") from e
 
 
 def forget_contents() -> None:

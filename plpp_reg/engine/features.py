@@ -10,8 +10,10 @@ the next.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,13 +70,24 @@ class FrozenFeatures:
         precision, device: in which ``encoder`` computes, and where; :attr:`key <plpp_reg.engine.frozen.FrozenEncoder.key>`
             has the rest.
         ranks: among which the images are shared out.
+        progress: shows a bar over batches, as :meth:`plpp_reg.engine.log.RunLog.progress`.
+        phase: whose seconds they are, as :meth:`plpp_reg.engine.state.RunState.phase`.
     """
 
     def __init__(
-        self, encoder: FrozenEncoder, cfg: CfgNode, data: DataSplit, precision: str, device: torch.device, ranks: Ranks
+        self,
+        encoder: FrozenEncoder,
+        cfg: CfgNode,
+        data: DataSplit,
+        precision: str,
+        device: torch.device,
+        ranks: Ranks,
+        progress: Callable[..., Iterable[Any]] = lambda items, *_, **__: items,
+        phase: Callable[[str], contextlib.AbstractContextManager[None]] = lambda name: contextlib.nullcontext(),
     ) -> None:
         self.encoder, self._cfg, self.data = encoder, cfg, data
         self.precision, self.device, self.ranks = precision, device, ranks
+        self._progress, self._phase = progress, phase
         self.store = feature_store(cfg.FEATURES.MAX_GIB)
         self._last: tuple[tuple[str, int], Tensor] | None = None
         self._images: dict[str, ImageDataset] = {}  # by split
@@ -90,14 +103,18 @@ class FrozenFeatures:
         """Of every image of "train", as augmented in ``epoch``, of "val" or of "test"."""
         key = (split, view_of(epoch, self.cfg.INPUT.VIEWS) if split == "train" else 0)
         if self._last is None or self._last[0] != key:
-            what, ranks = self._described(*key), self.ranks
-            found = self.store.find(what)
-            if not ranks.all_agree(found is not None):
-                found = {"features": self._compute(*key)}
-                if ranks.first:
-                    self.store.keep(what, found)
-            self._last = key, found["features"]
+            with self._phase("image features"):
+                self._last = key, self._found_or_computed(*key)
         return self._last[1]
+
+    def _found_or_computed(self, split: str, view: int) -> Tensor:
+        what, ranks = self._described(split, view), self.ranks
+        found = self.store.find(what)
+        if not ranks.all_agree(found is not None):
+            found = {"features": self._compute(split, view)}
+            if ranks.first:
+                self.store.keep(what, found)
+        return found["features"]
 
     def _compute(self, split: str, view: int) -> Tensor:
         images = self._images_of(split)
@@ -105,7 +122,8 @@ class FrozenFeatures:
         keys = [[(view, i) for i in batch] for batch in self.ranks.share(batches)]
         parts = [torch.empty(0, BATCH, self.encoder.width)]
         with computing(self.device, self.precision):
-            for batch in read_ahead(images, keys, max(1, self.cfg.DATALOADER.NUM_WORKERS)):
+            ahead = read_ahead(images, keys, max(1, self.cfg.DATALOADER.NUM_WORKERS))
+            for batch in self._progress(ahead, f"features of {split}", total=len(keys)):
                 features = self.encoder.encode(batch.to(self.device)).cpu()
                 parts.append(F.pad(features, (0, 0, 0, BATCH - len(features))).unsqueeze(0))  # ranks exchange equal shares
         rows = self.ranks.gather_rows(torch.cat(parts), len(batches))

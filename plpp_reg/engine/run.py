@@ -17,11 +17,13 @@ from plpp_reg.data.contents import contents_sha256
 from plpp_reg.data.loaders import load_data, part_of
 from plpp_reg.engine import checkpoint, config, distributed
 from plpp_reg.engine.arguments import RunArguments, further_config, resolve
+from plpp_reg.engine.assessment import NOTHING, assess
 from plpp_reg.engine.learned import in_words, learned
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import clear_left_behind, locked, write_text
+from plpp_reg.results import evaluation
 from plpp_reg.results.record import FEW_SHOT, RESULT, versions, write_result
 
 __all__ = [
@@ -99,13 +101,14 @@ def run(
     folder = output_dir(cfg, args.eval_only)
     if args.eval_only and (folder / cls.model_name).is_dir():
         raise InputError(f"{str(folder)!r} holds a training run, whose result would be lost: name another --output-dir")
-    _check_folders(cfg, folder)
+    _check_folders(cfg, folder, cls.model_name)
     _check_places(folder, cls.model_name)
     log(f"Setting fixed seed: {cfg.SEED}")
     trainer = Trainer(cls, cfg, clip_model=clip_model, log=log)
     parts = parts_read(cfg, trains=not args.eval_only and cls.learns)
     if not args.no_train:
-        trainer.pictures_sha256 = pictures_sha256(trainer.data, parts)
+        with trainer.state.phase("hashes of pictures"):
+            trainer.pictures_sha256 = pictures_sha256(trainer.data, parts)
     if trainer.teacher is not None and not (args.eval_only or args.no_train):
         _check_teacher(trainer, tests or {})
     before = None if args.eval_only or args.no_train else in_words(trainer.method)
@@ -124,7 +127,7 @@ def run(
         # of several processes the first alone writes where it was told to
         place = folder if processes.first else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(locked(place))
-        _check_folders(cfg, folder)  # once more: another run may have come and gone while this one was loading
+        _check_folders(cfg, folder, cls.model_name)  # once more: another run may have come and gone while this one was loading
         _go_on(place, folder, trainer, args)
         _clear(place, trainer)
         log.open(place)
@@ -182,13 +185,14 @@ def _test_further(folder: Path, trainer: Trainer, test: FurtherTest) -> dict[str
     other = Trainer(type(trainer.method), test.cfg, data=test.data, clip_model=trainer.clip_model, log=trainer.log)
     if other.method.learns:
         other.saving.load_model(folder)
-    metrics = other.test(test.cfg.TEST.SPLIT)
+    tested = assess(other, test.cfg.TEST.SPLIT)
+    trainer.state.add(other.state.phases)
     return {
         "dataset": test.cfg.DATASET.NAME,
         "subsample": test.cfg.DATASET.SUBSAMPLE_CLASSES,
-        "metrics": metrics,
         "files_sha256": test.data.sha256(),
         "pictures_sha256": test.pictures_sha256,
+        **tested,
     }
 
 
@@ -234,7 +238,7 @@ def _run_in(
     if not args.eval_only:
         write_text(folder / "config.yaml", config.to_yaml(cfg))
         if args.no_train:
-            return record(trainer, {})
+            return record(trainer)
         if cfg.DATASET.NUM_SHOTS > 0:
             write_text(folder / FEW_SHOT, trainer.data.sampled_json())
         model_name = trainer.method.model_name
@@ -242,10 +246,10 @@ def _run_in(
             checkpoint.copy_best(Path(cfg.RESUME) / model_name, trainer.saving.folder)
         elif folder != resumed and (resumed / model_name).is_dir():
             shutil.copytree(resumed / model_name, trainer.saving.folder, dirs_exist_ok=True)
-        metrics = train_and_test(trainer, folder, after_epoch)
+        tested = train_and_test(trainer, folder, after_epoch)
     else:
-        metrics = test(trainer)
-    result = record(trainer, metrics, learned(before, trainer.method))
+        tested = test(trainer)
+    result = record(trainer, tested, learned(before, trainer.method))
     if further:
         result["tests"] = {test.name: _test_further(folder, trainer, test) for test in further}
     if note is not None:
@@ -257,10 +261,13 @@ def _run_in(
         write_text(folder / "config.yaml", config.to_yaml(cfg))
     path = write_result(folder, result)
     log(f"Result: {path}")
+    if (found := evaluation.read(result)) is not None:
+        for line in evaluation.summary_lines(cfg.TRAINER.NAME, cfg.TEST.SPLIT, found):
+            log(line)
     return result
 
 
-def train_and_test(trainer: Trainer, folder: Path, after_epoch: Callable[[Trainer], None] | None = None) -> dict[str, float]:
+def train_and_test(trainer: Trainer, folder: Path, after_epoch: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
     """What is left of the training, then the test of the model that TEST.FINAL_MODEL names."""
     trainer.train(folder, after_epoch)
     if trainer.cfg.TEST.FINAL_MODEL == "best_val" and trainer.state.best_val is not None:
@@ -271,30 +278,35 @@ def train_and_test(trainer: Trainer, folder: Path, after_epoch: Callable[[Traine
     return test(trainer)
 
 
-def test(trainer: Trainer) -> dict[str, float]:
-    """The metrics on the part that TEST.SPLIT names; none where TEST.NO_TEST."""
-    return {} if trainer.cfg.TEST.NO_TEST else trainer.test(trainer.cfg.TEST.SPLIT)
+def test(trainer: Trainer) -> dict[str, Any]:
+    """The metrics and the evaluation on the part that TEST.SPLIT names; none where TEST.NO_TEST."""
+    return NOTHING if trainer.cfg.TEST.NO_TEST else assess(trainer, trainer.cfg.TEST.SPLIT)
 
 
-def record(trainer: Trainer, metrics: dict[str, float], learned: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A run's figures in full precision, with everything that they depend on, and what its prompts became."""
+def record(trainer: Trainer, tested: Mapping[str, Any] = NOTHING, learned: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A run's figures in full precision, with everything that they depend on, and what its prompts became.
+
+    ``tested``: of :func:`test`.
+    """
     cfg, state = trainer.cfg, trainer.state
     return {
         "trainer": cfg.TRAINER.NAME,
         "dataset": cfg.DATASET.NAME,
         "backbone": cfg.MODEL.BACKBONE.NAME,
         "seed": cfg.SEED,
-        "metrics": metrics,
+        "metrics": tested["metrics"],
         "losses": {name: state.history[-1][name] for name in state.loss_names} if state.history else {},
         "history": state.history,
         "learned": learned,
         "seconds": state.seconds,
+        "phases": state.phases,
         "config": config.flat(cfg),
         "versions": {**versions(), "device": trainer.device.type, "precision": trainer.precision},
         "files_sha256": trainer.data.sha256(),
         "pictures_sha256": trainer.pictures_sha256,
         "teacher": trainer.teacher.identity if trainer.teacher is not None and state.history else None,
         "few_shot_sha256": trainer.data.sampled_sha256() if cfg.DATASET.NUM_SHOTS > 0 else None,
+        "evaluation": tested["evaluation"],
     }
 
 
@@ -308,14 +320,26 @@ def _check_places(folder: Path, model_name: str) -> None:
             raise InputError(f"{str(folder / name)!r}: expected a folder or nothing, got a file")
 
 
-def _check_folders(cfg: CfgNode, folder: Path) -> None:
+def _check_folders(cfg: CfgNode, folder: Path, model_name: str) -> None:
     """A folder that holds another run is neither written over nor gone on from."""
     for flag, there in (("--resume", Path(cfg.RESUME)), ("--output-dir", folder)):
         if (flag == "--resume" and not cfg.RESUME) or not (there / "config.yaml").is_file():
             continue
-        changed = config.differences(config.from_yaml(there / "config.yaml"), config.flat(cfg))
+        recorded = config.from_yaml(there / "config.yaml")
+        changed = config.differences(recorded, config.flat(cfg))
         if changed:
             # what explains the rest comes first
             changed.sort(key=lambda line: not line.startswith(("MODEL.BACKBONE.NAME", "DATASET.NAME")))
+            way_on = _way_on(recorded, cfg, there / model_name)
             more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
-            raise InputError(f"{str(there)!r} holds another run ({'; '.join(changed[:2])}{more}): name another {flag}")
+            raise InputError(f"{str(there)!r} holds another run ({'; '.join(changed[:2])}{more}): name another {flag}{way_on}")
+
+
+def _way_on(recorded: Mapping[str, object], cfg: CfgNode, checkpoints: Path) -> str:
+    """How a run is trained for more epochs than it was begun with: the schedule depends on their number, weights do not."""
+    before, path = recorded.get("OPTIM.MAX_EPOCH"), checkpoint.newest(checkpoints)
+    if not isinstance(before, int) or before >= cfg.OPTIM.MAX_EPOCH or path is None:
+        return ""
+    return (
+        f"; its schedule ends after epoch {before}: MODEL.INIT_WEIGHTS {path} goes on from its prompts in another --output-dir"
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +20,24 @@ class RunState:
     loss_names: list[str] = field(default_factory=list)  # "loss", then its parts
     seconds: float = 0.0
     best_val: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of this process, by what it did
+    _within: float = 0.0  # of them, those of the phases inside the one that is on
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Its seconds count as ``name``, less those of the phases inside it."""
+        start, before, self._within = time.perf_counter(), self._within, 0.0
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.add({name: took - self._within})
+            self._within = before + took
+
+    def add(self, phases: Mapping[str, float]) -> None:
+        """Seconds that were spent elsewhere for this run."""
+        for name, seconds in phases.items():
+            self.phases[name] = self.phases.get(name, 0.0) + seconds
 
     def content(self) -> dict[str, Any]:
         """For a checkpoint, with every random stream as it is now; the epoch stands beside it, under upstream's key."""

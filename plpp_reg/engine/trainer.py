@@ -10,7 +10,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from plpp_reg.data import DataSplit
 from plpp_reg.data.loaders import build_loader, load_data, part_of
 from plpp_reg.engine.backbone import check_input, check_precision, computing, precision_on
 from plpp_reg.engine.distributed import current
-from plpp_reg.engine.evaluation import evaluate
+from plpp_reg.engine.evaluation import Classification, evaluate
 from plpp_reg.engine.features import FrozenFeatures
+from plpp_reg.engine.frozen import FrozenEncoder
 from plpp_reg.engine.log import BatchOf, Clock, Meters, RunLog, batch_line
 from plpp_reg.engine.method import Backbone, Batch, Method
 from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
@@ -36,9 +37,11 @@ from plpp_reg.engine.plpp import ContextTerms, measured, readable, regularizer_f
 from plpp_reg.engine.saving import Saving
 from plpp_reg.engine.state import RunState
 from plpp_reg.engine.teacher import Teacher
+from plpp_reg.engine.zero_shot import zero_shot_classes
 from plpp_reg.errors import InputError
-from plpp_reg.io.files import write_atomically
 from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
+
+AT_ONCE = 4096  # kept features that zero-shot CLIP classifies together
 
 
 class NonFiniteLoss(RuntimeError):
@@ -66,7 +69,8 @@ class Trainer:
         log: RunLog | None = None,
         teacher: Teacher | None = None,
     ) -> None:
-        self.cfg, self.log = cfg, log or RunLog()
+        start = time.perf_counter()
+        self.cfg, self.log, self.state = cfg, log or RunLog(), RunState()
         config, precision_key = method.Config.read(cfg), method.Config.key("prec")
         self.ranks = current()
         cuda = cfg.USE_CUDA and torch.cuda.is_available()
@@ -98,7 +102,6 @@ class Trainer:
         self.parameters = list(self.method.parameters())
         self.plpp = ContextTerms(cfg, clip_model) if cfg.TRAINER.PLPP.ENABLED else None
         self.scaler = torch.amp.GradScaler(enabled=self.precision == "amp" and self.device.type == "cuda")
-        self.state = RunState()
         self.optimizer = self.schedule = None
         if method.learns:
             self.optimizer = build_optimizer(self.parameters, cfg.OPTIM)
@@ -119,6 +122,7 @@ class Trainer:
             self.saving.load_weights(Path(cfg.MODEL.INIT_WEIGHTS))
         self.pictures_sha256: dict[str, str] = {}  # of the parts of the data that a run reads: plpp_reg.data.contents
         self._loaders: dict[str, DataLoader[Any]] = {}
+        self.state.add({"set-up": time.perf_counter() - start})
 
     @functools.cached_property
     def _same(self) -> dict[str, Any]:
@@ -151,10 +155,12 @@ class Trainer:
     @functools.cached_property
     def frozen_features(self) -> dict[str, FrozenFeatures]:
         """By their names in a batch: those that are computed ahead."""
-        return {
-            name: FrozenFeatures(encoder, self.cfg, self.data, self.precision, self.device, self.ranks)
-            for name, encoder in self.method.inputs.of("train").items()
-        }
+        return {name: self._features_of(encoder) for name, encoder in self.method.inputs.of("train").items()}
+
+    def _features_of(self, encoder: FrozenEncoder) -> FrozenFeatures:
+        return FrozenFeatures(
+            encoder, self.cfg, self.data, self.precision, self.device, self.ranks, self.log.progress, self.state.phase
+        )
 
     def batches(self, split: str) -> Iterator[Batch]:
         """A split's batches of this epoch, on the device, with what the method sees of each image."""
@@ -189,7 +195,8 @@ class Trainer:
         epochs = self.log.progress(range(before, self.cfg.OPTIM.MAX_EPOCH), "epochs", before, self.cfg.OPTIM.MAX_EPOCH)
         for _ in epochs:
             start = time.perf_counter()
-            means = self.train_epoch()
+            with state.phase("training"):
+                means = self.train_epoch()
             # a finite loss can have a gradient that is not
             if not torch.stack([p.isfinite().all() for p in self.parameters]).all():
                 raise NonFiniteLoss(
@@ -292,18 +299,37 @@ class Trainer:
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def test(self, split: str = "test") -> dict[str, float]:
-        """Accuracy, error and macro-F1 on a split; the classes are encoded once, not once a batch."""
+        """Accuracy, error, macro-F1 and calibration error on a split, in percent."""
+        return self.classify(split).evaluate()
+
+    def classify(self, split: str = "test") -> Classification:
+        """What is predicted for the images of a split; the classes are encoded once, not once a batch."""
         self.log(f"Evaluate on the *{split}* set")
-        batches = self.log.progress(self.batches(split), split, total=len(self.loader(split)))
-        found = evaluate(self.method, batches, self.ranks, self.computing)
+        with self.state.phase("testing"):
+            batches = self.log.progress(self.batches(split), split, total=len(self.loader(split)))
+            found = evaluate(self.method, batches, self.ranks, self.computing)
         for line in found.report() + (found.per_class_report(self.data.classnames) if self.cfg.TEST.PER_CLASS_RESULT else []):
             self.log(line)
-        if self.cfg.TEST.COMPUTE_CMAT and self.saving.output_dir:
-            write_atomically(self.saving.output_dir / "cmat.pt", lambda path: torch.save(found.confusion_shares(), path))
-        result = found.evaluate()
-        for name, value in result.items():
+        for name, value in found.evaluate().items():
             self.log.scalar(f"{split}/{name}", value, self.state.epoch)
-        return result
+        return found
+
+    @torch.no_grad()
+    def classify_zero_shot(self, templates: Sequence[str], split: str = "test") -> Classification:
+        """What CLIP itself predicts for the images of a split, whose names stand in ``templates``.
+
+        Of the frozen tower's features: where the test had them no image is read for it, else they are kept for the next run.
+        """
+        ours = next((name for name, encoder in self.method.inputs.of(split).items() if encoder is self.method.frozen), None)
+        features = self.frozen_features[ours] if ours else self._features_of(self.method.frozen)
+        with self.state.phase("testing"):
+            found = Classification(len(self.data.classnames))
+            with self.computing():
+                classes = zero_shot_classes(self.method.clip.text, templates, self.data.classnames)
+            labels = torch.tensor([datum.label for datum in getattr(self.data, split)])
+            for rows, label in zip(features.of(split).split(AT_ONCE), labels.split(AT_ONCE), strict=True):
+                found.process(self.method.cosines(rows.to(self.device), classes), label)
+        return found
 
     def measure_prompts(self) -> Components | None:
         """PLPP's figures of the prompts as they are, whether or not it is part of the training; None without context."""
@@ -312,7 +338,7 @@ class Trainer:
         return measured(self.regularizer or regularizer_for(self.cfg, self.clip_model), self.method.contexts())
 
     def _keep_best(self) -> None:
-        accuracy = self.test("val")["accuracy"]
+        accuracy = self.state.history[-1]["val_accuracy"] = self.test("val")["accuracy"]
         if self.state.best_val is None or accuracy > self.state.best_val:
             self.state.best_val = accuracy
             self.saving.save_best(accuracy)

@@ -191,11 +191,11 @@ def content_of(path: Path) -> object:
         return _plain(content)
     if path.name == "result.json":
         result = json.loads(path.read_text())
-        result.pop("seconds")
+        result.pop("seconds"), result.pop("phases", None)
         return result
     if path.name == "report.html":
         text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", path.read_text())
-        return re.sub(r"(?s)<[^<>]*>training</[^<>]*>\s*<[^<>]*>[^<>]*<", "", text)  # how long it took
+        return re.sub(r"(?s)<[^<>]*>(training|seconds by phase)</[^<>]*>\s*<[^<>]*>[^<>]*<", "", text)  # how long it took
     if path.suffix == ".safetensors":  # its metadata come in any order
         with safe_open(path, "pt") as file:
             return file.metadata(), _plain({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

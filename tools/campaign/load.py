@@ -124,7 +124,7 @@ def workers(folder: Path, rng: random.Random) -> str:
         assert sweep.wait() == 0, (folder / "said").read_text()
         results = [json.loads(path.read_text()) for path in sorted((folder / name).rglob("result.json"))]
         for result in results:
-            result.pop("seconds"), result["config"].pop("OUTPUT_DIR")
+            result.pop("seconds"), result.pop("phases"), result["config"].pop("OUTPUT_DIR")
         assert not list((folder / name).rglob("*.tmp")) and not list((folder / name).rglob("failed.json"))
         return results
 
