@@ -12,7 +12,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     look = actions.add_parser("check", help="what is there, what is missing, where to get it")
     look.add_argument("root", type=flags.path, metavar="ROOT", help="folder of the data sets")
     look.add_argument("--datasets", nargs="+", default=[], help="these alone (also folder:PATH, csv:PATH)")
-    look.add_argument("--every-image", action="store_true", help="decode every image, not one of each data set")
+    look.add_argument(
+        "--every-image",
+        action="store_true",
+        help="decode every image (default: one of each of the papers' data sets, all of folder: and csv:)",
+    )
     get = actions.add_parser("get", help="download data sets, check them, unpack them where they belong")
     get.add_argument("names", nargs="+", metavar="NAME", help="caltech101 dtd … (not imagenet)")
     get.add_argument("--root", type=flags.path, default="data", metavar="DATA", help="folder of the data sets (default: data)")

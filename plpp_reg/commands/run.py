@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(sweep.planned(jobs)))
         return 0
-    failed = sweep.sweep(jobs, say, runner)
+    failed = sweep.sweep(jobs, say, runner, at_once=args.workers)
     whole = f"All {len(jobs)} runs are" if len(jobs) > 1 else "The run is"
     print("\n".join(sweep.report(failed) or [f"{whole} there: plpp table {args.output}"]))
     return 1 if failed else 0

@@ -109,7 +109,6 @@ class Job(NamedTuple):
     arguments: RunArguments
     tests: dict[str, tuple[str, ...]]
     note: dict[str, Any]
-    cost: float  # what an estimate of the time left weighs it with
 
     @property
     def label(self) -> str:
@@ -295,8 +294,7 @@ def _over_seeds(
         folder = output.joinpath(protocol.name, *inner, f"seed{seed}")
         seeded = _with_seed(cfg, seed)
         noted = {**note, "seed": seed, "key": _key(seeded, tests)}
-        cost = float(cfg.OPTIM.MAX_EPOCH * shots if note["learns"] else 1)
-        jobs.append(Job(output, folder, arguments._replace(seed=seed, output_dir=str(folder)), tests, noted, cost))
+        jobs.append(Job(output, folder, arguments._replace(seed=seed, output_dir=str(folder)), tests, noted))
     return jobs
 
 

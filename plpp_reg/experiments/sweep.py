@@ -25,6 +25,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import UnusableCheckpoint, further_config, parts_read, pictures_sha256, resolve, run
 from plpp_reg.errors import InputError, InUse, line_of
 from plpp_reg.experiments.protocols import Job
+from plpp_reg.experiments.remaining import Remaining
 from plpp_reg.io.files import locked, write_text
 from plpp_reg.results.job import FAILED, JOB, SUPERSEDED
 from plpp_reg.results.numbers import duration
@@ -211,11 +212,12 @@ def one_after_another(jobs: Sequence[Job]) -> Iterator[Outcome]:
         yield execute(job, models)
 
 
-def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_another) -> list[Outcome]:
+def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_another, at_once: int = 0) -> list[Outcome]:
     """Run what is not finished; the outcomes of what failed.
 
     Each job's folder is told what is planned in it first, so that a table names what is missing however this ends. What another
-    process is running is waited for, and run here where that one leaves it unfinished.
+    process is running is waited for, and run here where that one leaves it unfinished. ``at_once``: how many the runner runs
+    at a time, for the time left; 0: it is seen.
     """
     hashes = Hashes()
     left, by_names = [], 0
@@ -231,7 +233,7 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
     for job in left:
         with contextlib.suppress(InputError, OSError), locked(job.folder):  # who is in it has told it
             _write_if_new(job.folder / JOB, _note_text(job))
-    progress = _Progress(left, say)
+    progress = _Progress(left, say, at_once)
     busy = _run_all(left, runner, progress)
     while busy:
         say(f"Waiting for another process, which has {len(busy)} of the runs: {busy[0].label}{', …' if busy[1:] else ''}")
@@ -250,21 +252,21 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
 class _Progress:
     """What a sweep says of each outcome, and what failed."""
 
-    def __init__(self, jobs: Sequence[Job], say: Say) -> None:
+    def __init__(self, jobs: Sequence[Job], say: Say, at_once: int) -> None:
         self.jobs, self.say, self.failed = jobs, say, []
-        self.number, self.done, self.total = 0, 0.0, sum(job.cost for job in jobs)
+        self.number, self.remaining = 0, Remaining(jobs, at_once)
         self.start = time.perf_counter()
 
     def add(self, outcome: Outcome) -> None:
         self.number += 1
-        self.done += outcome.job.cost
+        whole = outcome.result is not None and not outcome.elsewhere  # what failed says nothing of those that will not
+        self.remaining.add(outcome.job, outcome.seconds if whole else None)
         if outcome.aside is not None:
             self.say(f"{outcome.job.label}: the run that was there had other settings or files; it is now {outcome.aside}")
-        left = (time.perf_counter() - self.start) * (self.total - self.done) / self.done
-        remaining = f", about {duration(left)} left" if self.number < len(self.jobs) else ""
+        left = self.remaining.words(time.perf_counter() - self.start)
         what = f"FAILED: {outcome.error}" if outcome.result is None else figures(outcome.result)
         took = "run by another process" if outcome.elsewhere else duration(outcome.seconds)
-        self.say(f"[{self.number}/{len(self.jobs)}] {outcome.job.label}: {what} ({took}{remaining})")
+        self.say(f"[{self.number}/{len(self.jobs)}] {outcome.job.label}: {what} ({', '.join(filter(None, (took, left)))})")
         if outcome.result is None:
             self.failed.append(outcome)
 
