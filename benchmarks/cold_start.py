@@ -77,7 +77,7 @@ def run(started: float, argv: list[str]) -> dict[str, dict[str, float]]:
     phases.note(emoji, "rasterise", "pictures")
     phases.note(FrozenFeatures, "of", "features")
     phases.note(Trainer, "train", "steps")
-    phases.note(Trainer, "test", "test")
+    phases.note(Trainer, "classify", "test")
     status = cli.main(["train", *argv])
     phases.switch("rest")
     if status:

@@ -135,15 +135,14 @@ def test_best_on_validation_is_deployed_when_it_was_before_the_resume(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Validation falls after epoch 1, so the best model lies in the old folder only.
-    original, tested = Trainer.test, []
+    original, tested = Trainer.classify, []
 
-    def fake(self, split="test"):
-        if split == "val":
-            return {"accuracy": 90.0 - self.state.epoch}
+    def seen(self, split="test"):
         tested.append(self.method.saved.ctx.detach().clone())
         return original(self, split)
 
-    monkeypatch.setattr(Trainer, "test", fake)
+    monkeypatch.setattr(Trainer, "test", lambda self, split: {"accuracy": 90.0 - self.state.epoch})
+    monkeypatch.setattr(Trainer, "classify", seen)
     with monkeypatch.context() as patch:
         kill_at(patch, "step", 2 * STEPS + 2)
         with pytest.raises(Killed):
@@ -169,7 +168,7 @@ def test_a_finished_run_that_is_started_again_and_killed_keeps_its_result(
     before = (tmp_path / "out" / "result.json").read_bytes()
     with monkeypatch.context() as patch:
         if place == "test":
-            patch.setattr(Trainer, "test", lambda *args: (_ for _ in ()).throw(Killed))
+            patch.setattr(Trainer, "classify", lambda *args: (_ for _ in ()).throw(Killed))
         else:
             kill_at(patch, place, 2)
         with pytest.raises(Killed):

@@ -145,15 +145,14 @@ def test_figures_are_scikit_learns_on_the_final_context(arguments, data: DataSpl
 def test_best_val_deploys_the_best_model_on_validation(arguments, monkeypatch: pytest.MonkeyPatch, data: DataSplit) -> None:
     # Epoch 2 is made the best by decree; the last one must not be what is tested.
     accuracies = iter([20.0, 60.0, 60.0, 40.0])
-    original, tested = Trainer.test, []
+    original, tested = Trainer.classify, []
 
-    def fake(self, split="test"):
-        if split == "val":
-            return {"accuracy": next(accuracies)}
+    def seen(self, split="test"):
         tested.append(self.method.saved.ctx.detach().clone())
         return original(self, split)
 
-    monkeypatch.setattr(Trainer, "test", fake)
+    monkeypatch.setattr(Trainer, "test", lambda self, split: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(Trainer, "classify", seen)
     a = arguments("out", recipe={"OPTIM__MAX_EPOCH": 4, "TEST__FINAL_MODEL": "best_val"}, opts=("TRAIN.CHECKPOINT_FREQ", "1"))
     quietly(a)
     best = load(a.output_dir, "model-best.pth.tar")
