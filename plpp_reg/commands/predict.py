@@ -24,6 +24,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all probabilities, as JSON")
     form.add_argument("--csv", action="store_true", help="all probabilities, as a table: a row an image, a column a class")
+    parser.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="probabilities as sure as they are right: by a temperature that is fitted on the run's validation pictures",
+    )
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
     parser.add_argument("--workers", type=int, default=None, help="threads that read pictures (default: as the run's loader)")
 
@@ -41,9 +46,19 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--workers: expected a number, 0 to {MOST_WORKERS}, got {args.workers}")
     images = find_images(args.images)
     trainer = load_run(**flags.learned_from(args), device=args.device)
+    temperature = 1.0
+    if args.calibrated:
+        from plpp_reg.prompts.calibration import calibrate
+
+        own = {**flags.learned_from(args), "classes": (), "clip_model": trainer.clip_model}
+        on_its_own_data = load_run(**own, device=args.device) if args.classes and trainer.cfg.DATASET.NAME else trainer
+        found = calibrate(on_its_own_data, args.run)
+        print(f"plpp: {found}", file=sys.stderr)
+        temperature = found.temperature
     workers = trainer.cfg.DATALOADER.NUM_WORKERS if args.workers is None else args.workers
     watched = sys.stderr is not None and sys.stderr.isatty()
-    bar = tqdm(predict(trainer, images, max(1, workers)), total=len(images), unit=" images", leave=False, disable=not watched)
+    predictions = predict(trainer, images, max(1, workers), temperature)
+    bar = tqdm(predictions, total=len(images), unit=" images", leave=False, disable=not watched)
     unread = 0
 
     def counted() -> Iterator[Prediction]:

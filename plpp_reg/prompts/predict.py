@@ -56,7 +56,7 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def predict(trainer: Trainer, images: Sequence[str | Path], threads: int = 1) -> Iterator[Prediction]:
+def predict(trainer: Trainer, images: Sequence[str | Path], threads: int = 1, temperature: float = 1.0) -> Iterator[Prediction]:
     """Class probabilities of each image, in their order, DATALOADER.TEST.BATCH_SIZE at a time.
 
     While one batch is classified, ``threads`` threads read the next; no more than these are in memory. An image that cannot be
@@ -66,6 +66,7 @@ def predict(trainer: Trainer, images: Sequence[str | Path], threads: int = 1) ->
         trainer: of :func:`plpp_reg.prompts.loading.load_run`.
         images: files.
         threads: that read pictures.
+        temperature: that logits are divided by (:mod:`plpp_reg.prompts.calibration` fits one).
     """
     names, size = class_titles(trainer.data.classnames), trainer.cfg.DATALOADER.TEST.BATCH_SIZE
     transform = build_transform(trainer.cfg, train=False)
@@ -84,7 +85,7 @@ def predict(trainer: Trainer, images: Sequence[str | Path], threads: int = 1) ->
         if pictures := [picture for picture in read if isinstance(picture, Tensor)]:
             with trainer.computing():
                 inputs = {"img": transform.normalized(torch.stack(pictures)).to(trainer.device)}
-                rows = iter(classifier(inputs).float().softmax(-1).tolist())
+                rows = iter((classifier(inputs).float() / temperature).softmax(-1).tolist())
         for path, picture in zip(batch, read, strict=True):
             if isinstance(picture, InputError):
                 yield Prediction(str(path), {}, (line_of(picture) or "").removeprefix(f"image {path}: "))
