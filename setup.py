@@ -69,6 +69,8 @@ setup(
             "results/published/*.csv",
             "results/published/*.md",
             "results/templates/*.j2",
+            "results/templates/*.js",
+            "results/templates/sortable/*",
         ],
         "plpp_reg.configs": ["**/*.yaml"],
     },

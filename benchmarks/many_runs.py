@@ -57,7 +57,7 @@ def main() -> None:
         runs = write_records(Path(place), args.runs)
         for form in tables.WRITERS:
             start = time.perf_counter()
-            tables.write_tables(place, form, output=str(Path(place) / "table"))
+            tables.tables_text(place, form)
             print(f"{runs:,} runs, {form}: {time.perf_counter() - start:.2f} s")
 
 

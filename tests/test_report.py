@@ -15,7 +15,7 @@ from PIL import Image
 
 from plpp_reg.commands.cli import main
 from plpp_reg.prompts.recorded import PromptReader
-from plpp_reg.results import plots, tables
+from plpp_reg.results import plots, style, tables
 from plpp_reg.results.report.grids import plain_forms
 from plpp_reg.results.report.runs import pairs_of, runs_of
 from plpp_reg.results.tables import records
@@ -112,7 +112,7 @@ def test_figures_are_drawn_of_the_right_numbers(sweep: tuple[Path, Page], monkey
     monkeypatch.setattr(plots, "bars", seen(plots.bars))
     report_of(folder)
     by_protocol = {table.protocol: table for table in tables.make_tables(tables.read_runs(folder))}
-    _, rows, values, _ = drawn["CoOp_PLPP - CoOp"]
+    _, rows, values, *_ = drawn["CoOp_PLPP - CoOp"]
     assert rows == ["DTD", "EuroSAT", "Average of 2"] and list(values) == ["base", "new", "H"]
     differences = [row for row in by_protocol["base_to_new"].rows if row.kind == "difference"]
     assert values["new"] == [plots.Bar(*row.cells["new"]) for row in differences]
@@ -242,7 +242,7 @@ def test_a_figure_takes_its_colours_from_the_page_and_is_the_same_twice() -> Non
     lines = [plots.Line("_CoOp $a_$", plots.Style(0, plain=True), [1, 2], [3.0, 4.0], [2.0, 3.0], [4.0, 5.0])]
     first, second = (plots.curves("n", "t <&>", "alt", lines, "x", "y", ticks=[1, 2]) for _ in range(2))
     assert first == second
-    assert not any(colour in first.svg for colour in plots.LIGHT.values())
+    assert not any(colour in first.svg for colour in style.LIGHT.values())
     for variable in ("ink", "grid", "s0"):
         assert f"var(--{variable})" in first.svg
     assert "_CoOp $a_$" in first.svg  # neither hidden from the legend nor read as mathematics
@@ -277,8 +277,8 @@ def test_figures_colour_rows_alike_as_the_tables_compare_them(tmp_path: Path) ->
     assert pairs == [(treated, plain_one)]
     plain = plain_forms(list(dict.fromkeys(run.method for run in runs)), pairs)
     assert plain == {treated: plain_one, Name("KgCoOp_PLPP"): None}
-    style = plots.styles([usual, plain_one, treated], plain)
-    assert style[plain_one].colour == style[treated].colour != style[usual].colour
+    look = plots.styles([usual, plain_one, treated], plain)
+    assert look[plain_one].colour == look[treated].colour != look[usual].colour
 
 
 def test_zero_shot_outside_a_protocol_is_one_row_whatever_training_was_set(tmp_path: Path) -> None:
@@ -305,10 +305,10 @@ def contrast(a: str, b: str) -> float:
 
 def test_colours_are_told_from_the_background_light_and_dark(sweep: tuple[Path, Page]) -> None:
     """WCAG: 4.5 for text, 3 for lines."""
-    ((_, style),) = sweep[1].of("style")
-    for block, colours in zip(re.findall(r":root \{(.*?)\}", style, re.DOTALL), (plots.LIGHT, plots.DARK), strict=True):
+    ((_, sheet),) = sweep[1].of("style")
+    for block, colours in zip(re.findall(r":root \{(.*?)\}", sheet, re.DOTALL), (style.LIGHT, style.DARK), strict=True):
         own = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
         assert own.items() >= colours.items()
         for name in ("ink", "muted", "link", "warn"):
             assert min(contrast(own[name], own[ground]) for ground in ("page", "soft", "warn-soft")) >= 4.5, name
-        assert all(contrast(own[f"s{i}"], own["page"]) >= 3 for i in range(len(plots.SERIES)))
+        assert all(contrast(own[f"s{i}"], own["page"]) >= 3 for i in range(len(style.SERIES)))

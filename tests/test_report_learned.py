@@ -111,9 +111,9 @@ def test_the_page_of_real_runs(trained: Path, tmp_path: Path, old: bool) -> None
     page = report_of(folder)
     words = [text for _, text in page.of("summary") if ": perplexity " in text]
     assert [text.split(":")[0] for text in words] == ["CoOp, seed 3", "CoOp_PLPP, seed 3", "CoOp, seed 1"]
-    assert "The context of the class " in page.text and "Runs outside a protocol" in page.text
+    assert "The context of the class " in page.text and "Runs of plpp train (embedded)" in page.text
     titles = " ".join(text for _, text in page.of("figcaption"))
-    for name in ("perplexity of the context", "sum of the losses", "loss ce", "loss ppl", "loss inverse_ppl"):
+    for name in ("perplexity of the context", "sum of ce + ppl + inverse_ppl", "loss ce", "loss ppl", "loss inverse_ppl"):
         assert name in titles
     environment = next(text for attributes, text in page.of("section") if attributes.get("aria-labelledby") == "environment")
     assert "3 runs" in environment and torch.__version__.split("+")[0] in environment

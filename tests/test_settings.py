@@ -21,7 +21,7 @@ LR, WEIGHT = "OPTIM.LR", "TRAINER.PLPP.WEIGHT"
 
 
 def lines(folder: Path, **options: object) -> list[str]:
-    return tables.write_tables(folder, "markdown", published=False, **options).splitlines()
+    return tables.tables_text(folder, "markdown", published=False, **options).splitlines()
 
 
 def sweep(place: Path, method: str, seeds: dict[int, tuple[float, float]], dataset: str = "dtd", **settings: object) -> None:
@@ -67,9 +67,9 @@ def test_golden_table_of_runs_that_were_made_with_different_weights(mixed: Path)
 
 
 def test_the_same_in_csv_latex_and_the_report(mixed: Path) -> None:
-    text = tables.write_tables(mixed, "csv")
+    text = tables.tables_text(mixed, "csv")
     assert "DTD,CoOp_PLPP (WEIGHT=1.0),measured,base,60.0,,1," in text
-    assert r"DTD & CoOp\_PLPP (WEIGHT=1.0) & 60.00 & 30.00 & 40.00 & 1 \\" in tables.write_tables(mixed, "latex")
+    assert r"DTD & CoOp\_PLPP (WEIGHT=1.0) & 60.00 & 30.00 & 40.00 & 1 \\" in tables.tables_text(mixed, "latex")
     page = report_of(mixed)
     rows = [text for _, text in page.of("tr", class_="measured")]
     assert any(row.startswith("CoOp_PLPP (WEIGHT=1.0)60.00") for row in rows)
@@ -79,7 +79,7 @@ def test_the_same_in_csv_latex_and_the_report(mixed: Path) -> None:
 
 
 def test_published_rows_stand_beside_rows_of_any_settings(mixed: Path) -> None:
-    assert "| DTD | CoOp (published) |" in tables.write_tables(mixed, "markdown")
+    assert "| DTD | CoOp (published) |" in tables.tables_text(mixed, "markdown")
 
 
 def test_runs_in_different_folders_pair_by_their_own_learning_rate(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_no_difference_without_a_plain_run_of_the_same_settings(tmp_path: Path) 
     found = lines(tmp_path)
     assert not any(line.startswith("|") and " - CoOp" in line for line in found)
     assert "- CoOp_PLPP (DTD, EuroSAT) has no difference from CoOp: OPTIM.LR=0.01, there 0.002." in found
-    assert ",note,,,,,CoOp_PLPP (DTD" in tables.write_tables(tmp_path, "csv").replace('"', "")
-    assert "% CoOp_PLPP (DTD, EuroSAT) has no difference" in tables.write_tables(tmp_path, "latex")
+    assert ",note,,,,,CoOp_PLPP (DTD" in tables.tables_text(tmp_path, "csv").replace('"', "")
+    assert "% CoOp_PLPP (DTD, EuroSAT) has no difference" in tables.tables_text(tmp_path, "latex")
     assert any("has no difference from CoOp" in text for _, text in report_of(tmp_path).of("ul", class_="notes"))
 
 

@@ -123,15 +123,15 @@ def test_only_what_does_not_match_is_run_again(copy: Bench) -> None:
 def test_other_settings_are_run_anew_and_the_old_result_set_aside(copy: Bench) -> None:
     before = read_result(copy.plan()[1].folder)
     jobs = copy.plan(opts=["OPTIM.LR", "0.01"], methods=["CoOp"], seeds=[1])
-    text = tables.write_tables(copy.output, "markdown")
+    text = tables.tables_text(copy.output, "markdown")
     sweep.sweep(jobs, say=quiet, runner=lambda left: iter(()))  # planned, and killed before it began
-    assert tables.write_tables(copy.output, "markdown") != text
-    assert "CoOp, seed 1: not run yet with these settings" in tables.write_tables(copy.output, "markdown")
+    assert tables.tables_text(copy.output, "markdown") != text
+    assert "CoOp, seed 1: not run yet with these settings" in tables.tables_text(copy.output, "markdown")
     assert executed(jobs) == [jobs[0].label]
     assert read_result(jobs[0].folder)["config"]["OPTIM.LR"] == 0.01
     (old,) = (copy.output / "superseded").rglob("result.json")
     assert json.loads(old.read_text()) == before
-    assert "Missing" not in tables.write_tables(copy.output, "markdown")
+    assert "Missing" not in tables.tables_text(copy.output, "markdown")
 
 
 def test_a_sweep_says_once_what_it_sets_aside_and_reads_data_once_for_all(copy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

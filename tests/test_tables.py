@@ -194,7 +194,7 @@ def test_rows_of_promptkd_are_marked_as_transductive_and_compared_with_nothing(t
     assert [label for label in labels if "transductive" in label] == ours
     assert "CoOp_PLPP - CoOp" in labels and not [label for label in ours if " - " in label]
     assert "Rows marked transductive were trained on the images and the names of the new classes, without labels" in text
-    assert "transductive" in tables.tables_text(tmp_path, "latex") and "transductive" in tables.write_tables(tmp_path, "csv")
+    assert "transductive" in tables.tables_text(tmp_path, "latex") and "transductive" in tables.tables_text(tmp_path, "csv")
 
 
 def test_few_shots_of_the_trained_classes_bear_no_mark(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_what_is_missing_or_failed_is_named_and_not_counted(halves: Path) -> Non
         "- base_to_new: dtd, 16 shots, CoOp, seed 7: not run yet with these settings",
         "- base_to_new: eurosat, 16 shots, CoOp, seed 5: failed: loss 'ce' is nan",
     ]
-    assert "missing" in tables.tables_text(halves, "csv") and "% missing: base_to_new" in tables.write_tables(halves, "latex")
+    assert "missing" in tables.tables_text(halves, "csv") and "% missing: base_to_new" in tables.tables_text(halves, "latex")
 
 
 def test_an_average_lacks_a_method_that_lacks_a_data_set(halves: Path) -> None:
@@ -248,4 +248,4 @@ def test_a_folder_without_runs_is_one_line(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(InputError, match="expected a folder that plpp run wrote"):
         tables.read_runs(tmp_path / "none")
     assert main(["table", str(tmp_path)]) == 2
-    assert "expected runs of plpp run in it, got none" in capsys.readouterr().err
+    assert "expected runs of plpp run or plpp train in it, got none" in capsys.readouterr().err

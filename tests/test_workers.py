@@ -129,7 +129,7 @@ def test_tables_are_the_same_to_the_byte(one: Swept, many: Swept, tmp_path: Path
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     for form in tables.WRITERS:
-        assert tables.write_tables(tmp_path, form) == tables.write_tables(one.output, form) != ""
+        assert tables.tables_text(tmp_path, form) == tables.tables_text(one.output, form) != ""
 
 
 def test_each_outcome_is_said_once(one: Swept, many: Swept) -> None:
@@ -237,7 +237,7 @@ def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, exec
             os.killpg(process.pid, signal.SIGKILL)
         process.stderr.close()
     assert not list(output.rglob("result.json")) and not list(output.rglob("failed.json"))
-    assert "Missing" in tables.write_tables(output, "markdown")
+    assert "Missing" in tables.tables_text(output, "markdown")
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------------

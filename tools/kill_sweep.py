@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def main() -> int:
         for form in tables.WRITERS:
             texts = []
             for output in (undisturbed, disturbed):
-                texts.append(tables.write_tables(output, form, output=os.fspath(place / f"{output.name}.{form}")))
+                texts.append(tables.tables_text(output, form))
             equal[form] = texts[0] == texts[1]
         words = [f"{form} {'equal' if same else 'DIFFERENT'}" for form, same in equal.items()]
         print(f"{runs} runs, {len(moments)} kills: {', '.join(words)}")

@@ -8,7 +8,7 @@ from plpp_reg.commands import flags
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", type=flags.path, metavar="DIR", help="what plpp run wrote")
+    parser.add_argument("dir", type=flags.path, metavar="DIR", help="a folder of runs: what plpp run or plpp train wrote")
     parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown")
     parser.add_argument("--output", type=flags.path, default="", metavar="FILE", help="write it there (default: print it)")
     parser.add_argument("--mean-h", action="store_true", help="beside H of the averages, the mean of H")
@@ -16,6 +16,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from plpp_reg.results.tables import write_tables
+    from plpp_reg.io.files import write_text
+    from plpp_reg.results.tables import tables_text
 
-    write_tables(args.dir, args.format, args.output, mean_h=args.mean_h, published=not args.no_published)
+    text = tables_text(args.dir, args.format, mean_h=args.mean_h, published=not args.no_published)
+    if args.output:
+        write_text(args.output, text)
+    else:
+        print(text, end="")

@@ -9,7 +9,8 @@
 ``difference``   accuracy less that of zero-shot, paired over the images: ``mean`` and its 95% ``interval``, points;
 ``classes``      names by label; ``per_class`` lists of ``recall``, ``precision``, ``f1`` (percent) and ``support`` beside them;
 ``confusion``    [truth, prediction, images] of every mistake that was made;
-``mistakes``     the surest wrong images: ``image``, its file's ``sha256``, the labels and the probabilities of both classes.
+``mistakes``     the surest wrong images: ``image``, ``path`` and ``sha256`` of its file, the labels of its class and of the
+                 one ``predicted``, the probabilities of both.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ def paired_over_images(gained: int, lost: int, images: int) -> dict[str, Any]:
 
 
 class Mistake(NamedTuple):
-    """A wrong image; probabilities of the class that was predicted and of its own."""
+    """A wrong image: its name in the data set, where it was, the probabilities of the predicted class and of its own."""
 
     image: str
+    path: str
     sha256: str
     truth: str
     predicted: str
@@ -108,6 +110,7 @@ def _read(metrics: Mapping[str, float], told: Mapping[str, Any]) -> Evaluation:
     mistakes = [
         Mistake(
             _checked(is_text, m["image"]),
+            _checked(is_text, m["path"]),
             _checked(is_text, m["sha256"]),
             classes[_label(m["label"], classes)],
             classes[_label(m["predicted"], classes)],
@@ -151,14 +154,18 @@ def _interval(bounds: Sequence[Any]) -> list[float]:
 # ---- telling it ------------------------------------------------------------------------------------------------------
 
 
-def summary_lines(label: str, part: str, found: Evaluation) -> list[str]:
-    """The table that a run ends with, and what it comes to."""
-    head = [f"{part}, {found.images:,} picture{'s' * (found.images != 1)}", "accuracy (95% interval)", "macro-F1"]
-    rows = [[*head, "calibration error"]]
+def summary_rows(label: str, what: str, found: Evaluation) -> list[list[str]]:
+    """Head and rows of the table: zero-shot where it is known, and the prompts, called ``label``."""
+    rows = [[what, "accuracy (95% interval)", "macro-F1", "calibration error"]]
     if found.zero_shot is not None:
         rows.append([zero_shot_label(found.zero_shot), *_cells(found.zero_shot.metrics, found.zero_shot.interval)])
-    rows.append([label, *_cells(found.metrics, found.interval)])
-    lines = numbers.columns(rows)
+    return [*rows, [label, *_cells(found.metrics, found.interval)]]
+
+
+def summary_lines(label: str, part: str, found: Evaluation) -> list[str]:
+    """The table that a run ends with, and what it comes to."""
+    what = f"{part}, {found.images:,} picture{'s' * (found.images != 1)}"
+    lines = numbers.columns(summary_rows(label, what, found))
     if found.difference is not None:
         lines.append(against_zero_shot(found))
     return lines

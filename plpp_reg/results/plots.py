@@ -39,10 +39,18 @@ class Line(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A value and the half-width of its interval (nan: none)."""
+    """A value and the half-width of its interval (nan: none); ``mark``: another value at its place, drawn as a short line."""
 
     value: float
     half_width: float
+    mark: float = math.nan
+
+
+class Level(NamedTuple):
+    """A horizontal line over a whole figure: zero-shot's accuracy."""
+
+    label: str
+    value: float
 
 
 class Picture(NamedTuple):
@@ -81,10 +89,10 @@ def _with_our_settings(draw: Callable[..., Picture]) -> Callable[..., Picture]:
 @_with_our_settings
 def curves(
     name: str, title: str, alt: str, lines: Sequence[Line], x_label: str, y_label: str,
-    ticks: Sequence[float] = (), log_x: bool = False, log_y: bool = False,
+    ticks: Sequence[float] = (), log_x: bool = False, log_y: bool = False, level: Level | None = None,
 ) -> Picture:  # fmt: skip
-    """Lines with bands."""
-    rows = math.ceil(len(lines) / _legend_columns(lines))
+    """Lines with bands, and a level."""
+    rows = math.ceil((len(lines) + (level is not None)) / _legend_columns(lines))
     figure = style.figure(WIDTH, 2.7 + 0.17 * rows)
     axes = figure.subplots()
     for line in lines:
@@ -94,6 +102,8 @@ def curves(
         axes.plot(line.x, line.y, dashes, color=colour, linewidth=1.5, label=label(line.label), **look)
         if list(line.low) != list(line.high):
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    if level is not None:
+        axes.axhline(level.value, color=LIGHT["ink"], linewidth=1, linestyle=":", label=label(level.label))
     if log_x:
         axes.set_xscale("log", base=2)
     if log_y:
@@ -114,8 +124,9 @@ def curves(
 
 @_with_our_settings
 def bars(
-    name: str, title: str, alt: str, rows: Sequence[str], values: Mapping[str, Sequence[Bar | None]], x_label: str
-) -> Picture:
+    name: str, title: str, alt: str, rows: Sequence[str], values: Mapping[str, Sequence[Bar | None]], x_label: str,
+    mark_label: str = "",
+) -> Picture:  # fmt: skip
     """Horizontal bars from 0, a group a row and a colour a key of ``values``, each with its interval."""
     thick = 0.8 / max(1, len(values))
     figure = style.figure(WIDTH, 1.2 + max(0.26, 0.13 * len(values)) * len(rows))
@@ -129,6 +140,10 @@ def bars(
             [b.value for _, b in known], [p for p, _ in known], xerr=[b.half_width for _, b in known],
             fmt="none", ecolor=LIGHT["ink"], elinewidth=0.8, capsize=1.5,
         )  # fmt: skip
+        marked = [(p, b.mark) for p, b in zip(places, there, strict=True) if math.isfinite(b.mark)]
+        edges = [p + side * thick / 2 for p, _ in marked for side in (-1, 1)]
+        name_once = label(mark_label) if i == 0 and marked else None
+        axes.vlines([m for _, m in marked], edges[::2], edges[1::2], colors=LIGHT["ink"], linewidth=2, label=name_once)
     axes.axvline(0, color=LIGHT["ink"], linewidth=0.8)
     axes.set_yticks(range(len(rows)), [readable(row, 30) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)

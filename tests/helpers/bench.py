@@ -50,4 +50,4 @@ class Bench:
         return ["run", str(self.protocol), *flags, *more]
 
     def tables(self, output: Path | None = None) -> dict[str, str]:
-        return {form: tables.write_tables(output or self.output, form) for form in tables.WRITERS}
+        return {form: tables.tables_text(output or self.output, form) for form in tables.WRITERS}

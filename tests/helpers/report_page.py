@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -50,15 +52,18 @@ class Page(HTMLParser):
 
 
 def check_page(html: str, folder: Path) -> Page:
-    """What holds of every page: nothing from outside, no script, ids once, links that lead somewhere, words for pictures."""
+    """What holds of every page: nothing from outside, our script alone, ids once, links that lead somewhere, alt texts."""
     page = Page(html)
     tags = {tag for tag, _, _ in page.elements}
-    assert not tags & {"script", "img", "iframe", "link", "object", "embed", "base", "form", "foreignobject", "image", "a:b"}
+    assert not tags & {"iframe", "link", "object", "embed", "base", "form", "foreignobject", "image", "a:b"}
     ids = [a["id"] for _, a, _ in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     for tag, attributes, _ in page.elements:
         assert not [name for name in attributes if name.startswith("on")], attributes
-        for name in ("src", "srcset", "action", "data", "poster", "background"):
+        if tag == "img":
+            assert attributes.keys() == {"src", "alt"} and attributes["alt"], attributes
+            assert re.fullmatch(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", attributes["src"])
+        for name in ("srcset", *(("src",) if tag != "img" else ()), "action", "data", "poster", "background"):
             assert name not in attributes, (tag, attributes)
         for name in ("href", "xlink:href"):
             if name in attributes:
@@ -75,7 +80,11 @@ def check_page(html: str, folder: Path) -> Page:
     assert "url(" not in style[1] and "@import" not in style[1] and "prefers-color-scheme: dark" in style[1]
     assert len(page.of("div", role="img")) == len(page.of("figure")) == html.count("<svg ")
     (policy,) = page.of("meta", http_equiv="") or page.of("meta", **{"http-equiv": "Content-Security-Policy"})
-    assert policy[0]["content"].startswith("default-src 'none'")
+    ((attributes, script),) = page.of("script")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert not attributes and policy[0]["content"] == (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    )
     return page
 
 

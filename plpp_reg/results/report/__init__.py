@@ -15,32 +15,32 @@ from typing import Any, NamedTuple
 from plpp_reg import __version__
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import write_atomically, write_text
-from plpp_reg.results import plots
+from plpp_reg.results import numbers, style
 from plpp_reg.results.learned import Learned, Reader, no_reader
 from plpp_reg.results.plots import Picture, file_name
-from plpp_reg.results.report.grids import Cell, Grid, TableRow, difference_bars, full, overview, shot_curves
+from plpp_reg.results.report.grids import Grid, difference_bars, full, overview, shot_curves
+from plpp_reg.results.report.mistakes import Gallery
+from plpp_reg.results.report.page import script
 from plpp_reg.results.report.runs import (
     Run,
-    RunCard,
     card_group,
     card_of,
     environment_of,
     failure_log,
     pairs_of,
-    place_of,
     runs_of,
-    setting,
     title_of_run,
 )
 from plpp_reg.results.report.training import Training, Words, training, words
 from plpp_reg.results.tables import make_tables, records
+from plpp_reg.results.tables.outside import TITLE, outside_tables
 from plpp_reg.results.tables.records import Found
-from plpp_reg.results.tables.rendering import LEGEND, LEGEND_H
-from plpp_reg.results.tables.rows import Table, title_of
-from plpp_reg.results.tables.series import H
+from plpp_reg.results.tables.rendering import legend_of
+from plpp_reg.results.tables.rows import Table
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
+MOST_DETAILED = 24  # runs whose classes and mistakes are shown
 
 
 class Section(NamedTuple):
@@ -112,18 +112,24 @@ def page(folder: Path, found: Sequence[Found], published: bool, files: str, lear
     runs = runs_of(found, recorded.records)
     made = make_tables(recorded, published=published)
     sections = [_protocol(table, _of(runs, table), learned) for table in made]
-    if others := [run for run in runs if not run.found.note]:
-        sections.append(_outside(folder, others, learned))
-    cards: dict[str, list[RunCard]] = {}
+    sections += [
+        _outside(table, [run for run in runs if run.section[2] == table.backbone and not run.found.note], learned)
+        for table in outside_tables(folder, found)
+    ]
+    gallery, detailed, cards = Gallery(), _detailed(runs), {}
     for run in found:
-        cards.setdefault(card_group(run), []).append(card_of(folder, run))
+        card = card_of(folder, run, gallery if run.place in detailed else None)
+        cards.setdefault(card_group(run), []).append(card)
     return {
-        "title": folder.resolve().name or str(folder),
+        "title": "; ".join(section.title for section in sections) or folder.resolve().name or str(folder),
         "version": __version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "files": files,
-        "light": plots.LIGHT,
-        "dark": plots.DARK,
+        "light": style.LIGHT,
+        "dark": style.DARK,
+        "script": script(),
+        "magnitude": numbers.magnitude,
+        "detailed": len(detailed),
         "finished": sum(run.result is not None for run in found),
         "missing": [(title_of_run(folder, run), run.why, failure_log(run.place)) for run in found if run.result is None],
         "sections": sections,
@@ -135,6 +141,17 @@ def page(folder: Path, found: Sequence[Found], published: bool, files: str, lear
 
 def _of(runs: Iterable[Run], table: Table) -> list[Run]:
     return [run for run in runs if run.found.note and (run.section[0], run.section[2]) == (table.protocol, table.backbone)]
+
+
+def _detailed(runs: Sequence[Run]) -> set[Path]:
+    """The runs whose mistakes are shown, :data:`MOST_DETAILED` at most: of each method and data set one before any has two."""
+    counts: dict[tuple[Any, ...], int] = {}
+    ranked = []
+    for run in sorted(runs, key=lambda run: (-run.shots, run.seed)):
+        key = (run.section, run.dataset, run.method)
+        counts[key] = counts.get(key, 0) + 1
+        ranked.append((counts[key], len(ranked), run.found.place))
+    return {place for *_, place in sorted(ranked)[:MOST_DETAILED]}
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------------
@@ -150,7 +167,7 @@ def _protocol(table: Table, runs: Sequence[Run], learned: Learned) -> Section:
         title=title,
         overview=overview(table, form),
         full=full(table),
-        legend=LEGEND + (LEGEND_H if H in table.columns else ""),
+        legend=legend_of(table),
         notes=table.notes,
         results=drawn,
         training=training(runs, name, learned),
@@ -158,25 +175,18 @@ def _protocol(table: Table, runs: Sequence[Run], learned: Learned) -> Section:
     )
 
 
-def _outside(folder: Path, runs: Sequence[Run], learned: Learned) -> Section:
+def _outside(table: Table, runs: Sequence[Run], learned: Learned) -> Section:
     """Runs of ``plpp train`` or others: each by itself, no mean of them."""
-    lines = []
-    for run in runs:
-        result = run.found.result
-        accuracy = result["metrics"].get("accuracy") if isinstance(result["metrics"], dict) else None
-        values = [str(run.method), title_of(run.dataset), str(setting(result, "DATASET.SUBSAMPLE_CLASSES") or "")]
-        values += ["all" if run.shots < 0 else str(run.shots), str(run.seed)]
-        values.append(f"{accuracy:.2f}" if isinstance(accuracy, (int, float)) else "")
-        lines.append(TableRow(place_of(folder, run.found), "measured", [Cell(value) for value in values]))
-    columns = ["trainer", "data set", "classes", "shots", "seed", "accuracy"]
+    title = f"Runs of {table.protocol} ({table.backbone})" if table.protocol == TITLE else table.protocol
+    name = file_name(f"outside {table.backbone}")
     return Section(
-        anchor="outside",
-        title="Runs outside a protocol",
+        anchor=name,
+        title=title,
         overview=[],
-        full=Grid("Every run", columns, [("", lines)]),
-        legend="Accuracy in percent, of the test that the run itself made; nothing is averaged.",
-        notes=[],
+        full=full(table),
+        legend=legend_of(table),
+        notes=table.notes,
         results=[],
-        training=training(runs, "outside", learned),
+        training=training(runs, name, learned),
         words=words(runs, learned),
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from plpp_reg.results import plots
+from plpp_reg.results import numbers, plots
 from plpp_reg.results.job import shots_text
-from plpp_reg.results.plots import Bar, Line, Picture, file_name
+from plpp_reg.results.plots import Bar, Level, Line, Picture, file_name
+from plpp_reg.results.tables.records import ZERO_SHOT
 from plpp_reg.results.tables.rows import Row, Table, title_of
 from plpp_reg.results.tables.series import MEAN_H, Figure
 from plpp_reg.results.tables.settings import Name
@@ -78,10 +80,8 @@ def _cell(row: Row, figure: Figure | None) -> Cell:
     if figure is None:
         return Cell()
     different = row.kind == "difference"
-    known = not math.isnan(figure.spread)
-    spread = f"± {figure.spread:.2f}" if known else ""
-    value = f"{figure.value:+.2f}" if different else f"{figure.value:.2f}"
-    return Cell(value, spread, different and known and abs(figure.value) > figure.spread)
+    clear = different and abs(figure.value) > figure.spread  # nan is no interval
+    return Cell(numbers.figure(figure.value, signed=different), numbers.half_width(figure.spread), clear)
 
 
 def shot_curves(table: Table, name: str, pairs: Collection[tuple[Name, Name]]) -> list[Picture]:
@@ -89,9 +89,11 @@ def shot_curves(table: Table, name: str, pairs: Collection[tuple[Name, Name]]) -
     pictures = []
     ticks = [float(column) for column in table.columns]
     for group, rows in _by_group(table, "measured"):
-        style = plots.styles([row.name for row in rows], plain_forms([row.name for row in rows], pairs))
+        zero_shot = _zero_shot(rows)
+        trained = [row for row in rows if row is not zero_shot] or rows
+        style = plots.styles([row.name for row in trained], plain_forms([row.name for row in trained], pairs))
         lines = []
-        for row in rows:
+        for row in trained:
             points = [(float(c), row.cells[c]) for c in table.columns if c in row.cells]
             spreads = [0.0 if math.isnan(f.spread) else f.spread for _, f in points]
             x, y = [shots for shots, _ in points], [f.value for _, f in points]
@@ -102,7 +104,7 @@ def shot_curves(table: Table, name: str, pairs: Collection[tuple[Name, Name]]) -
         pictures.append(
             plots.curves(
                 f"{name}-{file_name(group)}-shots", title, f"{title}, percent. {'. '.join(said)}.", lines,
-                "training images a class", "accuracy (%)", ticks, log_x=True,
+                "training images a class", "accuracy (%)", ticks, log_x=True, level=_level(zero_shot, trained),
             )
         )  # fmt: skip
     return pictures
@@ -111,20 +113,21 @@ def shot_curves(table: Table, name: str, pairs: Collection[tuple[Name, Name]]) -
 def difference_bars(table: Table, name: str, form: str) -> list[Picture]:
     """Each method with PLPP against the plain one: a row a data set; a row a method where there is one data set."""
     by_group = _by_group(table, "difference")
+    marks = _marks(table)
     columns = [c for c in table.columns if c != MEAN_H and any(c in row.cells for _, rows in by_group for row in rows)]
     drawn: list[tuple[str, list[str], dict[str, list[Bar | None]]]] = []
     if form == "targets":
         for group, rows in by_group:
-            values = {row.label: [_bar(row, column) for column in columns] for row in rows}
+            values = {row.label: [_bar(row, column, marks) for column in columns] for row in rows}
             drawn += [(f"{group}: {label}", list(map(title_of, columns)), {label: v}) for label, v in values.items()]
     elif len(by_group) == 1:
         ((group, rows),) = by_group
-        values = {column: [_bar(row, column) for row in rows] for column in columns}
+        values = {column: [_bar(row, column, marks) for row in rows] for column in columns}
         drawn.append((f"{group}: with PLPP against without", [row.label for row in rows], values))
     else:
         for label in dict.fromkeys(row.label for _, rows in by_group for row in rows):
             there = [(group, row) for group, rows in by_group for row in rows if row.label == label]
-            drawn.append((label, [g for g, _ in there], {c: [_bar(row, c) for _, row in there] for c in columns}))
+            drawn.append((label, [g for g, _ in there], {c: [_bar(row, c, marks) for _, row in there] for c in columns}))
     pictures = []
     for title, rows, values in drawn:
         said = [
@@ -132,7 +135,8 @@ def difference_bars(table: Table, name: str, form: str) -> list[Picture]:
             for i, row in enumerate(rows)
         ]
         alt = f"{title}, difference in points with half its 95% interval. {'. '.join(said)}."
-        pictures.append(plots.bars(f"{name}-{file_name(title)}", title, alt, rows, values, "difference in accuracy, points"))
+        what = "difference in accuracy, points"
+        pictures.append(plots.bars(f"{name}-{file_name(title)}", title, alt, rows, values, what, "zero-shot - plain"))
     return pictures
 
 
@@ -149,8 +153,34 @@ def plain_forms(rows: Sequence[Name], pairs: Collection[tuple[Name, Name]]) -> d
     return {row: next((p for treated, p in pairs if treated == row and p in rows), None) for row in rows if row.has_plpp}
 
 
-def _bar(row: Row, column: str) -> Bar | None:
-    return Bar(*row.cells[column]) if column in row.cells else None
+def _zero_shot(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if row.name is not None and row.name.method == ZERO_SHOT), None)
+
+
+def _level(zero_shot: Row | None, trained: Sequence[Row]) -> Level | None:
+    """Of what is the same at any number of shots."""
+    if zero_shot is None or zero_shot in trained:
+        return None
+    return Level("zero-shot", next(iter(zero_shot.cells.values())).value)
+
+
+def _marks(table: Table) -> dict[tuple[str, str, str], float]:
+    """(Group, label of a difference, column) -> zero-shot's figure less the plain row's."""
+    found = {}
+    for group, rows in _by_group(table, "measured"):
+        if (zero_shot := _zero_shot(rows)) is None:
+            continue
+        for treated, plain in itertools.product(rows, rows):
+            for column in plain.cells.keys() & zero_shot.cells.keys():
+                mark = zero_shot.cells[column].value - plain.cells[column].value
+                found[group, f"{treated.label} - {plain.label}", column] = mark
+    return found
+
+
+def _bar(row: Row, column: str, marks: Mapping[tuple[str, str, str], float]) -> Bar | None:
+    if column not in row.cells:
+        return None
+    return Bar(*row.cells[column], marks.get((row.group, row.label, column), math.nan))
 
 
 def _say(row: Row, column: str) -> str:
@@ -159,4 +189,5 @@ def _say(row: Row, column: str) -> str:
 
 
 def _say_bar(bar: Bar) -> str:
-    return f"{bar.value:+.1f}" + ("" if math.isnan(bar.half_width) else f" ± {bar.half_width:.1f}")
+    mark = "" if math.isnan(bar.mark) else f" (zero-shot {numbers.figure(bar.mark, 1, signed=True)})"
+    return numbers.with_spread(bar.value, bar.half_width, 1, signed=True) + mark

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plpp_reg.loss import SUFFIX
 from plpp_reg.results.job import read_failure, run_label
 from plpp_reg.results.numbers import duration
+from plpp_reg.results.record import is_number
+from plpp_reg.results.report.details import Detail, details_of
 from plpp_reg.results.report.grids import Cell, Grid, TableRow
-from plpp_reg.results.tables.records import Found, Record
+from plpp_reg.results.report.mistakes import Gallery
+from plpp_reg.results.tables.outside import outside_runs
+from plpp_reg.results.tables.records import ZERO_SHOT, Found, Record, zero_shot_accuracy
 from plpp_reg.results.tables.rows import dataset_order, title_of
-from plpp_reg.results.tables.settings import Made, Name, Settings, pair, relevant, tell_apart
-from plpp_reg.trainers import UNTRAINED
+from plpp_reg.results.tables.settings import Name, Settings, pair
 
 
 class Run(NamedTuple):
@@ -36,6 +38,7 @@ class RunCard(NamedTuple):
     place: str
     state: str
     figures: list[tuple[str, str]]
+    details: list[Detail]
     config: str
     log: str
 
@@ -43,9 +46,10 @@ class RunCard(NamedTuple):
 def runs_of(found: Sequence[Found], records: Sequence[Record]) -> list[Run]:
     """The finished ones with what they are grouped by, each named as its row of the tables is; ``records``: those in tables."""
     rows = {record.place: record for record in records}
-    runs = [run for run in map(_outside_of_a_protocol, found) if run is not None]
-    made = [Made((), run.method, (run.dataset, run.shots), run.settings) for run in runs]
-    runs = [run._replace(method=row) for run, (row, _) in zip(runs, tell_apart(made), strict=True)]
+    runs = [
+        Run(run.found, ("", "", run.backbone), run.dataset, run.shots, run.method, run.seed, run.settings)
+        for run in outside_runs(found)
+    ]
     for run in found:
         if run.place in rows:
             note = run.note
@@ -53,20 +57,6 @@ def runs_of(found: Sequence[Found], records: Sequence[Record]) -> list[Run]:
             record = rows[run.place]
             runs.append(Run(run, section, note["dataset"], note["shots"], record.row, note["seed"], record.settings))
     return sorted(runs, key=lambda run: (*dataset_order(run.dataset, run.shots), str(run.method), run.seed))
-
-
-def _outside_of_a_protocol(found: Found) -> Run | None:
-    if found.note or found.result is None:
-        return None
-    result = found.result
-    shots, seed = (
-        value if isinstance(value, int) else -1 for value in (setting(result, "DATASET.NUM_SHOTS"), result.get("seed"))
-    )
-    section = ("", "", str(result.get("backbone", "")))
-    method = str(result.get("trainer", ""))
-    learning = method.removesuffix(SUFFIX) not in UNTRAINED  # a trainer of one's own is taken to learn
-    settings = relevant(result["config"], method, learning)
-    return Run(found, section, str(result.get("dataset", "")), shots, Name(method), seed, settings)
 
 
 def pairs_of(runs: Sequence[Run]) -> list[tuple[Name, Name]]:
@@ -77,9 +67,11 @@ def pairs_of(runs: Sequence[Run]) -> list[tuple[Name, Name]]:
     return list(pair(kinds)[0])
 
 
-def setting(result: Mapping[str, Any], key: str) -> Any:
-    """A key of a run's configuration; None where it has none."""
-    return result["config"].get(key) if isinstance(result["config"], dict) else None
+def zero_shot_of(runs: Sequence[Run]) -> float | None:
+    """Zero-shot CLIP's accuracy on what these runs were tested on: its own run's, else as they say it."""
+    own = [run.found.result["metrics"].get("accuracy") for run in runs if run.method.method == ZERO_SHOT]
+    told = [zero_shot_accuracy(run.found.result) for run in runs]
+    return next((value for value in (*own, *told) if is_number(value)), None)
 
 
 def title_of_run(folder: Path, run: Found) -> str:
@@ -99,8 +91,8 @@ def card_group(run: Found) -> str:
     return f"{run.note['name']}: {title_of(run.note['dataset'])}"
 
 
-def card_of(folder: Path, run: Found) -> RunCard:
-    """Metrics, losses, hashes, versions and the whole configuration, as text."""
+def card_of(folder: Path, run: Found, gallery: Gallery | None) -> RunCard:
+    """Metrics, losses, hashes, versions, the whole configuration, as text; with a ``gallery``, how good it is."""
     figures: list[tuple[str, str]] = []
     result = run.result
     if result is not None:
@@ -111,6 +103,10 @@ def card_of(folder: Path, run: Found) -> RunCard:
         figures += [(f"loss {name} of the last epoch", _text(v)) for name, v in _items(result.get("losses"))]
         if isinstance(result.get("seconds"), (int, float)):
             figures.append(("training", duration(result["seconds"])))
+        phases = [(name, seconds) for name, seconds in _items(result.get("phases")) if seconds > 0]
+        if phases:
+            each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in phases)
+            figures.append(("seconds by phase", f"{each} (of the process that wrote the result)"))
         figures += [(key, _text(result[key])) for key in ("files_sha256", "few_shot_sha256") if result.get(key)]
         figures += [(f"pictures_sha256 {part}", _text(v)) for part, v in _items(result.get("pictures_sha256"))]
         figures += [(name, _text(v)) for name, v in _items(result.get("versions"))]
@@ -119,9 +115,14 @@ def card_of(folder: Path, run: Found) -> RunCard:
         place=place_of(folder, run),
         state=run.why or "finished",
         figures=figures,
+        details=details_of(result, run.note.get("test", "test"), _method(run), gallery) if result and gallery else [],
         config=_config(run),
         log=failure_log(run.place) if result is None else "",  # nothing of a run that finished after all
     )
+
+
+def _method(run: Found) -> str:
+    return str(run.note.get("method") or run.result.get("trainer", ""))
 
 
 def _items(values: object) -> list[tuple[str, Any]]:

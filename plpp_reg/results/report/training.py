@@ -10,12 +10,16 @@ from plpp_reg.errors import InputError
 from plpp_reg.results import plots
 from plpp_reg.results.job import shots_text
 from plpp_reg.results.learned import Learned, Prompts
-from plpp_reg.results.plots import Line, Picture, file_name
+from plpp_reg.results.numbers import magnitude
+from plpp_reg.results.plots import Level, Line, Picture, Style, file_name
+from plpp_reg.results.record import is_number
 from plpp_reg.results.report.grids import plain_forms
-from plpp_reg.results.report.runs import Run, pairs_of
+from plpp_reg.results.report.runs import Run, pairs_of, zero_shot_of
 from plpp_reg.results.tables.rows import method_order, title_of
+from plpp_reg.results.tables.settings import Name
 
-NOT_A_LOSS = ("lr", "acc", "perplexity")  # what a history holds beside losses
+ACCURACIES = {"val_accuracy": "validation accuracy", "acc": "accuracy on the training batches"}
+NOT_A_LOSS = ("lr", "loss", "perplexity", "perplexity_now", *ACCURACIES)  # what a history holds beside the terms of the loss
 
 
 class Training(NamedTuple):
@@ -40,7 +44,8 @@ def training(runs: Sequence[Run], name: str, learned: Learned) -> list[Training]
     pairs = pairs_of(runs)
     for dataset, of_dataset in _grouped(runs, lambda run: run.dataset).items():
         most = max(run.shots for run in of_dataset)
-        histories: dict[str, list[list[dict[str, float]]]] = {}
+        histories: dict[Name, list[list[dict[str, float]]]] = {}
+        ends: dict[Name, list[tuple[int, float, float]]] = {}
         without = []
         for run in of_dataset:
             if run.shots != most or run.found.note.get("learns") is False:
@@ -51,45 +56,105 @@ def training(runs: Sequence[Run], name: str, learned: Learned) -> list[Training]
                 epochs, why = [], str(e)
             if epochs:
                 histories.setdefault(run.method, []).append(epochs)
+                ends.setdefault(run.method, []).extend(_perplexities(run, len(epochs)))
             elif run.found.note or (run.found.place / "few_shot.json").is_file():
                 without.append(f"{run.method}, seed {run.seed}: {why}")
         title = title_of(dataset) + (f", {shots_text(most)}" if most > 0 else "")
-        pictures = _history_curves(histories, title, name, pairs) if histories else []
+        drawing = Drawing(title, name, histories, ends, pairs, zero_shot_of(of_dataset))
+        pictures = drawing.pictures() if histories else []
         if pictures or without:
             parts.append(Training(title, pictures, without))
     return parts
 
 
-def _history_curves(
-    histories: Mapping[str, list[list[dict[str, float]]]], title: str, name: str, pairs: Collection[tuple[str, str]]
-) -> list[Picture]:
-    methods = method_order(histories)
-    style = plots.styles(methods, plain_forms(methods, pairs))
-    names = dict.fromkeys(key for method in methods for epochs in histories[method] for epoch in epochs for key in epoch)
-    wanted = [*(key for key in ("perplexity", "loss") if key in names), *(k for k in names if k not in (*NOT_A_LOSS, "loss"))]
-    pictures = []
-    for key in wanted:
+def _perplexities(run: Run, epochs: int) -> list[tuple[int, float, float]]:
+    """Epochs, and the perplexity before and after them, where the record says it."""
+    learned = run.found.result.get("learned")
+    each = [learned.get(when) for when in ("before", "after")] if isinstance(learned, dict) else []
+    found = [told.get("perplexity") for told in each if isinstance(told, dict)]
+    return [(epochs, *found)] if len(found) == 2 and all(is_number(value) and value > 0 for value in found) else []
+
+
+class Drawing(NamedTuple):
+    """The curves of one data set.
+
+    ``histories``: of each method its runs' epochs; ``ends``: the perplexities before and after, of :func:`_perplexities`;
+    ``zero_shot``: CLIP's own accuracy.
+    """
+
+    title: str
+    name: str
+    histories: Mapping[Name, list[list[dict[str, float]]]]
+    ends: Mapping[Name, list[tuple[int, float, float]]]
+    pairs: Collection[tuple[Name, Name]]
+    zero_shot: float | None
+
+    def pictures(self) -> list[Picture]:
+        """Perplexity, accuracies, each term of the losses, and their sum for methods that have the same terms."""
+        keys = dict.fromkeys(key for runs in self.histories.values() for epochs in runs for epoch in epochs for key in epoch)
+        drawn = [self.curves("perplexity", "perplexity of the context", [*self.lines("perplexity"), *self.measured()])]
+        level = None if self.zero_shot is None else Level("zero-shot, test", self.zero_shot)
+        drawn += [self.curves(key, what, self.lines(key), level) for key, what in ACCURACIES.items() if key in keys]
+        drawn += [self.curves(key, f"loss {key}", self.lines(key)) for key in keys if key not in NOT_A_LOSS]
+        for terms, methods in self.by_terms().items():
+            if len(terms) > 1:
+                what = f"sum of {' + '.join(terms)}"
+                drawn.append(self.curves("loss-" + "-".join(terms), what, self.lines("loss", methods)))
+        return [picture for picture in drawn if picture is not None]
+
+    @property
+    def styles(self) -> dict[Name, Style]:
+        methods = method_order(self.histories)
+        return plots.styles(methods, plain_forms(methods, self.pairs))
+
+    def by_terms(self) -> dict[tuple[str, ...], list[Name]]:
+        """The methods whose losses have the same terms: their sums are of one kind."""
+        found: dict[tuple[str, ...], list[Name]] = {}
+        for method in method_order(self.histories):
+            each = (key for epochs in self.histories[method] for epoch in epochs for key in epoch)
+            found.setdefault(tuple(dict.fromkeys(key for key in each if key not in NOT_A_LOSS)), []).append(method)
+        return found
+
+    def lines(self, key: str, methods: Sequence[Name] = ()) -> list[Line]:
+        """Of each method that has it, its mean over seeds and the span from the smallest to the largest."""
         lines = []
-        for method in methods:
+        for method in methods or method_order(self.histories):
             by_epoch: dict[int, list[float]] = {}
-            for epochs in histories[method]:
+            for epochs in self.histories[method]:
                 for number, epoch in enumerate(epochs, start=1):
                     if key in epoch and (key != "perplexity" or epoch[key] > 0):
                         by_epoch.setdefault(number, []).append(epoch[key])
             if by_epoch:
-                x, each = list(by_epoch), list(by_epoch.values())
-                lines.append(Line(str(method), style[method], x, _means(each), list(map(min, each)), list(map(max, each))))
-        if lines:
-            what = (
-                "perplexity of the context" if key == "perplexity" else "sum of the losses" if key == "loss" else f"loss {key}"
-            )
-            said = [f"{line.label}: from {line.y[0]:.4g} to {line.y[-1]:.4g} in {line.x[-1]} epochs" for line in lines]
-            alt = f"{title}: {what} over epochs. {'. '.join(said)}."
-            picture_name = f"{name}-{file_name(title)}-{file_name(key)}"
-            axis = "perplexity" if key == "perplexity" else "mean of the epoch"
-            log_y = key == "perplexity"
-            pictures.append(plots.curves(picture_name, f"{title}: {what}", alt, lines, "epoch", axis, log_y=log_y))
-    return pictures
+                lines.append(self.line(str(method), method, by_epoch))
+        return lines
+
+    def measured(self) -> list[Line]:
+        """Of each method that does not log its perplexity, that before and after: two points."""
+        logging = {line.label for line in self.lines("perplexity")}
+        lines = []
+        for method in method_order(self.histories):
+            if self.ends.get(method) and str(method) not in logging:
+                last = max(epochs for epochs, *_ in self.ends[method])
+                each = {0: [before for _, before, _ in self.ends[method]], last: [after for *_, after in self.ends[method]]}
+                lines.append(self.line(f"{method} (before, after)", method, each))
+        return lines
+
+    def line(self, label: str, method: Name, by_epoch: Mapping[int, list[float]]) -> Line:
+        """A curve of a method."""
+        each = list(by_epoch.values())
+        return Line(label, self.styles[method], list(by_epoch), _means(each), list(map(min, each)), list(map(max, each)))
+
+    def curves(self, key: str, what: str, lines: Sequence[Line], level: Level | None = None) -> Picture | None:
+        """One picture; None of no lines."""
+        if not lines:
+            return None
+        said = [f"{x.label}: from {magnitude(x.y[0])} to {magnitude(x.y[-1])} in {x.x[-1]} epochs" for x in lines]
+        said += [] if level is None else [f"{level.label}: {magnitude(level.value)}"]
+        alt = f"{self.title}: {what} over epochs. {'. '.join(said)}."
+        name = f"{self.name}-{file_name(self.title)}-{file_name(key)}"
+        axis = "perplexity" if key == "perplexity" else "percent" if key in ACCURACIES else "mean of the epoch"
+        title = f"{self.title}: {what}"
+        return plots.curves(name, title, alt, lines, "epoch", axis, log_y=key == "perplexity", level=level)
 
 
 def _means(each: Iterable[Sequence[float]]) -> list[float]:

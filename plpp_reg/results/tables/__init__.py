@@ -6,10 +6,19 @@ import statistics
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
-from plpp_reg.io.files import write_text
 from plpp_reg.results.job import shots_text
 from plpp_reg.results.tables.literature import published_rows
-from plpp_reg.results.tables.notes import doubled, lacking, other_pictures, transductive, uncompared, unnamed, varying
+from plpp_reg.results.tables.notes import (
+    below_zero_shot,
+    doubled,
+    lacking,
+    other_pictures,
+    transductive,
+    uncompared,
+    unnamed,
+    varying,
+)
+from plpp_reg.results.tables.outside import outside_tables
 from plpp_reg.results.tables.records import Record, Runs, read_runs
 from plpp_reg.results.tables.rendering import WRITERS
 from plpp_reg.results.tables.rows import PAPERS, Row, Table, dataset_order, marked, method_order, title_of
@@ -32,22 +41,18 @@ from plpp_reg.results.tables.settings import Name, Settings, pair
 Pairs = Mapping[tuple[Name, Name | str], Collection[Hashable]]
 
 
-def write_tables(folder: str | Path, form: str, output: str = "", mean_h: bool = False, published: bool = True) -> str:
-    """The tables of a folder as ``"markdown"``, ``"csv"`` or ``"latex"``, printed or written to ``output``."""
+def tables_text(folder: str | Path, form: str, mean_h: bool = False, published: bool = True) -> str:
+    """The tables of a folder as ``"markdown"``, ``"csv"`` or ``"latex"``."""
     runs = read_runs(folder)
-    text = WRITERS[form](make_tables(runs, mean_h, published), runs.missing)
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair in a name is no character
-    if output:
-        write_text(output, text)
-    else:
-        print(text, end="")
-    return text
+    tables = [*make_tables(runs, mean_h, published), *outside_tables(Path(folder), runs.outside)]
+    text = WRITERS[form](tables, runs.missing)
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair in a name is no character
 
 
 def make_tables(runs: Runs, mean_h: bool = False, published: bool = True) -> list[Table]:
     """One table a protocol and backbone."""
     found: dict[tuple[str, str, str], list[Record]] = {}
-    for record in runs.records:
+    for record in (*runs.records, *runs.zero_shot):
         note = record.note
         found.setdefault((note["name"], note["table"], note["backbone"]), []).append(record)
     return [
@@ -100,6 +105,7 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
     rows = [marked(row, form) for row in rows]
     notes = [*transductive(rows, form), *varying(kinds), *unnamed(kinds, records), *uncompared(apart, kinds), *without]
     notes += [*doubled(records), *other_pictures(records, pairs)]
+    notes = [*below_zero_shot(rows, form, columns), *notes]
     return Table(name, backbone, columns, rows, notes)
 
 

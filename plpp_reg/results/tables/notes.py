@@ -5,11 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from plpp_reg.results.job import shots_text
-from plpp_reg.results.tables.records import Record
+from plpp_reg.results.tables.records import ZERO_SHOT, Record
 from plpp_reg.results.tables.rows import TRANSDUCTIVE, Row, title_of
+from plpp_reg.results.tables.series import AVERAGE, H
 from plpp_reg.results.tables.settings import Kinds, Name, differing, written
 
 MOST = 3  # data sets that a note names, of those with one value
+
+
+def below_zero_shot(rows: Sequence[Row], form: str, columns: Sequence[str]) -> list[str]:
+    """Which methods stay below zero-shot CLIP, on which data, by the figure that counts: H, the average over targets, each
+    number of shots."""
+    notes = []
+    counting = [c for c in columns if c in (H, AVERAGE)] or ([] if form != "shots" else columns)
+    for group in dict.fromkeys(row.group for row in rows):
+        there = [row for row in rows if row.group == group and row.kind == "measured"]
+        plain = next((row for row in there if row.name is not None and row.name.method == ZERO_SHOT), None)
+        for column in counting if plain is not None and len(there) > 1 else []:
+            bound = plain.cells.get(column)
+            low = [row for row in there if row is not plain and bound and column in row.cells]
+            low = [row for row in low if row.cells[column].value < bound.value]
+            if low:
+                what = shots_text(int(column)) if form == "shots" else column
+                said = ", ".join(f"{row.label} {row.cells[column].value:.2f}" for row in low)
+                notes.append(f"Below zero-shot CLIP on {group} ({what}, {bound.value:.2f}): {said}.")
+    return notes
 
 
 def varying(kinds: Kinds) -> list[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from plpp_reg.errors import InputError
 from plpp_reg.results.job import JOB, SUPERSEDED, read_failure, read_note, run_label
-from plpp_reg.results.record import RESULT, read_result
+from plpp_reg.results.record import RESULT, is_number, read_result
 from plpp_reg.results.tables.settings import Made, Name, Settings, relevant, tell_apart
+
+ZERO_SHOT = "ZeroshotCLIP"
 
 
 class Record(NamedTuple):
@@ -49,10 +51,16 @@ class Found(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """What lies below a folder: whole results, and what is missing or failed, in words."""
+    """What lies below a folder: whole results, and what is missing or failed, in words.
+
+    ``zero_shot``: a record of zero-shot CLIP for every cell of a table whose runs say it, and that has no run of its own;
+    ``outside``: finished runs of no protocol.
+    """
 
     records: list[Record]
     missing: list[str]
+    zero_shot: Sequence[Record] = ()
+    outside: Sequence[Found] = ()
 
 
 def find_runs(folder: str | Path) -> list[Found]:
@@ -115,18 +123,17 @@ def seen_by(note: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str
 
 
 def read_runs(folder: str | Path) -> Runs:
-    """Every run of ``plpp run`` below a folder.
+    """Every run below a folder.
 
     Raises:
         InputError: no such folder, or no run in it.
     """
-    planned = [run for run in find_runs(folder) if run.note or (run.place / JOB).is_file()]
-    if not planned:
-        raise InputError(f"{str(folder)!r}: expected runs of plpp run in it, got none")
-    return as_runs(planned)
+    if not (found := find_runs(folder)):
+        raise InputError(f"{str(folder)!r}: expected runs of plpp run or plpp train in it, got none")
+    return as_runs(found)
 
 
-def as_runs(found: Iterable[Found]) -> Runs:
+def as_runs(found: Sequence[Found]) -> Runs:
     """What counts of these, and the others in words."""
     counted, missing = [], []
     for run in found:
@@ -139,7 +146,37 @@ def as_runs(found: Iterable[Found]) -> Runs:
         Record(run.note, accuracies(run.note, run.result), run.place, row, settings, seen_by(run.note, run.result))
         for run, (row, settings) in zip(counted, rows, strict=True)
     ]
-    return Runs(records, missing)
+    return Runs(records, missing, _zero_shot_of(counted, records), [run for run in found if run.result and not run.note])
+
+
+def zero_shot_accuracy(result: Mapping[str, Any]) -> float | None:
+    """Of the images that a run, or one of its further tests, was tested on; None where it does not say."""
+    told = result.get("evaluation")
+    told = told.get("zero_shot") if isinstance(told, dict) else None
+    metrics = told.get("metrics") if isinstance(told, dict) else None
+    value = metrics.get("accuracy") if isinstance(metrics, dict) else None
+    return value if is_number(value) and 0 <= value <= 100 else None
+
+
+def _zero_shot_of(found: Sequence[Found], records: Sequence[Record]) -> list[Record]:
+    there = {(*_section(r.note), r.note["dataset"], r.note["shots"]) for r in records if r.note["method"] == ZERO_SHOT}
+    there |= {(*key[:-1], None) for key in there}  # one run of it stands for every number of shots
+    made: dict[tuple[Any, ...], Record] = {}
+    for run, record in zip(found, records, strict=True):
+        note = run.note
+        cell = (*_section(note), note["dataset"], note["shots"])
+        if cell in made or cell in there or (note["table"] == "shots" and (*cell[:-1], None) in there):
+            continue
+        tests = {note["test"]: run.result, **run.result.get("tests", {})}
+        figures = {name: zero_shot_accuracy(test) for name, test in tests.items()}
+        if all(value is not None for value in figures.values()):
+            its_own = {**note, "method": ZERO_SHOT, "variant": "", "learns": False}
+            made[cell] = Record(its_own, figures, run.place, Name(ZERO_SHOT), {}, record.seen)
+    return list(made.values())
+
+
+def _section(note: Mapping[str, Any]) -> tuple[str, str, str]:
+    return note["name"], note["table"], note["backbone"]
 
 
 def cell_of(note: Mapping[str, Any]) -> tuple[str, int]:
@@ -154,4 +191,4 @@ def name_of_note(note: Mapping[str, Any]) -> Name:
 
 def _made(note: Mapping[str, Any], result: Mapping[str, Any]) -> Made:
     settings = relevant(result["config"], note["method"], note["learns"])
-    return Made((note["name"], note["table"], note["backbone"]), name_of_note(note), cell_of(note), settings)
+    return Made(_section(note), name_of_note(note), cell_of(note), settings)

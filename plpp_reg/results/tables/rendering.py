@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 
+from plpp_reg.results import numbers
 from plpp_reg.results.tables.rows import Row, Table, title_of
 from plpp_reg.results.tables.series import H
 
@@ -20,12 +21,14 @@ LEGEND_H = (
 )
 
 
-def _cell(row: Row, column: str, plus_minus: str, none: str) -> str:
+def _cell(row: Row, column: str, none: str) -> str:
     figure = row.cells.get(column)
-    if figure is None:
-        return none
-    value = f"{figure.value:+.2f}" if row.kind == "difference" else f"{figure.value:.2f}"
-    return value if math.isnan(figure.spread) else f"{value} {plus_minus} {figure.spread:.2f}"
+    return none if figure is None else numbers.with_spread(*figure, signed=row.kind == "difference")
+
+
+def legend_of(table: Table) -> str:
+    """What its figures are."""
+    return table.legend or LEGEND + (LEGEND_H if H in table.columns else "")
 
 
 def _label(row: Row) -> str:
@@ -40,10 +43,10 @@ def markdown(tables: Sequence[Table], missing: Sequence[str]) -> str:
         header = ["data set", "method", *(title_of(c) for c in table.columns), "seeds", "reference"]
         lines += [f"| {' | '.join(header)} |", "|" + "---|" * 2 + "---:|" * (len(table.columns) + 1) + "---|"]
         for row in table.rows:
-            cells = [_cell(row, column, "±", "") for column in table.columns]
+            cells = [_cell(row, column, "") for column in table.columns]
             line = [row.group, _label(row), *cells, row.n, row.source]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
-        lines += ["", LEGEND + (LEGEND_H if H in table.columns else ""), ""]
+        lines += ["", legend_of(table), ""]
         lines += [*(f"- {note}" for note in table.notes), ""] if table.notes else []
     return "\n".join([*lines, *_missing_lines(missing)]).rstrip("\n") + "\n"
 
@@ -85,7 +88,8 @@ def latex(tables: Sequence[Table], missing: Sequence[str]) -> str:
     lines: list[str] = []
     for table in tables:
         sources = list(dict.fromkeys(row.source for row in table.rows if row.source))
-        lines += [r"\begin{table}", r"\centering", rf"\caption{{{_tex(f'{table.protocol}, {table.backbone}. {LEGEND}')}}}"]
+        caption = _tex(f"{table.protocol}, {table.backbone}. {table.legend or LEGEND}")
+        lines += [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
         lines += [rf"\begin{{tabular}}{{ll{'r' * (len(table.columns) + 1)}}}", r"\toprule"]
         header = ["data set", "method", *(title_of(c) for c in table.columns), "seeds"]
         lines += [" & ".join(map(_tex, header)) + r" \\", r"\midrule"]
@@ -95,7 +99,7 @@ def latex(tables: Sequence[Table], missing: Sequence[str]) -> str:
                 lines.append(r"\midrule")
                 group = row.group
             note = rf"\,[{sources.index(row.source) + 1}]" if row.source else ""
-            cells = [_tex(_cell(row, column, "±", "--")) for column in table.columns]
+            cells = [_tex(_cell(row, column, "--")) for column in table.columns]
             lines.append(" & ".join([_tex(row.group), _tex(_label(row)) + note, *cells, row.n]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
         lines += [f"% [{i}] {source}" for i, source in enumerate(sources, start=1)]

@@ -42,13 +42,14 @@ def marked(row: Row, form: str) -> Row:
 
 
 class Table(NamedTuple):
-    """``notes``: what a reader must know beside the figures, a sentence each."""
+    """``notes``: what a reader must know beside the figures, a sentence each; ``legend``: what the figures are."""
 
     protocol: str
     backbone: str
     columns: Sequence[str]
     rows: Sequence[Row]
     notes: Sequence[str] = ()
+    legend: str = ""
 
 
 def title_of(dataset: str) -> str:
