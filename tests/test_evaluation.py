@@ -118,8 +118,8 @@ def test_zero_shot_beside_a_run_is_the_zero_shot_run(
 ) -> None:
     """VPT's own batches have no features of the frozen tower; where features are kept, nothing is read a second time for it."""
     opened: list[str] = []
-    original = loaders.open_picture
-    monkeypatch.setattr(loaders, "open_picture", lambda path: opened.append(str(path)) or original(path))
+    original = loaders.open_as_upstream
+    monkeypatch.setattr(loaders, "open_as_upstream", lambda path: opened.append(str(path)) or original(path))
     more = ["FEATURES.MAX_GIB", str(kept)]
     assert main(line(world, tmp_path / "zero", *more, trainer="ZeroshotCLIP")) == 0
     zero = read_result(tmp_path / "zero")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ class Remaining:
         """``about 4.6 min left``; ``at least`` where some are like none that is done; empty where nothing is known."""
         took: dict[str, dict[tuple[str, int], float]] = {}  # plain method -> cell -> mean seconds
         for kind, each in self._took.items():
-            took.setdefault(kind.plain, {}).setdefault(kind.cell, fmean(each))
+            took.setdefault(kind.plain, {}).setdefault(kind.cell, _usual(each))
         estimates = [(number, self._estimate(kind, took)) for kind, number in self.left.items() if number > 0]
         known = [number * seconds for number, seconds in estimates if seconds is not None]
         if not known:
@@ -70,7 +70,7 @@ class Remaining:
         """Seconds of a run: of its own kind; of its method with PLPP or without; else of its method on other data or shots,
         as much longer as other methods took on these. None where its method is unknown."""
         if kind in self._took:
-            return fmean(self._took[kind])
+            return _usual(self._took[kind])
         own = took.get(kind.plain, {})
         if not own or kind.cell in own:
             return own.get(kind.cell)
@@ -78,3 +78,8 @@ class Remaining:
         here = sum(cells[kind.cell] for cells in others)
         there = sum(fmean(cells[cell] for cell in cells.keys() & own) for cells in others)
         return fmean(own.values()) * (here / there if there else 1.0)
+
+
+def _usual(each: Sequence[float]) -> float:
+    """The mean less the first, which may have computed image features that the others found."""
+    return fmean(each[1:] or each)
