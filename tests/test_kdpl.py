@@ -190,6 +190,16 @@ def test_a_students_prompts_are_the_host_methods_own(world: Path, tmp_path: Path
         assert torch.equal(helpers.logits_of(load_run(tmp_path / "out"), images), logits)
 
 
+# ---- what it costs -------------------------------------------------------------------------------------------------------
+
+
+def test_features_that_do_not_fit_are_told_before_the_run(world: Path, tmp_path: Path) -> None:
+    quietly(arguments(world, tmp_path / "out", "CoOp_KDPL", "FEATURES.MAX_GIB", 1e-6))
+    assert "over FEATURES.MAX_GIB 1e-06: the image towers" in (tmp_path / "out/log.txt").read_text()
+    quietly(arguments(world, tmp_path / "fits", "CoOp_KDPL", "FEATURES.MAX_GIB", 1.0))
+    assert "over FEATURES.MAX_GIB" not in (tmp_path / "fits/log.txt").read_text()
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------------
 
 

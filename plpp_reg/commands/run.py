@@ -20,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--targets", nargs="+", default=[], help="other data sets to test on")
     add("--seeds", nargs="+", type=int, default=[], help="seeds (default: 1 2 3)")
     add("--shots", nargs="+", type=int, default=[], help="training images a class")
+    add("--teachers", nargs="+", default=[], help="trainers whose runs teach the methods that distil: PromptSRC …")
     add("--recipe", default="", help="file of configs/trainers/<method>/, without .yaml")
     add("--root", type=flags.path, default="", help="folder of the data sets; without it and --backbone, the embedded default")
     add("--backbone", type=flags.path, default="", help="'embedded', a name of OpenAI's (ViT-B/16) or a file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -174,9 +175,17 @@ def _check_teacher(trainer: Trainer, tests: Mapping[str, Sequence[str]]) -> None
             for classes in ("all", "new")
         )
         trainer.teacher.check_unseen(new, every)
-    trainer.log(
-        f"Learning from {trainer.teacher.label}, whose class features are {tuple(trainer.teacher.class_features.shape)}"
-    )
+    label, shape = trainer.teacher.label, tuple(trainer.teacher.class_features.shape)
+    trainer.log(f"Learning from {label}, whose class features are {shape}")
+    cfg, encoders = trainer.cfg, trainer.method.inputs.of("train").values()
+    widths = {json.dumps(encoder.described(), sort_keys=True): encoder.width for encoder in encoders}
+    views = min(cfg.OPTIM.MAX_EPOCH, cfg.INPUT.VIEWS or cfg.OPTIM.MAX_EPOCH)
+    gib = 4 * views * len(trainer.data.train) * sum(widths.values()) / 2**30
+    if gib > cfg.FEATURES.MAX_GIB > 0:
+        trainer.log(
+            f"Features of {views} views are {gib:.1f} GiB, over FEATURES.MAX_GIB {cfg.FEATURES.MAX_GIB:g}: the image towers, "
+            "the teacher's too, run on every image in every epoch; a smaller INPUT.VIEWS or a larger bound keeps them"
+        )
 
 
 def _test_further(folder: Path, trainer: Trainer, test: FurtherTest) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +31,10 @@ class Protocol:
     ``table`` is the form of its table: base, new and H ("halves"), a column a target ("targets"), a column a number of shots
     ("shots"). ``recipe`` names files of configs/trainers/<method>/, the first that is there counts; ``{dataset}`` and
     ``{shots}`` stand for the run's. ``test`` is what the test on the run's own data is called, ``tests`` are further ones by
-    name, ``targets`` further ones on other data sets. ``where`` changes recipe and settings for some methods, data sets or
-    shots. ``vary`` and ``variants`` make further runs of each X_PLPP: one key at a time, and sets of keys by name.
+    name, ``targets`` further ones on other data sets. ``teacher`` says from whose run those learn that distil: its ``method``,
+    or several, ``backbone``, ``recipe`` and what it ``set``s; empty: as their recipe has it. ``where`` changes recipe,
+    settings, tests and teacher for some methods, data sets or shots. ``vary`` and ``variants`` make further runs of each
+    X_PLPP: one key at a time, and sets of keys by name.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Protocol:
     set: Mapping[str, object] = field(default_factory=dict)
     tests: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     targets: Sequence[str] = ()
+    teacher: Mapping[str, Any] = field(default_factory=dict)
     where: Sequence[Mapping[str, Any]] = ()
     vary: Mapping[str, Sequence[object]] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
@@ -80,11 +83,13 @@ KINDS = {
     **dict.fromkeys(("seeds", "shots"), WHOLE_NUMBERS),
     "set": SETTINGS,
     **dict.fromkeys(("tests", "variants"), NAMED_SETTINGS),
+    "teacher": (lambda value: isinstance(value, dict) and all(map(is_text, value)), "keys and values"),
     "where": (_list_of(_by_name(lambda value: True)), "a list of keys and values"),
     "vary": (_by_name(_list_of(_is_value)), "configuration keys, each with a list of values"),
 }  # of a protocol file: whether a value fits its key, and what is expected
 FIELDS = {f.name: f for f in dataclasses.fields(Protocol) if f.name != "name"}
-WHERE = ("methods", "datasets", "shots", "recipe", "set")
+WHERE = ("methods", "datasets", "shots", "recipe", "set", "test", "tests", "teacher")
+TEACHER = {"method": "methods", "backbone": "backbone", "recipe": "recipe", "set": "set"}  # its keys, each of what kind
 
 
 class Choice(NamedTuple):
@@ -99,16 +104,19 @@ class Choice(NamedTuple):
     backbone: str = ""
     root: str = ""
     opts: Sequence[str] = ()
+    teachers: Sequence[str] = ()  # methods
 
 
 class Job(NamedTuple):
-    """One run: a pure function of these fields, in its own folder. ``note`` is what a table needs to know of it."""
+    """One run: a pure function of these fields, in its own folder. ``note`` is what a table needs to know of it; ``teacher`` is
+    the folder of the run that it learns from."""
 
     output: Path
     folder: Path
     arguments: RunArguments
     tests: dict[str, tuple[str, ...]]
     note: dict[str, Any]
+    teacher: Path | None = None
 
     @property
     def label(self) -> str:
@@ -162,6 +170,13 @@ def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
         raise InputError(f"{where}: expected tests base and new for a table of halves")
     for rule in content.get("where", ()):
         _check_kinds(rule, WHERE, f"key in where of {where}:", f"{where}: where")
+    for part in (content, *content.get("where", ())):
+        teacher = {TEACHER.get(key, key): value for key, value in part.get("teacher", {}).items()}
+        if isinstance(teacher.get("methods"), str):
+            teacher["methods"] = [teacher["methods"]]
+        _check_kinds(teacher, tuple(TEACHER.values()), f"key in teacher of {where}:", f"{where}: teacher")
+        if teacher and not teacher.get("methods"):
+            raise InputError(f"{where}: teacher: expected a key 'method', got {', '.join(part['teacher'])}")
     for variant in content.get("variants", ()):
         if not _as_folder(variant).strip("."):
             raise InputError(f"{where}: variants: expected names that a folder can have, got {variant!r}")
@@ -207,18 +222,62 @@ def plan(name: str, choice: Choice, output: str | Path) -> list[Job]:
     """
     protocol = choose(name, choice)
     output = Path(output)
-    jobs: list[Job] = []
+    jobs: dict[Path, Job] = {}
     for dataset in map(full_name, protocol.datasets):
         for shots in protocol.shots:
             for method in protocol.methods:
                 if not learns(method) and shots != protocol.shots[0]:
                     continue  # it is the same whatever the shots
+                where = (dataset, shots, method)
                 for variant, settings in _variants(protocol, method).items():
-                    jobs += _over_seeds(protocol, choice, output, dataset, shots, method, variant, settings)
-    folders = [job.folder for job in jobs]
-    if len(set(folders)) != len(folders):
-        raise InputError("expected data sets, methods and variants whose folders differ: two have one name")
-    return jobs
+                    for name, teachers, named in _teachers(protocol, choice, output, where, variant):
+                        own = _over_seeds(protocol, choice, output, *where, name, {**settings, **named}, teachers)
+                        for job in (*teachers, *own):
+                            if jobs.setdefault(job.folder, job) != job:
+                                raise InputError(
+                                    "expected data sets, methods and variants whose folders differ: two have one name"
+                                )
+    return list(jobs.values())
+
+
+def _teachers(
+    protocol: Protocol, choice: Choice, output: Path, where: tuple[str, int, str], variant: str
+) -> Iterator[tuple[str, list[Job], dict[str, object]]]:
+    """Of one method: the variant's name, its teacher's runs, and the settings that name a teacher which has none, teacher by
+    teacher; of several those after the first are variants."""
+    dataset, shots, method = where
+    chosen: Mapping[str, Any] = protocol.teacher
+    for rule in protocol.where:
+        if _applies(rule, method, dataset, shots):
+            chosen = rule.get("teacher", chosen)
+    named = chosen.get("method", ())
+    named = (named,) if isinstance(named, str) else tuple(named)
+    methods = tuple(choice.teachers) or named
+    if not methods or not registry.find_trainer(method)[0].distils:
+        yield variant, [], {}
+        return
+    backbone = chosen.get("backbone") or protocol.backbone
+    changed: dict[str, Any] = {"backbone": backbone}
+    if "recipe" in chosen:
+        changed["recipe"] = chosen["recipe"]
+        changed["where"] = [{key: value for key, value in rule.items() if key != "recipe"} for rule in protocol.where]
+    for i, teacher in enumerate(methods):
+        of_its_own = chosen.get("set", {}) if teacher.removesuffix(SUFFIX) in named else {}
+        own = dataclasses.replace(protocol, **changed, set={**protocol.set, **of_its_own})
+        name = " ".join(filter(None, (variant, f"teacher={teacher}" if i else "")))
+        if not learns(teacher):
+            yield name, [], {"TEACHER.TRAINER": teacher, "TEACHER.BACKBONE": backbone}
+            continue
+        runs = _over_seeds(own, choice, output, dataset, shots, teacher, "", {})
+        if backbone != protocol.backbone:  # not among the method's own runs
+            runs = [_moved(job, f"{job.folder.parent.name}-{_as_folder(backbone)}") for job in runs]
+        yield name, runs, {}
+
+
+def _moved(job: Job, name: str) -> Job:
+    """The same run in another folder than its method's."""
+    folder = job.folder.parent.with_name(name) / job.folder.name
+    return job._replace(folder=folder, arguments=job.arguments._replace(output_dir=str(folder)))
 
 
 def _variants(protocol: Protocol, method: str) -> dict[str, Mapping[str, object]]:
@@ -252,16 +311,19 @@ def _over_seeds(
     method: str,
     variant: str,
     settings: Mapping[str, object],
+    teachers: Sequence[Job] = (),
 ) -> list[Job]:
     rules = [rule for rule in protocol.where if _applies(rule, method, dataset, shots)]
     recipe: Sequence[str] = protocol.recipe
     changes: dict[str, object] = {"DATASET.NAME": dataset, "DATASET.NUM_SHOTS": shots, **protocol.set}
+    own_test, further = protocol.test, protocol.tests
     for rule in rules:
         recipe = rule.get("recipe", recipe)
         changes.update(rule.get("set", {}))
+        own_test, further = rule.get("test", own_test), rule.get("tests", further)
     changes.update(settings)
     opts = (*_pairs(changes), *choice.opts)
-    tests = {name: _pairs(test) for name, test in protocol.tests.items()}
+    tests = {name: _pairs(test) for name, test in further.items()}
     for target in map(full_name, protocol.targets):
         if target != dataset:
             # All its images: a target is not sampled, and may have fewer than the shots.
@@ -285,16 +347,22 @@ def _over_seeds(
         "variant": variant,
         "backbone": cfg.MODEL.BACKBONE.NAME,
         "learns": learns(method),
-        "test": protocol.test,
+        "test": own_test,
         "tests": {name: dict(zip(test[::2], test[1::2], strict=True)) for name, test in tests.items()},
     }
+    if teachers:
+        note["teacher"] = f"{teachers[0].note['method']} on {teachers[0].note['backbone']}"
     inner = [note["dataset"], f"shots{shots}", cfg.TRAINER.NAME.replace(":", "."), *([_as_folder(variant)] if variant else [])]
     jobs = []
-    for seed in protocol.seeds if note["learns"] else protocol.seeds[:1]:
+    for i, seed in enumerate(protocol.seeds if note["learns"] else protocol.seeds[:1]):
         folder = output.joinpath(protocol.name, *inner, f"seed{seed}")
         seeded = _with_seed(cfg, seed)
-        noted = {**note, "seed": seed, "key": _key(seeded, tests)}
-        jobs.append(Job(output, folder, arguments._replace(seed=seed, output_dir=str(folder)), tests, noted))
+        teacher = teachers[i % len(teachers)] if teachers else None
+        noted = {**note, "seed": seed, "key": _key(seeded, tests, teacher.note["key"] if teacher else "")}
+        run = arguments._replace(seed=seed, output_dir=str(folder))
+        if teacher:
+            run = run._replace(opts=(*run.opts, "TEACHER.RUN", str(teacher.folder.absolute())))
+        jobs.append(Job(output, folder, run, tests, noted, teacher.folder if teacher else None))
     return jobs
 
 
@@ -309,10 +377,14 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
     return changed
 
 
-def _key(cfg: CfgNode, tests: Mapping[str, Sequence[str]]) -> str:
-    """What a result depends on, in short: two runs of one key differ in nothing but machine and data folder."""
+def _key(cfg: CfgNode, tests: Mapping[str, Sequence[str]], teacher: str = "") -> str:
+    """What a result depends on, in short: two runs of one key differ in nothing but machine and data folder.
+
+    ``teacher``: the key of the run that it learns from.
+    """
     settings = {k: v for k, v in config.flat(cfg).items() if k not in NOT_IN_THE_RESULT}
-    return hashlib.sha256(json.dumps([settings, tests], sort_keys=True).encode()).hexdigest()[:16]
+    parts = [settings, tests, *([teacher] if teacher else [])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _pairs(settings: Mapping[str, object]) -> tuple[str, ...]:

@@ -22,7 +22,9 @@ from yacs.config import CfgNode
 from plpp_reg.data.loaders import image_seed_of, load_data
 from plpp_reg.engine import config
 from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.method import Method
 from plpp_reg.engine.run import UnusableCheckpoint, further_config, parts_read, pictures_sha256, resolve, run
+from plpp_reg.engine.teacher import Teacher
 from plpp_reg.errors import InputError, InUse, line_of
 from plpp_reg.experiments.protocols import Job
 from plpp_reg.experiments.remaining import Remaining
@@ -60,7 +62,19 @@ Runner = Callable[[Sequence[Job]], Iterator[Outcome]]
 
 
 class Hashes(dict):
-    """The hashes of each data set as it is sampled, read once: many runs of a sweep share them."""
+    """The hashes of each data set as it is sampled, and of each teacher, read once: many runs of a sweep share them."""
+
+    def teacher_of(self, cfg: CfgNode, cls: type[Method]) -> dict[str, Any] | None:
+        """Who teaches a run, as its record says it; None where nobody does, or nobody who is there."""
+        if not cls.distils:
+            return None
+        key = ("teacher", json.dumps(cfg.TEACHER, sort_keys=True), cfg.MODEL.BACKBONE.NAME, cfg.DATASET.NAME)
+        if key not in self:
+            try:
+                self[key] = json.loads(json.dumps(Teacher(cfg, []).identity))
+            except InputError:
+                self[key] = None
+        return self[key]
 
     def of(self, cfg: CfgNode, parts: Sequence[str]) -> tuple[str, dict[str, str]]:
         """Of the lists, and of the pictures in these parts."""
@@ -83,8 +97,10 @@ def finished(job: Job, hashes: Hashes | None = None) -> dict[str, Any] | None:
     result = read_if_whole(job.folder)
     if result is None or result.get("protocol") != job.note:
         return None
-    cfg, _ = resolve(job.arguments)
+    cfg, cls = resolve(job.arguments)
     tests = result.get("tests", {})
+    if cls.distils and result.get("teacher") != (read.teacher_of(cfg, cls) or {}):
+        return None
     if config.differences(result["config"], config.flat(cfg)) or tests.keys() != job.tests.keys():
         return None
     configs = {name: further_config(cfg, opts) for name, opts in job.tests.items()}
@@ -216,14 +232,16 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
     """Run what is not finished; the outcomes of what failed.
 
     Each job's folder is told what is planned in it first, so that a table names what is missing however this ends. What another
-    process is running is waited for, and run here where that one leaves it unfinished. ``at_once``: how many the runner runs
-    at a time, for the time left; 0: it is seen.
+    process is running is waited for, and run here where that one leaves it unfinished. Teachers come before their students,
+    and the students of one that failed fail with it. ``at_once``: how many the runner runs at a time, for the time left; 0: it
+    is seen.
     """
     hashes = Hashes()
-    left, by_names = [], 0
+    left, anew, by_names = [], set(), 0
     for job in jobs:
-        if (result := finished(job, hashes)) is None:
+        if job.teacher in anew or (result := finished(job, hashes)) is None:
             left.append(job)
+            anew.add(job.folder)
         else:
             by_names += "pictures_sha256" not in result
     if len(left) < len(jobs):
@@ -234,7 +252,23 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
         with contextlib.suppress(InputError, OSError), locked(job.folder):  # who is in it has told it
             _write_if_new(job.folder / JOB, _note_text(job))
     progress = _Progress(left, say, at_once)
-    busy = _run_all(left, runner, progress)
+    _run_to_the_end([job for job in left if job.teacher is None], runner, progress)
+    failed = {outcome.job.folder: outcome for outcome in progress.failed}
+    taught = []
+    for job in left:
+        if job.teacher in failed:
+            teacher = failed[job.teacher]
+            progress.add(failure(job, InputError(f"its teacher failed ({teacher.job.label}: {teacher.error})"), 0.0))
+        elif job.teacher is not None:
+            taught.append(job)
+    _run_to_the_end(taught, runner, progress)
+    return progress.failed
+
+
+def _run_to_the_end(jobs: Sequence[Job], runner: Runner, progress: _Progress) -> None:
+    """Run these, and wait for those that other processes are in."""
+    busy = _run_all(jobs, runner, progress) if jobs else []
+    say = progress.say
     while busy:
         say(f"Waiting for another process, which has {len(busy)} of the runs: {busy[0].label}{', …' if busy[1:] else ''}")
         free = _wait_for_one(busy)
@@ -246,7 +280,6 @@ def sweep(jobs: Sequence[Job], say: Say = print, runner: Runner = one_after_anot
             else:
                 unfinished.append(job)
         busy += _run_all(unfinished, runner, progress) if unfinished else []
-    return progress.failed
 
 
 class _Progress:

@@ -144,6 +144,8 @@ def checked(result: object) -> dict[str, Any]:
     for key, kind in optional.items():
         if key in result and not kind(result[key]):
             raise InputError(f"its {RESULT}: expected a run's record, got {key} of another kind")
+    if not is_teacher(result.get("teacher")):
+        raise InputError(f"its {RESULT}: expected a run's record, got teacher of another kind")
     tests = result.get("tests", {})
     if not isinstance(tests, dict) or not all(_is_test(test) for test in tests.values()):
         raise InputError(f"its {RESULT}: expected figures of each further test, got something else")
@@ -167,6 +169,11 @@ def is_figures(value: object) -> bool:
 
 def is_texts(value: object) -> bool:
     return isinstance(value, dict) and all(map(is_text, value.values()))
+
+
+def is_teacher(value: object) -> bool:
+    """Who taught, as ``engine.teacher`` identifies it; None: nobody."""
+    return value is None or (isinstance(value, dict) and is_text(value.get("trainer")) and is_text(value.get("backbone")))
 
 
 def is_settings(value: object) -> bool:

@@ -55,7 +55,7 @@ def _outside(found: Found) -> Outside:
     shots, seed = (value if isinstance(value, int) else -1 for value in (config.get("DATASET.NUM_SHOTS"), result.get("seed")))
     method = str(result.get("trainer", ""))
     learning = method.removesuffix(SUFFIX) not in UNTRAINED  # a trainer of one's own is taken to learn
-    settings = relevant(result["config"], method, learning)
+    settings = relevant(result["config"], method, learning, result.get("teacher"))
     classes = str(config.get("DATASET.SUBSAMPLE_CLASSES") or "all")
     return Outside(found, str(result.get("dataset", "")), classes, shots, Name(method), seed, settings)
 

@@ -190,5 +190,5 @@ def name_of_note(note: Mapping[str, Any]) -> Name:
 
 
 def _made(note: Mapping[str, Any], result: Mapping[str, Any]) -> Made:
-    settings = relevant(result["config"], note["method"], note["learns"])
+    settings = relevant(result["config"], note["method"], note["learns"], result.get("teacher"))
     return Made(_section(note), name_of_note(note), cell_of(note), settings)

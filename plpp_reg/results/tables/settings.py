@@ -23,6 +23,7 @@ Kinds = Mapping["Name", Mapping[Hashable, Settings]]  # of each row: what its ru
 ROUNDING = {"MODEL.TEXT_MEMORY_MIB", "TRAINER.PLPP.MEMORY_MIB", "TRAINER.PLPP.CHUNK_SIZE"}  # the last: before 0.2
 OF_THE_RUN = {*NOT_IN_THE_RESULT, *ROUNDING, "SEED", "DATASET.NAME", "DATASET.NUM_SHOTS", "TRAINER.NAME"}  # not how it was made
 OF_METHODS = "TRAINER."
+OF_TEACHERS = "TEACHER."  # who it was stands in the record
 OF_PLPP = "TRAINER.PLPP."
 OF_TRAINING = ("OPTIM.", "TRAIN.", "LOSS.", "DATALOADER.", "TRAINER.")  # what learns nothing does not depend on them
 ABSENT = object()
@@ -61,16 +62,20 @@ class Made(NamedTuple):
     settings: Settings
 
 
-def relevant(config: object, method: str, learns: bool = True) -> Settings:
-    """Of a run's whole configuration, what its figures depend on and other runs of its row must have too."""
+def relevant(config: object, method: str, learns: bool = True, teacher: Mapping[str, Any] | None = None) -> Settings:
+    """Of a run's whole configuration, what its figures depend on and other runs of its row must have too.
+
+    ``teacher``: who taught it, of whom every seed may have its own weights: method and backbone count.
+    """
     if not isinstance(config, dict):
         return {}
-    return {key: config[key] for key in _relevant_keys(tuple(config), method, learns)}
+    settings = {key: config[key] for key in _relevant_keys(tuple(config), method, learns)}
+    return settings if teacher is None else {**settings, "TEACHER": f"{teacher['trainer']} on {teacher['backbone']}"}
 
 
 @functools.lru_cache(maxsize=64)  # of thousands of runs, most have the same keys
 def _relevant_keys(keys: tuple[str, ...], method: str, learns: bool) -> tuple[str, ...]:
-    idle = (*(() if method.endswith(SUFFIX) else (OF_PLPP,)), *(() if learns else OF_TRAINING))
+    idle = (OF_TEACHERS, *(() if method.endswith(SUFFIX) else (OF_PLPP,)), *(() if learns else OF_TRAINING))
     # A configuration has the keys of every method. Which of them a trainer of one's own reads is not known: all count.
     plain = method.removesuffix(SUFFIX)
     node = NODES.get(plain)
