@@ -42,6 +42,14 @@ BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], bool]]] = {
         ["ablation-vit-b-16", "evaluation"],
         lambda row: row["same_figures" if row["case"] == "evaluation" else "same_bits"],
     ),
+    "distillation": (
+        ["step-kdpl", "step-fdbpl", "step-promptkd", "upstream-kdpl", "upstream-fdbpl", "upstream-promptkd"],
+        lambda row: (
+            row["over"] > 0
+            if row["case"].startswith("step")
+            else row["loss_rel_diff"] < 1e-4 and row["grad_rel_diff"] < 1e-4 and row["tflop"] < row["reference_tflop"]
+        ),
+    ),
     "attach": (
         [],
         lambda row: (

@@ -98,7 +98,7 @@ def transductive(rows: Sequence[Row], form: str) -> list[str]:
     """What a reader must know of methods that have seen, without labels, what others are only tested on."""
     seen = {
         "halves": "the images and the names of the new classes",
-        "targets": "the images and the names of what it is tested on",
+        "targets": "the images and the names that they are tested on",
     }
     if form not in seen or not any(row.mark == TRANSDUCTIVE for row in rows):
         return []

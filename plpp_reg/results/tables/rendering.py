@@ -32,7 +32,8 @@ def legend_of(table: Table) -> str:
 
 
 def _label(row: Row) -> str:
-    said = ", ".join(filter(None, ("published" if row.kind == "published" else "", row.mark)))
+    mark = "" if row.mark in row.label else row.mark  # some of the literature's say it themselves
+    said = ", ".join(filter(None, ("published" if row.kind == "published" else "", mark)))
     return f"{row.label} ({said})" if said else row.label
 
 
