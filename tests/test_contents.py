@@ -32,8 +32,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are read to be hashed."""
-    seen, read = [], contents._content
-    monkeypatch.setattr(contents, "_content", lambda datum: seen.append(datum.name) or read(datum))
+    seen, read = [], contents.content
+    monkeypatch.setattr(contents, "content", lambda datum: seen.append(datum.name) or read(datum))
     return seen
 
 

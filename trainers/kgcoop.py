@@ -24,14 +24,16 @@ class KgCoOp(CoOp):
     class Config(CoOp.Config):
         w: float = setting(8.0, least=0)
         dataset: str = setting("", key="DATASET.NAME")  # which names the template
+        template: str = setting("", key="DATASET.TEMPLATE")  # one's own in its place
 
     # upstream makes these in its prompt learner, and uses them nowhere
     not_loaded = ("bias_vectors", "meta_net.linear1.")  # CoCoOp's meta_net has a linear2: its files are not KgCoOp's
 
     @functools.cached_property
     def hand_crafted(self) -> Tensor:
-        """(C, embed_dim), normalised: the class features of the data set's template."""
-        return normalize(template_features(self.clip.text, [template(self.config.dataset)], self.classnames)[0])
+        """(C, embed_dim), normalised: the class features of the data set's template, or of one's own."""
+        own = template(self.config.dataset, self.config.template)
+        return normalize(template_features(self.clip.text, [own], self.classnames)[0])
 
     def losses(self, batch: Batch, classes: Classes) -> dict[str, Tensor]:
         similarity = (classes.features * self.hand_crafted).sum(-1)

@@ -36,6 +36,7 @@ class ProGrad(CoOp):
         t: float = setting(1.0, above=0, key="LOSS.T")
         strength: float = setting(1.0, least=0, key="LOSS.LAMBDA")
         dataset: str = setting("", key="DATASET.NAME")  # which names the template
+        template: str = setting("", key="DATASET.TEMPLATE")  # one's own in its place
 
     apart = ("kl",)
     hand_crafted = KgCoOp.hand_crafted

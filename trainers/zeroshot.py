@@ -18,6 +18,7 @@ class ZeroshotCLIP(Method):
     @dataclass(frozen=True)
     class Config(Settings, node="ZEROSHOT"):
         dataset: str = setting("", key="DATASET.NAME")  # which names the template
+        template: str = setting("", key="DATASET.TEMPLATE")  # one's own in its place
 
     learns = False
     splits_classes = False
@@ -29,7 +30,7 @@ class ZeroshotCLIP(Method):
         self.say(f"Prompts: {', '.join(repr(t.replace('{}', first)) for t in self.templates)}, …")
 
     def choose_templates(self) -> list[str]:
-        return [template(self.config.dataset)]
+        return [template(self.config.dataset, self.config.template)]
 
     def encode_classes(self, image_features: Tensor | None = None, with_states: bool = False) -> Classes:
         return Classes(zero_shot_classes(self.clip.text, self.templates, self.classnames))
@@ -44,7 +45,7 @@ class ZeroshotCLIP2(ZeroshotCLIP):
         templates: str = setting("seven", choices=("seven", "sixty"))
 
     def choose_templates(self) -> list[str]:
+        own, given = super().choose_templates(), bool(self.config.template)
         if self.config.templates == "sixty":
-            return list(SIXTY)
-        own = [] if self.config.dataset == "ImageNet" else [template(self.config.dataset)]
-        return [*SEVEN, *own]
+            return [*SIXTY, *(own if given else [])]
+        return [*SEVEN, *(own if given or self.config.dataset != "ImageNet" else [])]

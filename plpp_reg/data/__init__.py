@@ -10,7 +10,7 @@ from pathlib import Path
 from plpp_reg.data.own import check_shots, own_kind, read_own
 from plpp_reg.data.sampling import DataSplit, Datum, sample_few_shot, subsample_classes
 from plpp_reg.data.table import DATASETS, FALLBACK_TEMPLATE, DatasetEntry
-from plpp_reg.errors import unknown
+from plpp_reg.errors import InputError, unknown
 
 __all__ = [
     "DATASETS",
@@ -25,13 +25,20 @@ __all__ = [
 ]
 
 
-def template(name: str) -> str:
+def template(name: str, own: str = "") -> str:
     """The hand-crafted template of a data set, with one ``{}``; a general one where the data set is not in the table.
 
-    >>> template("DescribableTextures"), template("folder:pets")
-    ('{} texture.', 'a photo of a {}.')
+    ``own`` (DATASET.TEMPLATE) is taken in its place.
+
+    >>> template("DescribableTextures"), template("folder:pets"), template("folder:pets", "a photo of my {}.")
+    ('{} texture.', 'a photo of a {}.', 'a photo of my {}.')
+
+    Raises:
+        InputError: ``own`` has no place for the name, or several.
     """
-    return DATASETS[name].template if name in DATASETS else FALLBACK_TEMPLATE
+    if own and own.count("{}") != 1:
+        raise InputError(f"DATASET.TEMPLATE: expected a text with one {{}} in it, for the class's name, got {own!r}")
+    return own or (DATASETS[name].template if name in DATASETS else FALLBACK_TEMPLATE)
 
 
 def full_name(name: str) -> str:
@@ -90,7 +97,9 @@ def read_dataset(name: str, root: str | Path = "") -> DataSplit:
     return read(root, **entry.options)
 
 
-def load_dataset(name: str, root: str | Path = "", shots: int = -1, seed: int = 1, subsample: str = "all") -> DataSplit:
+def load_dataset(
+    name: str, root: str | Path = "", shots: int = -1, seed: int = 1, subsample: str = "all", trains: bool = True
+) -> DataSplit:
     """A data set as one run sees it.
 
     Args:
@@ -99,12 +108,13 @@ def load_dataset(name: str, root: str | Path = "", shots: int = -1, seed: int = 
         shots: training images a class, and min(shots, 4) validation images; -1: all.
         seed: of the few-shot sample.
         subsample: "all", "base" (the first half of the labels) or "new" (the second, relabelled from 0).
+        trains: whether its training images are read: testing needs no shots.
 
     Raises:
         InputError: no such data set; its files are not there or not what they should be; a class of one's own data has fewer
             training images than shots.
     """
     data = read_dataset(name, root)
-    if own_kind(name):
+    if own_kind(name) and trains:
         check_shots(data, shots, name)
     return subsample_classes(sample_few_shot(data, shots, seed), subsample)

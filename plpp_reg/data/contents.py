@@ -63,7 +63,7 @@ def contents_sha256(items: Sequence[Datum]) -> str:
         return kept
     digest = hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as pool:
-        for datum, line in zip(items, pool.map(_content, items), strict=True):
+        for datum, line in zip(items, pool.map(content, items), strict=True):
             text = f"{datum.name}\t{datum.label}\t{datum.classname}\t{line}\n"
             digest.update(text.encode("utf-8", "surrogateescape"))
     if time.time_ns() - youngest > JUST_NOW:
@@ -80,7 +80,7 @@ def _remembered(path: Path) -> str | None:
     return text if re.fullmatch("[0-9a-f]{64}", text) else None
 
 
-def _content(datum: Datum) -> str:
+def content(datum: Datum) -> str:
     """``size sha256`` of an image's file."""
     return " ".join(map(str, _size_and_sha256(datum.impath)))
 

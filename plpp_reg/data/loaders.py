@@ -168,10 +168,10 @@ def opener_of(cfg: CfgNode) -> Opener:
     return open_picture if own_kind(cfg.DATASET.NAME) else open_as_upstream
 
 
-def load_data(cfg: CfgNode) -> DataSplit:
-    """What ``cfg.DATASET`` names, as a run sees it."""
+def load_data(cfg: CfgNode, trains: bool = True) -> DataSplit:
+    """What ``cfg.DATASET`` names, as a run sees it; ``trains``: whether it reads the training images."""
     node = cfg.DATASET
-    return load_dataset(node.NAME, node.ROOT, node.NUM_SHOTS, image_seed_of(cfg), node.SUBSAMPLE_CLASSES)
+    return load_dataset(node.NAME, node.ROOT, node.NUM_SHOTS, image_seed_of(cfg), node.SUBSAMPLE_CLASSES, trains)
 
 
 def part_of(cfg: CfgNode, data: DataSplit, split: str) -> Sequence[Datum]:
@@ -182,7 +182,15 @@ def part_of(cfg: CfgNode, data: DataSplit, split: str) -> Sequence[Datum]:
     """
     items = getattr(data, split)
     if not items:
-        raise InputError(f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none")
+        ways = {
+            "train": "--eval-only tests prompts that are there",
+            "val": "TEST.FINAL_MODEL last_step and TEST.SPLIT test need none",
+            "test": "TEST.SPLIT val tests on what is there to choose on, TEST.NO_TEST True on nothing",
+        }
+        counts = f"{len(data.train):,} / {len(data.val):,} / {len(data.test):,} (train / val / test)"
+        raise InputError(
+            f"data set {cfg.DATASET.NAME!r}: expected images in its {split} part, it has none, but {counts}; {ways[split]}"
+        )
     return items
 
 

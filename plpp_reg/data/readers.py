@@ -12,10 +12,13 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from plpp_reg.data.sampling import DataSplit, Datum
+from plpp_reg.data.names import as_read, both
+from plpp_reg.data.remarks import as_here, doubles, slashes
+from plpp_reg.data.sampling import PARTS, DataSplit, Datum
 from plpp_reg.data.table import Layout
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import read_json, write_text
@@ -31,7 +34,6 @@ class Row(NamedTuple):
     classname: str
 
 
-PARTS = ("train", "val", "test")
 Parts = tuple[Sequence[Row], Sequence[Row], Sequence[Row]]
 
 
@@ -51,12 +53,24 @@ def read(root: str | Path, layout: Layout) -> DataSplit:
         raise InputError(f"{str(images)!r}: expected the images of this data set there (--root); get them: {where}")
     split = folder / layout.split
     if layout.split and split.is_file():
-        parts = read_split(split)
-    else:
-        parts = read_own_files(folder, layout)
-        if layout.split:
-            _keep_split(split, parts, layout)
+        return split_data(images, split)
+    parts = read_own_files(folder, layout)
+    if layout.split:
+        _keep_split(split, parts, layout)
     return as_data(images, *parts)
+
+
+def split_data(images: Path, split: Path) -> DataSplit:
+    """What a split file says of the images below a folder; a file that somebody wrote by hand may have them in two places.
+
+    Raises:
+        InputError: what :func:`read_split` and :func:`as_data` refuse.
+    """
+    given = read_split(split)
+    parts = [[row._replace(name=as_here(row.name, images)) for row in rows] for rows in given]
+    data = as_data(images, *parts)
+    turned = slashes([row.name for rows in given for row in rows], [row.name for rows in parts for row in rows])
+    return replace(data, remarks=(*turned, *doubles(data)))
 
 
 def read_own_files(folder: Path, layout: Layout) -> Parts:
@@ -91,6 +105,12 @@ def read_split(path: Path) -> Parts:
             raise InputError(f"{str(path)!r}: expected one name of label {label}, got {name_of[label]!r} and {classname!r}")
         if label_of.setdefault(classname, label) != label:
             raise InputError(f"{str(path)!r}: expected one label of {classname!r}, got {label_of[classname]} and {label}")
+    first: dict[tuple[int, ...], str] = {}
+    for classname in label_of:
+        if not (key := as_read(classname)):
+            raise InputError(f"{str(path)!r}: expected class names, got {classname!r}, of which CLIP reads nothing")
+        if first.setdefault(key, classname) != classname:
+            raise InputError(f"{str(path)!r}: expected classes of different names, got {both(first[key], classname)}")
     return parts
 
 

@@ -7,12 +7,13 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from plpp_reg.errors import InputError, unknown
 
 SUBSAMPLES = ("all", "base", "new")
+PARTS = ("train", "val", "test")
 
 
 class Datum(NamedTuple):
@@ -26,17 +27,18 @@ class Datum(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Images for training, choosing and reporting, and the class names by label."""
+    """Images for training, choosing and reporting, the class names by label, and what a user should hear of them."""
 
     train: Sequence[Datum]
     val: Sequence[Datum]
     test: Sequence[Datum]
     classnames: list[str]
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     def sha256(self) -> str:
         """Hash of which files stand where, machine-independent: two runs with the same hash saw the same images."""
         digest = hashlib.sha256()
-        for part in ("train", "val", "test"):
+        for part in PARTS:
             for datum in getattr(self, part):
                 digest.update(f"{part}\t{datum.name}\t{datum.label}\t{datum.classname}\n".encode())
         return digest.hexdigest()
@@ -96,4 +98,5 @@ def keep_labels(data: DataSplit, chosen: Sequence[int]) -> DataSplit:
     def keep(items: Sequence[Datum]) -> list[Datum]:
         return [item._replace(label=new_label[item.label]) for item in items if item.label in new_label]
 
-    return DataSplit(keep(data.train), keep(data.val), keep(data.test), [data.classnames[label] for label in chosen])
+    names = [data.classnames[label] for label in chosen]
+    return DataSplit(keep(data.train), keep(data.val), keep(data.test), names, data.remarks)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from yacs.config import CfgNode
 
 from plpp_reg.clip.load import EMBEDDED
+from plpp_reg.data import template
 from plpp_reg.engine import config, registry
 from plpp_reg.errors import InputError
 from plpp_reg.io.paths import usable_path
@@ -104,6 +105,7 @@ def check(cfg: CfgNode) -> None:
             raise InputError(f"{key}: {e}") from e
     if cfg.SEED >= 2**32:  # numpy's bound
         raise InputError(f"SEED: expected an integer < 2**32, got {cfg.SEED}")
+    template(cfg.DATASET.NAME, cfg.DATASET.TEMPLATE)  # refused here, before a folder is made
     if cfg.TRAIN.PRINT_FREQ < 1:
         raise InputError(f"TRAIN.PRINT_FREQ: expected an integer >= 1, got {cfg.TRAIN.PRINT_FREQ}")
 

@@ -46,6 +46,7 @@ DEFAULTS = {
         "NUM_SHOTS": -1,
         "SUBSAMPLE_CLASSES": "all",  # CoOp's: all, base or new
         "SEED": -1,  # of the few-shot picks and of the augmentation; -1: SEED
+        "TEMPLATE": "",  # ours: the hand-crafted prompt, with {} for the name; empty: the data set's own
     },
     "DATALOADER": {
         "NUM_WORKERS": 4,

@@ -105,8 +105,8 @@ def run(
     _check_folders(cfg, folder, cls.model_name)
     _check_places(folder, cls.model_name)
     log(f"Setting fixed seed: {cfg.SEED}")
-    trainer = Trainer(cls, cfg, clip_model=clip_model, log=log)
     parts = parts_read(cfg, trains=not args.eval_only and cls.learns)
+    trainer = Trainer(cls, cfg, data=load_data(cfg, "train" in parts), clip_model=clip_model, log=log)
     if not args.no_train:
         with trainer.state.phase("hashes of pictures"):
             trainer.pictures_sha256 = pictures_sha256(trainer.data, parts)
@@ -153,7 +153,7 @@ def _further_tests(trainer: Trainer, tests: Mapping[str, Sequence[str]]) -> list
     found = []
     for name, opts in tests.items():
         changed = further_config(trainer.cfg, opts)
-        data = load_data(changed)
+        data = load_data(changed, trains=False)
         if list(data.classnames) != list(trainer.data.classnames):
             trainer.saving.check_classes(list(data.classnames))
         if trainer.method.splits_classes and trainer.ranks.size > len(data.classnames):
@@ -171,7 +171,7 @@ def _check_teacher(trainer: Trainer, tests: Mapping[str, Sequence[str]]) -> None
     subsamples = {further_config(trainer.cfg, opts).DATASET.SUBSAMPLE_CLASSES for opts in tests.values()}
     if trainer.cfg.DATASET.SUBSAMPLE_CLASSES == "base" or "new" in subsamples:
         every, new = (
-            load_data(further_config(trainer.cfg, ("DATASET.SUBSAMPLE_CLASSES", classes))).classnames
+            load_data(further_config(trainer.cfg, ("DATASET.SUBSAMPLE_CLASSES", classes)), trains=False).classnames
             for classes in ("all", "new")
         )
         trainer.teacher.check_unseen(new, every)

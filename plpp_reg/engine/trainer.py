@@ -81,6 +81,8 @@ class Trainer:
             f"Data set {cfg.DATASET.NAME}: {len(data.classnames)} classes, {len(data.train):,} images for training, "
             f"{len(data.val):,} for choosing, {len(data.test):,} for testing"
         )
+        for remark in data.remarks:
+            self.log(f"  {remark}")
         if clip_model is None:
             self.log(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME}, {self.precision} on {self.device})")
             clip_model = load_clip(cfg.MODEL.BACKBONE.NAME, self.precision, self.device)
@@ -220,7 +222,7 @@ class Trainer:
         """One pass over the training images; the means of what was logged, and the learning rate."""
         batches = len(self.loader("train"))
         meters, data_clock, batch_clock = Meters(), Clock(), Clock()
-        for index, batch in enumerate(self.batches("train")):
+        for index, batch in enumerate(self.log.progress(self.batches("train"), f"epoch {self.state.epoch + 1}", total=batches)):
             data_clock.tick()
             meters.update(self.step(batch, index, with_perplexity=index + 1 == batches))
             batch_clock.tick()

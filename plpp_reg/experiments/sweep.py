@@ -81,7 +81,7 @@ class Hashes(dict):
         node = cfg.DATASET
         key = (node.NAME, node.ROOT, node.NUM_SHOTS, image_seed_of(cfg) if node.NUM_SHOTS > 0 else None, node.SUBSAMPLE_CLASSES)
         if (key := (*key, *parts)) not in self:
-            data = load_data(cfg)
+            data = load_data(cfg, "train" in parts)
             self[key] = data.sha256(), pictures_sha256(data, parts)
         return self[key]
 
