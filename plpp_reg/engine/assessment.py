@@ -34,7 +34,7 @@ def assess(trainer: Trainer, split: str) -> dict[str, Any]:
         "mistakes": _mistakes(trainer, split, found),
     }
     if trainer.method.learns:
-        templates = [template(trainer.cfg.DATASET.NAME)]
+        templates = [template(trainer.cfg.DATASET.NAME, trainer.cfg.DATASET.TEMPLATE)]
         plain = trainer.classify_zero_shot(templates, split)
         interval = wilson(int(plain.correct.sum()), images)
         evaluation["zero_shot"] = {"templates": templates, "metrics": plain.evaluate(), "interval": interval}

@@ -94,7 +94,7 @@ def calibrate(trained: Trainer, folder: str | Path) -> Calibration:
     of = {"weights": weights_sha256(trained.method.saved)}
     place = (Path(folder) if Path(folder).is_dir() else Path(folder).parent.parent) / FILE
     try:
-        data = load_data(trained.cfg)
+        data = load_data(trained.cfg, trains=False)
         now = {**of, **{part: contents_sha256(getattr(data, part)) for part in ("val", "test")}}
     except InputError as e:
         if (kept := _kept(place, of)) is not None:
