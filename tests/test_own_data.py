@@ -426,20 +426,6 @@ def test_a_template_without_one_place_for_the_name_is_refused(tmp_path: Path, te
     assert not (tmp_path / "o").exists()
 
 
-def test_a_run_that_is_to_go_on_for_more_epochs_is_told_how(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    keys = ["DATASET.NAME", folder_of(tmp_path / "d", {"cat": 8, "dog": 8}), "DATASET.NUM_SHOTS", "2"]
-    keys += ["DATALOADER.NUM_WORKERS", "0", "OPTIM.MAX_EPOCH"]
-    run = ["train", "--trainer", "CoOp", "--output-dir", str(tmp_path / "run"), *keys]
-    assert cli.main([*run, "1"]) == 0
-    capsys.readouterr()
-    assert cli.main([*run, "3"]) == 2
-    said = capsys.readouterr().err
-    start = said.split("MODEL.INIT_WEIGHTS ")[1].strip()
-    assert Path(start).is_file()
-    longer = ["train", "--trainer", "CoOp", "--output-dir", str(tmp_path / "more"), *keys, "3", "MODEL.INIT_WEIGHTS", start]
-    assert cli.main(longer) == 0  # what the line says works
-
-
 def test_a_log_in_a_terminal_shows_how_far_features_and_epochs_are(tmp_path: Path) -> None:
     data, shown = load_dataset(folder_of(tmp_path, {"cat": 8, "dog": 8})), []
 
@@ -451,5 +437,5 @@ def test_a_log_in_a_terminal_shows_how_far_features_and_epochs_are(tmp_path: Pat
     trainer = helpers.make_trainer(data, "OPTIM.MAX_EPOCH", 1)
     trainer.log = Watched(quiet=True)
     trainer.train()
-    assert {what for what, _ in shown} == {"epochs", "epoch 1", "image features (train)"}
+    assert {what for what, _ in shown} == {"epochs", "epoch 1", "features of train"}
     assert all(total and total >= 1 for _, total in shown)
