@@ -78,7 +78,7 @@ CASES = {
         "KDPL/src",
         "CoCoOp_KDPL/vit_b32",
         "prompt_learner",
-        ("DATALOADER.TRAIN_X.BATCH_SIZE", "2", "TRAINER.COCOOP.PREC", "fp32", *KDPL),
+        ("DATALOADER.TRAIN_X.BATCH_SIZE", "2", "TRAINER.COCOOP.PREC", "fp32", "TRAINER.COOP.PREC", "fp32", *KDPL),
         "cuda",
     ),
     "MaPLe_KDPL": Case(
@@ -314,7 +314,7 @@ class Bench:
             "accuracy": re.findall(r"accuracy: ([\d.]+)%", said),
             "lr": sorted({float(lr) for lr in re.findall(r"epoch \[3/3\].* lr (\S+)", said)}),
             "first_and_last": {key: [values[0], values[-1]] for key, values in numbers.items() if values},
-            "gradients": re.findall(r"^gradients: (.*)", said, re.M),
+            "gradients": re.findall(r"gradients: (\d.*)", said),
             "epochs": sorted(set(re.findall(r"epoch \[(\d)/3\]", said))),
         }
 

@@ -92,7 +92,7 @@ def word_products(x: Tensor, E: Tensor, ids: Tensor, max_bytes: int) -> Tensor:
     """``E_I x``, each row with its own words: x (R, N, D), E (V, D), ids (R, K) -> (R, N, K). Differentiable in x, twice.
 
     The words' vectors (R, K, D) are looked up, at most ``max_bytes`` of them at a time, in both directions, and never kept.
-    Where K is a good part of V (:data:`MANY`) and N is 1, products with all words, of which K are taken, cost less.
+    Where K is a good part of V (``MANY``) and N is 1, products with all words, of which K are taken, cost less.
 
     >>> word_products(torch.tensor([[[0.0, 4.0, 3.0]]]), torch.eye(3), torch.tensor([[2, 1]]), max_bytes=2**20)
     tensor([[[3., 4.]]])
