@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -92,6 +93,36 @@ def test_a_step_is_the_hosts_and_the_terms(cfg, name):
             "perplexity": last.perplexity.item(),
         }
     )
+
+
+class Distilled(mini_trainers.MiniCoOp):
+    """Trains a student beside a teacher, calls neither ``model``, and registers the student's prompt learner, as KDPL does."""
+
+    def build_model(self):
+        super().build_model()
+        self.teacher_model, self.student_model = copy.deepcopy(self.model).requires_grad_(False), self.model
+        del self.model
+
+    def forward_backward(self, batch):
+        logits, target = self.student_model(batch["img"]), self.teacher_model(batch["img"])
+        self.update(nn.functional.kl_div(logits.log_softmax(1), 0.5 * target.log_softmax(1), reduction="sum", log_target=True))
+        return {}
+
+
+def test_a_model_by_another_name_is_found_by_what_is_registered(cfg):
+    trainer, plain = with_plpp(Distilled)(cfg), Distilled(cfg)
+    assert trainer.plpp.model is trainer.student_model
+    gradients = []
+    for each in (trainer, plain):
+        each.set_model_mode("train")
+        each.num_batches, each.batch_idx = 2, 0
+        each.forward_backward(each.train_loader_x[0])
+        gradients.append(each.student_model.prompt_learner.ctx.grad)
+    fresh = Distilled(cfg)
+    fresh.model = fresh.student_model
+    added = term_by_hand(fresh, PerplexityRegularizer(trainer.plpp.regularizer.vocabulary))["prompt_learner.ctx"]
+    assert added.norm() > 1e-3
+    assert (gradients[0] - gradients[1] - added).norm() <= 1e-5 * added.norm()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -104,7 +104,7 @@ CASES = {
         "Textual-based_Class-aware_prompt_tuning",
         "TCP/vit_b16_ep100_ctxv1",
         "prompt_learner",
-        (*BATCH, "TRAINER.COOP.PREC", "fp32", "TRAINER.COOP.CTX_INIT", "True"),
+        (*BATCH, "TRAINER.COOP.PREC", "fp32", "TRAINER.COCOOP.PREC", "fp32", "TRAINER.COOP.CTX_INIT", "True"),
         "cuda",
     ),
     "PLOT": Case(
