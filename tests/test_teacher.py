@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from plpp_reg.clip.vision import ImageTower
@@ -19,6 +20,7 @@ from plpp_reg.engine.run import RunArguments
 from plpp_reg.engine.teacher import Teacher
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
+from plpp_reg.prompts.export import export
 from plpp_reg.prompts.loading import load_run
 from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.ivlp import IVLP
@@ -369,3 +371,25 @@ def test_a_distilled_runs_prompts_need_no_teacher(world: Path, tmp_path: Path) -
     shutil.rmtree(gone)
     with torch.no_grad():
         assert helpers.logits_of(load_run(tmp_path / "out", ["cat", "dog"]), {"img": pixels()}).shape == (3, 2)
+
+
+def test_a_student_that_predicts_by_its_teacher_keeps_what_it_said(world: Path, tmp_path: Path) -> None:
+    """Its teacher may be gone for the classes that it was trained on; for others it is asked, and missed by name."""
+    shutil.copytree(world / "coop", gone := tmp_path / "gone")
+    out = tmp_path / "out"
+    opts = ("TRAINER.PROMPTKD.PROMPT_DEPTH_VISION", 1, "TRAINER.PROMPTKD.PREC", "fp32", "TEACHER.RUN", gone)
+    trained = quietly(arguments(world, out, "PromptKD", *opts))
+    images = {"img": pixels()}
+    with torch.no_grad():
+        before = helpers.logits_of(load_run(out), images)
+        shutil.rmtree(gone)
+        after = load_run(out)
+        assert torch.equal(helpers.logits_of(after, images), before)
+        some = helpers.logits_of(load_run(out, ["tea", "cat"]), images)
+        torch.testing.assert_close(some, before[:, [2, 0]])
+        export(after, tmp_path / "student.safetensors")
+    assert "teacher_class_features" in load_file(tmp_path / "student.safetensors")
+    tested = arguments(world, tmp_path / "test", "PromptKD", *opts)._replace(eval_only=True, model_dir=str(out))
+    assert quietly(tested)["metrics"] == trained["metrics"]
+    with pytest.raises(InputError, match=f"TEACHER.RUN '{gone}': expected the folder of a run"):
+        load_run(out, ["tea", "okapi"])

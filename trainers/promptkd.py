@@ -34,7 +34,7 @@ class PromptKD(Method):
         temperature: float = setting(1.0, above=0)
         batch: int = setting(32, least=1, key="DATALOADER.TRAIN_X.BATCH_SIZE")
 
-    distils = True
+    distils = predicts_by_teacher = True
     model_name = "VLPromptLearner"
     splits_classes = False
     instead_of_plpp = "PLPP trains its teacher, so use PromptKD with TEACHER.RUN a run of PromptSRC_PLPP, say"

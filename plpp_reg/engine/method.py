@@ -102,6 +102,8 @@ class Method(nn.Module):
     classes_depend_on_image: ClassVar[bool] = False
     #: whether it learns from a teacher, which TEACHER names and :attr:`teacher` is
     distils: ClassVar[bool] = False
+    #: whether its predictions read its teacher's class features, so that its checkpoints keep them
+    predicts_by_teacher: ClassVar[bool] = False
     #: whether :meth:`encode` shares the classes out among several processes
     splits_classes: ClassVar[bool] = True
     #: names of the losses whose gradients come to :meth:`gradients` apart, each by a backward pass of its own

@@ -21,6 +21,7 @@ from plpp_reg.engine.arguments import RunArguments, further_config, resolve
 from plpp_reg.engine.assessment import NOTHING, assess
 from plpp_reg.engine.learned import in_words, learned
 from plpp_reg.engine.log import RunLog
+from plpp_reg.engine.teacher import known_of
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import clear_left_behind, locked, write_text
@@ -105,8 +106,11 @@ def run(
     _check_folders(cfg, folder, cls.model_name)
     _check_places(folder, cls.model_name)
     log(f"Setting fixed seed: {cfg.SEED}")
+    known = None
+    if args.eval_only and args.model_dir and cls.predicts_by_teacher:
+        known = known_of(checkpoint.load(checkpoint.find(args.model_dir, cls.model_name, args.load_epoch)))
     parts = parts_read(cfg, trains=not args.eval_only and cls.learns)
-    trainer = Trainer(cls, cfg, data=load_data(cfg, "train" in parts), clip_model=clip_model, log=log)
+    trainer = Trainer(cls, cfg, data=load_data(cfg, "train" in parts), clip_model=clip_model, log=log, known=known)
     if not args.no_train:
         with trainer.state.phase("hashes of pictures"):
             trainer.pictures_sha256 = pictures_sha256(trainer.data, parts)
@@ -191,7 +195,10 @@ def _check_teacher(trainer: Trainer, tests: Mapping[str, Sequence[str]]) -> None
 def _test_further(folder: Path, trainer: Trainer, test: FurtherTest) -> dict[str, Any]:
     """The prompts that ``trainer`` has written, over another test's class names and images."""
     trainer.log(f"Test {test.name}:")
-    other = Trainer(type(trainer.method), test.cfg, data=test.data, clip_model=trainer.clip_model, log=trainer.log)
+    same = {"clip_model": trainer.clip_model, "log": trainer.log}
+    if trainer.method.predicts_by_teacher:
+        same["known"] = trainer.teacher.heard()
+    other = Trainer(type(trainer.method), test.cfg, data=test.data, **same)
     if other.method.learns:
         other.saving.load_model(folder)
     tested = assess(other, test.cfg.TEST.SPLIT)

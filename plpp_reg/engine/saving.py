@@ -54,10 +54,20 @@ class Saving:
                 "scaler": self.scaler.state_dict(),
                 "same": self.same(),
                 "classnames": list(self.method.classnames),
-                **({"teacher": self.method.teacher.identity} if self.method.distils else {}),
+                **self._of_the_teacher(),
                 "method": self.method.method_state(),
             },
         }
+
+    def _of_the_teacher(self) -> dict[str, Any]:
+        """Who it was, and what predictions read of it."""
+        if not self.method.distils:
+            return {}
+        teacher = self.method.teacher
+        if not self.method.predicts_by_teacher:
+            return {"teacher": teacher.identity}
+        heard = teacher.heard()
+        return {"teacher": teacher.identity, "said": {"class_features": heard.class_features, "scale": heard.scale}}
 
     def save_epoch(self) -> None:
         """A checkpoint of the epoch that is done; the one before goes unless CHECKPOINT_FREQ asks for it."""

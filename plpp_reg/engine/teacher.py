@@ -80,6 +80,21 @@ class Spoken(NamedTuple):
     input: dict[str, Any]  # keys of INPUT as its images have them
 
 
+class Known(NamedTuple):
+    """What a student's checkpoint keeps of its teacher, where its predictions read that."""
+
+    classnames: Sequence[str]
+    class_features: Tensor  # (C, E_t) normalised, float32
+    scale: Tensor
+
+    def of(self, classnames: Sequence[str]) -> Known | None:
+        """Of these classes; None where not all of them are among its own."""
+        rows = {name: row for row, name in reversed(list(enumerate(self.classnames)))}
+        if any(name not in rows for name in classnames):
+            return None
+        return Known(classnames, self.class_features[[rows[name] for name in classnames]], self.scale)
+
+
 class Teacher:
     """The teacher that ``cfg.TEACHER`` names, around the class names of a student. Nothing is read before it is asked for.
 
@@ -89,6 +104,7 @@ class Teacher:
         precision, device: the student's, in which the teacher computes too.
         clip_model: the student's CLIP, which serves a teacher on the same backbone.
         say: where a line for the log goes.
+        known: what a checkpoint keeps of it; of those classes it is then not asked.
     """
 
     def __init__(
@@ -99,8 +115,10 @@ class Teacher:
         device: torch.device | str = "cpu",
         clip_model: nn.Module | None = None,
         say: Callable[[str], object] = lambda line: None,
+        known: Known | None = None,
     ) -> None:
         self.cfg, self.classnames, self.say = cfg, list(classnames), say
+        self.known = known.of(self.classnames) if known is not None else None
         self.precision, self.device, self.student = precision, torch.device(device), clip_model
         self.encoder = TeacherEncoder(self)
 
@@ -109,17 +127,21 @@ class Teacher:
     @functools.cached_property
     def class_features(self) -> Tensor:
         """(C, E_t), normalised, float32, on the device; encoded after the teacher's weights were loaded."""
-        return self.spoken.class_features.to(self.device)
+        return (self.known or self.spoken).class_features.to(self.device)
 
     @functools.cached_property
     def scale(self) -> Tensor:
         """The teacher's own factor of cosines, a scalar on the device."""
-        return self.spoken.scale.to(self.device)
+        return (self.known or self.spoken).scale.to(self.device)
 
     def logits(self, features: Tensor, scale: Tensor | None = None) -> Tensor:
         """Its features of images, (B, E_t) normalised -> (B, C): cosines times its own scale, or another's."""
         with without_autocast(features.device):
             return (self.scale if scale is None else scale) * features @ self.class_features.t()
+
+    def heard(self) -> Known:
+        """What a student's checkpoint keeps of it."""
+        return Known(self.classnames, self.class_features.cpu(), self.scale.cpu())
 
     # ---- what is known of it without loading it ------------------------------------------------------------------
 
@@ -298,7 +320,7 @@ class TeacherEncoder(FrozenEncoder):
 
     @property
     def width(self) -> int:
-        return self.teacher.spoken.class_features.shape[1]
+        return self.teacher.class_features.shape[1]
 
     @property
     def input(self) -> Mapping[str, Any]:
@@ -340,6 +362,19 @@ class MethodEncoder(FrozenEncoder):
             "settings": {n: v for n, v in dataclasses.asdict(method.config).items() if n not in OF_NO_EFFECT},
             "learned": tensors_sha256(method.saved.state_dict()),
         }
+
+
+def known_of(content: Mapping[str, Any]) -> Known | None:
+    """Of a checkpoint, as :func:`plpp_reg.engine.checkpoint.load` gives it; None where it keeps nothing of a teacher."""
+    extra = content.get("plpp_reg") or {}
+    said, names = extra.get("said"), extra.get("classnames")
+    if not isinstance(said, dict) or not isinstance(names, list):
+        return None
+    features, scale = said.get("class_features"), said.get("scale")
+    fits = isinstance(features, Tensor) and features.is_floating_point() and features.dim() == 2 and len(features) == len(names)
+    if not fits or not features.isfinite().all() or not isinstance(scale, Tensor) or scale.numel() != 1:
+        return None
+    return Known(names, features.float(), scale.float().reshape(()))
 
 
 def label_of(identity: Mapping[str, Any]) -> str:

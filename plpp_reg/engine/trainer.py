@@ -36,7 +36,7 @@ from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
 from plpp_reg.engine.plpp import ContextTerms, measured, readable, regularizer_for
 from plpp_reg.engine.saving import Saving
 from plpp_reg.engine.state import RunState
-from plpp_reg.engine.teacher import Teacher
+from plpp_reg.engine.teacher import Known, Teacher
 from plpp_reg.engine.zero_shot import zero_shot_classes
 from plpp_reg.errors import InputError
 from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
@@ -58,6 +58,7 @@ class Trainer:
         clip_model: a frozen CLIP; None: what ``cfg.MODEL.BACKBONE`` names.
         log: where lines go; None: standard output.
         teacher: of a method that distils; None: what ``cfg.TEACHER`` names, which is read when it is needed.
+        known: what a checkpoint keeps of the teacher.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Trainer:
         clip_model: nn.Module | None = None,
         log: RunLog | None = None,
         teacher: Teacher | None = None,
+        known: Known | None = None,
     ) -> None:
         start = time.perf_counter()
         self.cfg, self.log, self.state = cfg, log or RunLog(), RunState()
@@ -98,7 +100,7 @@ class Trainer:
         self.teacher: Teacher | None = None
         if method.distils:
             at = self.precision, self.device, self.clip_model
-            self.teacher = teacher or Teacher(cfg, data.classnames, *at, say=self.log)
+            self.teacher = teacher or Teacher(cfg, data.classnames, *at, say=self.log, known=known)
         self.method = method(config, backbone, data.classnames, self.log, self.teacher)
         self.data = self.method.split(data)
         self.parameters = list(self.method.parameters())

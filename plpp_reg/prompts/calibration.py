@@ -128,7 +128,8 @@ def _kept(place: Path, of: dict[str, str]) -> Calibration | None:
 
 @torch.no_grad()
 def _fitted(trained: Trainer, data: DataSplit) -> Calibration:
-    trainer = Trainer(type(trained.method), trained.cfg, data, trained.clip_model, RunLog(quiet=True))
+    known = trained.teacher.heard() if trained.method.predicts_by_teacher else None
+    trainer = Trainer(type(trained.method), trained.cfg, data, trained.clip_model, RunLog(quiet=True), known=known)
     trainer.method.saved.load_state_dict(trained.method.saved.state_dict())
     rows = list(_logits(trainer, "val"))
     logits, label = (torch.cat(parts) for parts in zip(*rows, strict=True))

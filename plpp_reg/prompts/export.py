@@ -57,6 +57,8 @@ def export(trainer: Trainer, path: str | Path) -> str:
     tensors: dict[str, Tensor] = dict(trainer.method.saved.state_dict())
     tensors["logit_scale"] = trainer.clip_model.logit_scale.exp().float()
     left_out = trainer.method.not_exported
+    if trainer.method.predicts_by_teacher:  # what its learned image tower's features are compared with
+        tensors["teacher_class_features"] = trainer.teacher.class_features.cpu()
     if not left_out:
         with torch.no_grad(), trainer.computing():
             tensors["class_features"] = trainer.method.encode_classes().features.float()

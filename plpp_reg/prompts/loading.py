@@ -18,6 +18,7 @@ from plpp_reg.engine import checkpoint, config, registry
 from plpp_reg.engine.arguments import shipped_config
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.method import Method
+from plpp_reg.engine.teacher import known_of
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.prompts import contexts
@@ -76,7 +77,9 @@ def load_run(
     if precision:
         config.set_value(cfg, cls.Config.key("prec"), precision)
     _choose_device(cfg, device)
-    loaded = Trainer(cls, cfg, DataSplit([], [], [], list(classes or own_names)), clip_model, RunLog(quiet=True))
+    known = known_of(checkpoint.load(path)) if cls.predicts_by_teacher and path is not None else None
+    data = DataSplit([], [], [], list(classes or own_names))
+    loaded = Trainer(cls, cfg, data, clip_model, RunLog(quiet=True), known=known)
     if path is not None:
         loaded.saving.load_weights(path)
     return loaded
