@@ -104,8 +104,8 @@ CASES = {
         "Textual-based_Class-aware_prompt_tuning",
         "TCP/vit_b16_ep100_ctxv1",
         "prompt_learner",
-        (*BATCH, "TRAINER.COOP.PREC", "fp32", "TRAINER.COCOOP.PREC", "fp32", "TRAINER.COOP.CTX_INIT", "True"),
-        "cuda",
+        (*BATCH, "TRAINER.COOP.PREC", "fp32", "TRAINER.COOP.CTX_INIT", "True"),
+        "cuda half",
     ),
     "PLOT": Case(
         "PLOT/plot-coop", "PLOT/rn50", "prompt_learner", (*BATCH, "TRAINER.PLOT.PREC", "fp32", "MODEL.BACKBONE.NAME", "RN50")
