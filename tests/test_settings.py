@@ -196,19 +196,24 @@ def test_zero_shot_figures_that_differ_between_shots_are_named_or_rows_of_their_
 def test_every_key_that_a_result_depends_on_tells_rows_apart() -> None:
     """Of a whole configuration: each key by itself, with PLPP, without, and of what learns nothing."""
     whole = config.flat(resolve(RunArguments(trainer="CoOp_PLPP"))[0])
-    others = tuple(f"TRAINER.{node}." for node in config_nodes() if node != "COOP")
-    assert len(others) > 4
+    others = ("TEACHER.", *(f"TRAINER.{node}." for node in config_nodes() if node != "COOP"))
+    assert len(others) > 5
     for key, value in whole.items():
         other = {**whole, key: "something else"}
         for method, learns, idle in (
             ("CoOp_PLPP", True, others),
             ("CoOp", True, ("TRAINER.PLPP.", *others)),
-            ("ZeroshotCLIP", False, ("TRAINER.", "OPTIM.", "TRAIN.", "LOSS.", "DATALOADER.")),
+            ("ZeroshotCLIP", False, ("TEACHER.", "TRAINER.", "OPTIM.", "TRAIN.", "LOSS.", "DATALOADER.")),
         ):
             runs = [Made("t", Name(method), "c", relevant(c, method, learns)) for c in (whole, other, {**whole, key: value})]
             labels = [label for label, _ in tell_apart(runs)]
             assert labels[0] == labels[2]
             assert (labels[0] != labels[1]) == (key not in OF_THE_RUN and not key.startswith(idle)), (key, method)
+    zero_shot, trained, again = (
+        relevant(whole, "CoOp_KDPL", True, {"trainer": trainer, "backbone": "RN50", "sha256": digest})
+        for trainer, digest in (("ZeroshotCLIP", ""), ("CoOp", "0a"), ("CoOp", "1b"))
+    )
+    assert zero_shot != trained == again  # each seed's teacher has its own weights
     assert {"SEED", "OUTPUT_DIR", "DATASET.NAME", "DATASET.NUM_SHOTS"} <= OF_THE_RUN
     assert {"MODEL.TEXT_MEMORY_MIB", "TRAINER.PLPP.MEMORY_MIB"} <= OF_THE_RUN and LR not in OF_THE_RUN
 

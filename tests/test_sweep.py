@@ -141,7 +141,7 @@ def test_a_sweep_says_once_what_it_sets_aside_and_reads_data_once_for_all(copy: 
         (job.folder / "result.json").write_text(json.dumps(changed))
     reads: list[int] = []
     load = sweep.load_data
-    monkeypatch.setattr(sweep, "load_data", lambda cfg: reads.append(cfg.SEED) or load(cfg))
+    monkeypatch.setattr(sweep, "load_data", lambda cfg, *more: reads.append(cfg.SEED) or load(cfg, *more))
     said: list[str] = []
     seen: list[list[int]] = []
 
