@@ -26,7 +26,7 @@ from plpp_reg.clip.vision import ImageTower
 from plpp_reg.data import DataSplit
 from plpp_reg.data.loaders import build_loader, load_data, part_of
 from plpp_reg.engine.backbone import check_input, check_precision, computing, precision_on
-from plpp_reg.engine.distributed import current
+from plpp_reg.engine.distributed import Ranks, current
 from plpp_reg.engine.evaluation import Classification, evaluate
 from plpp_reg.engine.features import FrozenFeatures
 from plpp_reg.engine.frozen import FrozenEncoder
@@ -327,9 +327,12 @@ class Trainer:
         ours = next((name for name, encoder in self.method.inputs.of(split).items() if encoder is self.method.frozen), None)
         features = self.frozen_features[ours] if ours else self._features_of(self.method.frozen)
         with self.state.phase("testing"):
-            found = Classification(len(self.data.classnames))
+            names = self.data.classnames
+            found = Classification(len(names))
             with self.computing():
-                classes = zero_shot_classes(self.method.clip.text, templates, self.data.classnames)
+                ranks = self.ranks if self.ranks.size <= len(names) else Ranks()
+                mine = zero_shot_classes(self.method.clip.text, templates, ranks.share(names))
+                classes = ranks.gather_rows(mine, len(names))
             labels = torch.tensor([datum.label for datum in getattr(self.data, split)])
             for rows, label in zip(features.of(split).split(AT_ONCE), labels.split(AT_ONCE), strict=True):
                 found.process(self.method.cosines(rows.to(self.device), classes), label)
