@@ -38,7 +38,7 @@ def magnitude(value: float) -> str:
     """What may be of any size, as a perplexity: four digits of it at least.
 
     >>> magnitude(123456.7), magnitude(23.456), magnitude(0.012345)
-    ('123,457', '23.46', '0.01234')
+    ('123,457', '23.46', '0.01235')
     """
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
