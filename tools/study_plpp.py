@@ -1,8 +1,7 @@
 """Where PLPP helps, against the right controls, and which defaults follow: one command, which goes on where it was stopped.
 
     python tools/study_plpp.py --rows benchmarks/results/study.jsonl            # validation, then the confirmation
-    python tools/study_plpp.py --rows benchmarks/results/study.jsonl --tables   # the tables of docs/study.md
-    python tools/study_plpp.py --rows benchmarks/results/study.jsonl --figure docs/images/frontier.png
+    python tools/study_plpp.py --rows benchmarks/results/study.jsonl --docs docs    # the tables of docs/study.md, the figure
 
 CoOp on the base half of the embedded default, evaluated on both halves, every setting over the same seeds, which are trained
 together (plpp_reg/experiments/parallel_seeds.py). A row is one setting of one case over some seeds: how many images were named
@@ -48,6 +47,7 @@ AT_ONCE = 20  # seeds
 COARSE, FINE, FRESH = range(1, 7), range(1, 21), range(201, 241)
 FINALISTS = 3
 CLOSE = 0.2  # in the score
+START, END = "<!-- tables -->", "<!-- end of tables -->"
 RECIPE = str(shipped_config("trainers", "CoOp", "embedded.yaml"))
 SCHEDULES: dict[str, Callable[[float], float]] = {  # the factor of PLPP's weights after a share of the training; its mean is 1
     "constant": lambda share: 1.0,
@@ -259,12 +259,21 @@ def validate(bench: Bench) -> None:
 def confirm(bench: Bench) -> None:
     """What the rule asks for first, so that a study that is stopped has it; curves and other controls on half of the seeds."""
     choice, half = chosen(bench.rows), FRESH[:20]
-    curve = [s for s in curve_of(choice) if s.strength != choice.strength]
-    bench.measure([PLAIN, choice, *EPOCHS[:-1]], (A, B), "test", FRESH)
-    bench.measure([PLAIN, choice], (C,), "test", FRESH)
-    bench.measure([*curve, *CONTROLS], (B,), "test", half)
-    bench.measure([*curve, *CONTROLS], (A,), "test", half)
+    weaker, weak, _, strong = curve_of(choice)
+    for case in (A, B):
+        bench.measure([PLAIN, choice, *EPOCHS[1:-1]], (case,), "test", FRESH)
+    bench.measure([PLAIN, choice], (C,), "test", half)
+    for case in (A, B):
+        bench.measure([strong, weak], (case,), "test", half)
+    strongest = [max((s for s in CONTROLS if s.family == family), key=_strength) for family in FAMILIES]
+    for settings in (strongest, CONTROLS, [weaker], EPOCHS[:1]):
+        bench.measure(settings, (B, A), "test", half)
     bench.measure([PLAIN, choice, EPOCHS[2]], OTHERS, "test", half)
+
+
+def _strength(setting: Setting) -> float:
+    """How far a control's knob is turned; a small learning rate is a strong one."""
+    return -setting.strength if setting.family == "learning rate" else setting.strength
 
 
 # ---- tables and figure ----------------------------------------------------------------------------------------------
@@ -302,18 +311,23 @@ def table(rows: Rows, case: Case, split: str) -> str:
     return "\n".join(lines)
 
 
-def curves(rows: Rows, case: Case, seeds: Sequence[int]) -> dict[str, list[Point]]:
-    """Each control's, over so many fresh seeds as it has, its knob from strong to off."""
+def fresh(rows: Rows, setting: Setting, case: Case) -> list[int]:
+    """The fresh seeds that a setting has."""
+    return [seed for seed in FRESH if seed in rows.seeds(setting.name, case, "test")]
 
-    def point(setting: Setting) -> Point:
-        return rows.point(setting, case, "test", seeds)
 
-    found = {"epochs": [point(s) for s in EPOCHS]}
-    found["stopped early"] = [rows.point(PLAIN, case, "test", seeds, q)._replace(strength=q) for q in (1, 2, 3, 4)]
-    for family, off in FAMILIES.items():
-        mine = [s for s in CONTROLS if s.family == family and set(seeds) <= set(rows.seeds(s.name, case, "test"))]
+def curves(rows: Rows, case: Case) -> dict[str, tuple[list[int], list[Point]]]:
+    """Each control's fresh seeds, and its curve over them, its knob from strong to off: the points that have the most seeds."""
+    families = {"epochs": EPOCHS[:-1], **{family: [s for s in CONTROLS if s.family == family] for family in FAMILIES}}
+    plain = fresh(rows, PLAIN, case)
+    stops = [rows.point(PLAIN, case, "test", plain, quarter)._replace(strength=quarter) for quarter in (1, 2, 3, 4)]
+    found = {"stopped early": (plain, stops)}
+    for family, settings in families.items():
+        most = max((fresh(rows, s, case) for s in settings), key=len)
+        mine = [s for s in settings if len(most) and set(most) <= set(fresh(rows, s, case))]
         if mine:
-            found[family] = [*map(point, mine), point(PLAIN)._replace(strength=off)]
+            off = rows.point(PLAIN, case, "test", most)._replace(strength=FAMILIES.get(family, PLAIN.strength))
+            found[family] = (most, [*(rows.point(s, case, "test", most) for s in mine), off])
     return found
 
 
@@ -322,16 +336,14 @@ def gaps(rows: Rows, case: Case) -> str:
     choice = chosen(rows)
     lines = [
         f"{case}: {choice.name}, new accuracy at equal base accuracy\n",
-        "| control | seeds | gap | base of the choice | the control's curve |",
+        "| control | seeds | gap | base of the choice | the control's curve (base, new) |",
         "|---|---|---|---|---|",
     ]
-    everything = list(FRESH)
-    for family in curves(rows, case, everything[:20]):
-        seeds = everything if family in curves(rows, case, everything) else everything[:20]
-        curve, point = curves(rows, case, seeds)[family], rows.point(choice, case, "test", seeds)
-        gap = gap_at_equal_base(point, curve)
+    for family, (seeds, curve) in curves(rows, case).items():
+        point = rows.point(choice, case, "test", seeds)
         shown = ", ".join(f"({p.mean_base:.1f}, {p.mean_new:.1f})" for p in sorted(curve, key=lambda p: p.strength))
-        lines.append(f"| {family} | {len(seeds)} | {gap or 'not reached'} | {point.mean_base:.1f} | {shown} |")
+        gap = gap_at_equal_base(point, curve) or "not reached"
+        lines.append(f"| {family} | {len(seeds)} | {gap} | {point.mean_base:.1f} | {shown} |")
     return "\n".join(lines)
 
 
@@ -340,16 +352,23 @@ def verdict(rows: Rows) -> str:
     choice, above = chosen(rows), []
     lines = [f"Chosen on validation: {choice.name}, score {score(rows, choice, FINE):+.2f}"]
     for case in (A, B):
-        seeds = list(FRESH)
-        point, control = rows.point(choice, case, "test", seeds), best_control(rows, case, "val", FINE)
-        gap = gap_at_equal_base(point, curves(rows, case, seeds)["epochs"])
-        h = difference(point, rows.point(control, case, "test", seeds))
+        control, (seeds, curve) = best_control(rows, case, "val", FINE), curves(rows, case)["epochs"]
+        point = rows.point(choice, case, "test", seeds)
+        gap, h = gap_at_equal_base(point, curve), difference(point, rows.point(control, case, "test", seeds))
         above += [gap is not None and gap.mean > gap.half_width, h.mean > h.half_width]
-        lines.append(f"{case}: gap at equal base {gap or 'not reached'}; H against {control.name} {h}")
+        lines.append(f"{case}, {len(seeds)} seeds: gap at equal base {gap or 'not reached'}; H against {control.name} {h}")
     lines.append("confirmed" if all(above) else "not confirmed")
-    plain = difference(rows.point(choice, C, "test", list(FRESH)), rows.point(PLAIN, C, "test", list(FRESH)))
-    lines.append(f"{C}: H against plain CoOp {plain}: {'not ' if plain.mean >= -plain.half_width else ''}below it")
-    return "\n".join(lines)
+    seeds = fresh(rows, choice, C)
+    plain = difference(rows.point(choice, C, "test", seeds), rows.point(PLAIN, C, "test", seeds))
+    lines.append(f"{C}, {len(seeds)} seeds: H against plain CoOp {plain}: {'not ' * (plain.mean >= -plain.half_width)}below it")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def tables(rows: Rows) -> str:
+    """All that is there: the verdict, the gaps, every point."""
+    cases = dict.fromkeys((r["split"], Case(r["n_ctx"], r["shots"])) for r in rows.rows)
+    points = [table(rows, case, split) for split, case in cases]
+    return "\n\n".join(["### What the rule says", verdict(rows), *(gaps(rows, c) for c in (A, B)), "### Every point", *points])
 
 
 def draw(rows: Rows, path: Path) -> None:
@@ -359,11 +378,11 @@ def draw(rows: Rows, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    choice, seeds = chosen(rows), list(FRESH)
+    choice = chosen(rows)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     colours = dict(zip(["epochs", "stopped early", *FAMILIES], plt.get_cmap("tab10").colors[1:], strict=False))
     for a, case in zip(axes, (A, B), strict=True):
-        plain = rows.point(PLAIN, case, "test", seeds)
+        plain = rows.point(PLAIN, case, "test", fresh(rows, PLAIN, case))
 
         def place(point: Point, over: Sequence[int], case: Case = case, plain: Point = plain) -> tuple[float, float]:
             """Paired: the difference to CoOp over its own seeds, from CoOp's mean over all of them."""
@@ -373,15 +392,20 @@ def draw(rows: Rows, path: Path) -> None:
                 plain.mean_new + difference(point, control, "new").mean,
             )
 
-        for family, curve in {**curves(rows, case, seeds[:20]), **curves(rows, case, seeds)}.items():
-            over = seeds if family in curves(rows, case, seeds) else seeds[:20]
+        for family, (over, curve) in curves(rows, case).items():
             xy = [place(p, over) for p in sorted(curve, key=lambda p: p.strength)]
             a.plot(*zip(*xy, strict=True), "o-", color=colours[family], markersize=4, linewidth=1.2, label=family)
-        mine = [s for s in curve_of(choice) if set(seeds[:20]) <= set(rows.seeds(s.name, case, "test"))]
-        overs = [seeds if set(seeds) <= set(rows.seeds(s.name, case, "test")) else seeds[:20] for s in mine]
+        mine = [s for s in curve_of(choice) if fresh(rows, s, case)]
+        overs = [fresh(rows, s, case) for s in mine]
         points = [rows.point(s, case, "test", over) for s, over in zip(mine, overs, strict=True)]
         xy = [place(p, over) for p, over in zip(points, overs, strict=True)]
-        a.plot(*zip(place(plain, seeds), *xy, strict=True), "s-", color="#d1495b", linewidth=2.2, label="PLPP's weight")
+        a.plot(
+            *zip((plain.mean_base, plain.mean_new), *xy, strict=True),
+            "s-",
+            color="#d1495b",
+            linewidth=2.2,
+            label="PLPP's weight",
+        )
         for s, over, point, (x, y) in zip(mine, overs, points, xy, strict=True):
             control = rows.point(PLAIN, case, "test", over)
             b, n = difference(point, control, "base"), difference(point, control, "new")
@@ -390,7 +414,7 @@ def draw(rows: Rows, path: Path) -> None:
         a.plot(plain.mean_base, plain.mean_new, "k*", markersize=13, label="CoOp as it is", zorder=5)
         a.set_xlabel("base accuracy (%)")
         a.set_ylabel("new accuracy (%)")
-        a.set_title(f"{case}, {len(seeds)} seeds")
+        a.set_title(f"{case}, {len(plain.base)} seeds")
         a.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
@@ -402,17 +426,17 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines; what is there is not run again")
     parser.add_argument("--stage", choices=("val", "test", "all"), default="all", help="choose, confirm, or both")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there, run nothing")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw what is there, run nothing")
+    parser.add_argument("--docs", type=Path, metavar="DIR", help="write them into DIR/study.md, and the figure; run nothing")
     args = parser.parse_args()
     rows = Rows(args.rows)
-    if args.tables or args.figure:
-        if args.figure:
-            draw(rows, args.figure)
-        if args.tables:
-            cases = dict.fromkeys((r["split"], Case(r["n_ctx"], r["shots"])) for r in rows.rows)
-            print(
-                "\n\n".join([*(table(rows, case, split) for split, case in cases), gaps(rows, A), gaps(rows, B), verdict(rows)])
-            )
+    if args.docs:
+        page = args.docs / "study.md"
+        before, _, rest = page.read_text(encoding="utf-8").partition(START)
+        page.write_text(f"{before}{START}\n\n{tables(rows)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        draw(rows, args.docs / "images" / "frontier.png")
+    if args.tables:
+        print(tables(rows))
+    if args.docs or args.tables:
         return
     bench = Bench(rows)
     if args.stage in ("val", "all"):
