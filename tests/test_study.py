@@ -9,7 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from scipy import stats
+
+from plpp_reg.clip.load import load_clip
+from plpp_reg.clip.prompts import encode_texts
+from plpp_reg.clip.text import TextTower
+from plpp_reg.engine.frozen import normalize
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,3 +115,14 @@ def test_one_setting_is_measured(study, tmp_path: Path) -> None:
     assert len(found["quarters"]) == 4 and len(found["quarters"][-1]["base"]) == 2
     assert found["opts"]["TRAINER.PLPP.TOP_K"] == 50
     assert found["quarters"][0]["perplexity"] != found["quarters"][3]["perplexity"]
+
+
+def test_a_rescaled_model_is_the_same_function() -> None:
+    spec = importlib.util.spec_from_file_location("plpp_share", ROOT / "tools" / "plpp_share.py")
+    share = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(share)
+    model = load_clip()
+    larger = share.rescaled(model, 2.0)
+    features = [normalize(encode_texts(TextTower(m), ["a photo of a cat.", "an old red clock"])) for m in (model, larger)]
+    torch.testing.assert_close(*features, rtol=0, atol=1e-3)  # a layer norm's epsilon is not scaled
+    assert torch.equal(larger.token_embedding.weight, 2 * model.token_embedding.weight)
