@@ -24,7 +24,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from plpp_reg.experiments.tune import CHOOSING, CONFIRMING, TOP_K, WEIGHTS, tune
+    from plpp_reg.experiments.tune import CHOOSING, CONFIRMING, WEIGHTS, tune
 
-    weights, top_k = tuple(args.weights or WEIGHTS), tuple(args.top_k or TOP_K)
-    tune(flags.run_arguments(args), weights, top_k, tuple(args.seeds or (CHOOSING, CONFIRMING)))
+    tune(flags.run_arguments(args), args.weights or WEIGHTS, args.top_k, tuple(args.seeds or (CHOOSING, CONFIRMING)))

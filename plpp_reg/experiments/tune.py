@@ -32,7 +32,7 @@ from plpp_reg.results.frontier import Point, difference, gap_at_equal_base
 from plpp_reg.results.record import Paired, duration, summary
 
 WEIGHTS = (0.1, 0.3, 1.0)
-TOP_K = (50, 200)
+TOP_K = (50, 1000)
 STOPS = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the recipe's epochs
 CHOOSING, CONFIRMING = 6, 12  # seeds
 VIEWS = 12  # of an image, where the recipe wants a new one each epoch: their features are computed before the training
@@ -96,7 +96,7 @@ class Bench:
 def tune(
     args: RunArguments,
     weights: Sequence[float] = WEIGHTS,
-    top_k: Sequence[int] = TOP_K,
+    top_k: Sequence[int] | None = None,
     seeds: tuple[int, int] = (CHOOSING, CONFIRMING),
     clip_model: nn.Module | None = None,
     say: Any = lambda line: print(line, flush=True),
@@ -106,7 +106,7 @@ def tune(
     Args:
         args: the method, its recipe, the data and the backbone, as :func:`plpp_reg.engine.run.run` takes them.
         weights: of the inverted perplexity loss; the perplexity loss is off.
-        top_k: numbers of words.
+        top_k: numbers of words; None: those of :data:`TOP_K` that the vocabulary has.
         seeds: how many choose, and how many others confirm; the first is ``args.seed``.
         clip_model: a CLIP that is loaded already; it must be the one that ``args`` name.
         say: where lines go.
@@ -117,7 +117,7 @@ def tune(
     start = time.perf_counter(), time.process_time()
     cfg, method = resolve(args)
     check_method(method)
-    for flag, values in (("--weights", weights), ("--top-k", top_k)):
+    for flag, values in (("--weights", weights), ("--top-k", TOP_K if top_k is None else top_k)):
         if not values or len(set(values)) != len(values):
             raise InputError(f"{flag}: expected different values, got {' '.join(map(str, values)) or 'none'}")
     if min(seeds) < 2:
@@ -132,6 +132,7 @@ def tune(
         clip_model = clip_model or load_clip(cfg.MODEL.BACKBONE.NAME, PRECISION, device)
         words = candidate_ids(clip_model)
         most = len(clip_model.token_embedding.weight) if words is None else len(words)
+        top_k = [k for k in TOP_K if k <= most] if top_k is None else top_k
         if max(top_k) > most:
             raise InputError(f"--top-k: expected at most the vocabulary's {most} words, got {max(top_k)}")
         first = cfg.SEED
