@@ -47,7 +47,7 @@ def test_it_writes_a_recipe_that_train_takes(arguments: RunArguments, tmp_path: 
     folder = Path(arguments.output_dir)
     points = json.loads((folder / "tune.json").read_text())["points"]
     stops = ["stopped after 1 of 4 epochs", "stopped after 2 of 4 epochs", "stopped after 3 of 4 epochs"]
-    stops.append("stopped after 4 of 4 epochs")
+    stops.append("all 4 epochs")
     settings = [*stops, "PLPP, k 20, inverse weight 0.3", "PLPP, k 20, inverse weight 3"]
     assert [p["setting"] for p in points[:6]] == settings
     assert [p["setting"] for p in points[6:10]] == stops and points[10]["setting"] in settings[4:]
@@ -89,8 +89,8 @@ def invented(base: dict[str, float], new: dict[str, float]):
     return measure
 
 
-STOPS = {"after 1": 40.0, "after 2": 50.0, "after 3": 55.0, "after 4": 60.0}
-NEW = {"after 1": 30.0, "after 2": 34.0, "after 3": 30.0, "after 4": 28.0}
+STOPS = {"after 1": 40.0, "after 2": 50.0, "after 3": 55.0, "all 4": 60.0}
+NEW = {"after 1": 30.0, "after 2": 34.0, "after 3": 30.0, "all 4": 28.0}
 
 
 @pytest.mark.parametrize(("new", "helps"), [(45.0, True), (31.0, False)])

@@ -12,7 +12,7 @@ THE RULE, written before the confirmation was run:
 1. Cases A (16 vectors, 16 shots) and B (16 vectors, 4 shots) choose, on the validation part. The control is CoOp trained for
    5, 10, 20, 30 or 40 epochs; its best point is the one with the largest mean H over the same seeds, in each case.
 2. The score of a PLPP setting is the mean over A and B of its mean paired difference in H to the control's best point. All
-   settings run on seeds 1 to 6; the best FINALISTS of them on seeds 1 to 20, which give the final score.
+   settings run on seeds 1 to 6; the best three of them on seeds 1 to 20, which give the final score.
 3. The largest score is the choice; among settings within 0.2 of it, the one that loses least on base (mean of A and B).
 4. The choice is run once on seeds 201 to 240 and the test part. It is confirmed if in A and in B two intervals (95%, paired)
    lie above 0: the gap in new accuracy to the epochs' curve at equal base accuracy, and the difference in H to the number of

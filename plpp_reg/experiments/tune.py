@@ -178,7 +178,8 @@ def _search(
     """The best of each kind by the mean H of the seeds that choose; then both, and the whole control, on the others."""
     epochs = bench.cfg.OPTIM.MAX_EPOCH
     stops = sorted({max(1, round(share * epochs)) for share in STOPS})
-    controls = [Setting(f"stopped after {e} of {epochs} epochs", e, (("OPTIM.MAX_EPOCH", e),)) for e in stops]
+    named = {e: f"stopped after {e} of {epochs} epochs" if e < epochs else f"all {epochs} epochs" for e in stops}
+    controls = [Setting(name, e, (("OPTIM.MAX_EPOCH", e),)) for e, name in named.items()]
     treated = [_with_plpp(weight, k) for k in top_k for weight in weights]
     bench.say(f"\nSeeds {choosing[0]} to {choosing[-1]} choose:")
     found = {setting: point for setting in (*controls, *treated) if (point := bench.measure(setting, choosing)) is not None}
