@@ -47,6 +47,8 @@ AT_ONCE = 20  # seeds
 COARSE, FINE, FRESH = range(1, 7), range(1, 21), range(201, 241)
 FINALISTS = 3
 CLOSE = 0.2  # in the score
+RED = "#d1495b"  # PLPP
+COLOURS = ("#999999", "#444444", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
 START, END = "<!-- tables -->", "<!-- end of tables -->"
 RECIPE = str(shipped_config("trainers", "CoOp", "embedded.yaml"))
 SCHEDULES: dict[str, Callable[[float], float]] = {  # the factor of PLPP's weights after a share of the training; its mean is 1
@@ -380,7 +382,7 @@ def draw(rows: Rows, path: Path) -> None:
 
     choice = chosen(rows)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    colours = dict(zip(["epochs", "stopped early", *FAMILIES], plt.get_cmap("tab10").colors[1:], strict=False))
+    colours = dict(zip(["stopped early", "epochs", *FAMILIES], COLOURS, strict=True))
     for a, case in zip(axes, (A, B), strict=True):
         plain = rows.point(PLAIN, case, "test", fresh(rows, PLAIN, case))
 
@@ -402,21 +404,21 @@ def draw(rows: Rows, path: Path) -> None:
         a.plot(
             *zip((plain.mean_base, plain.mean_new), *xy, strict=True),
             "s-",
-            color="#d1495b",
+            color=RED,
             linewidth=2.2,
             label="PLPP's weight",
         )
         for s, over, point, (x, y) in zip(mine, overs, points, xy, strict=True):
             control = rows.point(PLAIN, case, "test", over)
             b, n = difference(point, control, "base"), difference(point, control, "new")
-            a.errorbar(x, y, xerr=b.half_width, yerr=n.half_width, color="#d1495b", alpha=0.35, linewidth=1)
-            a.annotate(f"{s.strength:g}", (x, y), textcoords="offset points", xytext=(6, 6), color="#d1495b")
+            a.errorbar(x, y, xerr=b.half_width, yerr=n.half_width, color=RED, alpha=0.35, linewidth=1)
+            a.annotate(f"{s.strength:g}", (x, y), textcoords="offset points", xytext=(6, 6), color=RED)
         a.plot(plain.mean_base, plain.mean_new, "k*", markersize=13, label="CoOp as it is", zorder=5)
         a.set_xlabel("base accuracy (%)")
         a.set_ylabel("new accuracy (%)")
         a.set_title(f"{case}, {len(plain.base)} seeds")
         a.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
