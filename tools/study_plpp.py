@@ -360,9 +360,11 @@ def verdict(rows: Rows) -> str:
         above += [gap is not None and gap.mean > gap.half_width, h.mean > h.half_width]
         lines.append(f"{case}, {len(seeds)} seeds: gap at equal base {gap or 'not reached'}; H against {control.name} {h}")
     lines.append("confirmed" if all(above) else "not confirmed")
-    seeds = fresh(rows, choice, C)
+    if not (seeds := fresh(rows, choice, C)):
+        return "\n".join(f"- {line}" for line in lines)
     plain = difference(rows.point(choice, C, "test", seeds), rows.point(PLAIN, C, "test", seeds))
-    lines.append(f"{C}, {len(seeds)} seeds: H against plain CoOp {plain}: {'not ' * (plain.mean >= -plain.half_width)}below it")
+    side = "below it" if plain.mean < -plain.half_width else "not below it by more than the interval"
+    lines.append(f"{C}, {len(seeds)} seeds: H against plain CoOp {plain}: {side}")
     return "\n".join(f"- {line}" for line in lines)
 
 

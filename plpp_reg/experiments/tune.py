@@ -29,7 +29,8 @@ from plpp_reg.experiments.parallel_seeds import HALVES, PRECISION, Images, Paral
 from plpp_reg.io.files import locked, write_text
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results.frontier import Point, difference, gap_at_equal_base
-from plpp_reg.results.record import Paired, duration, summary
+from plpp_reg.results.numbers import duration
+from plpp_reg.results.record import Paired, summary
 
 WEIGHTS = (0.1, 0.3, 1.0)
 TOP_K = (50, 1000)
