@@ -3,6 +3,7 @@ and that ``import plpp_reg`` needs torch alone."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -187,3 +188,18 @@ else:
 def test_import_needs_torch_alone(installed: Path, tmp_path: Path) -> None:
     done = subprocess.run(**helpers.python(TORCH_ALONE, path=[installed], cwd=tmp_path, capture_output=True, timeout=120))
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("plpp_reg.datasets", "plpp_reg.data", "load_dataset"),
+        ("plpp_reg.engine.data", "plpp_reg.data.loaders", "ImageDataset"),
+        ("plpp_reg.engine.data", "plpp_reg.data.augmentation", "build_transform"),
+    ],
+)
+def test_a_module_of_version_0_1_is_found_and_says_where_it_went(old: str, new: str, name: str) -> None:
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=new.replace(".", r"\.")):
+        module = importlib.import_module(old)
+    assert getattr(module, name) is getattr(importlib.import_module(new), name)

@@ -57,7 +57,8 @@ MODULES = modules()
 
 
 def room_of(module: str) -> str:
-    return "commands" if module == "plpp_reg.__main__" else module.split(".")[1]
+    room = module.split(".")[1]
+    return {"__main__": "commands", "datasets": "data"}.get(room, room)  # the latter is a room's name of before, for a version
 
 
 def imports(path: Path) -> Iterator[str]:
