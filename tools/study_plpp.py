@@ -264,7 +264,7 @@ def confirm(bench: Bench) -> None:
     weaker, weak, _, strong = curve_of(choice)
     for case in (A, B):
         bench.measure([PLAIN, choice, *EPOCHS[1:-1]], (case,), "test", FRESH)
-    bench.measure([PLAIN, choice], (C,), "test", half)
+    bench.measure([PLAIN, choice], (C,), "test", FRESH)
     for case in (A, B):
         bench.measure([strong, weak], (case,), "test", half)
     strongest = [max((s for s in CONTROLS if s.family == family), key=_strength) for family in FAMILIES]
