@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -110,6 +111,12 @@ def vit_b_16(quick: bool) -> dict[str, Any]:
         return ablation("vit-b-16", make, 2 if quick else 10)
 
 
+def agree(ours: dict[str, float], theirs: dict[str, float]) -> bool:
+    """Whether two tests give the same figures; confidence, a mean of probabilities, moves with the features' last bits."""
+    close = math.isclose(ours["calibration_error"], theirs["calibration_error"], rel_tol=1e-3, abs_tol=1e-3)
+    return close and all(theirs[key] == value for key, value in ours.items() if key != "calibration_error")
+
+
 @torch.no_grad()
 def evaluation(quick: bool) -> dict[str, Any]:
     sizes = SMALL if quick else VIT_B_16
@@ -145,7 +152,7 @@ def evaluation(quick: bool) -> dict[str, Any]:
             return every_batch(lambda: method.encode_classes().features)
 
         ways = (once, upstream, by_the_fast_tower)
-        same = once() == upstream() == by_the_fast_tower()
+        same = agree(once(), upstream()) and agree(once(), by_the_fast_tower())
         rounds = [[seconds(way) for way in ways] for _ in range(3)]
     ours, theirs, fast_every_batch = (statistics.median(column) for column in zip(*rounds, strict=True))
     return {

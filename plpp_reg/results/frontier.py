@@ -49,8 +49,8 @@ def gap_at_equal_base(treated: Point, curve: Sequence[Point]) -> Paired | None:
     None: the curve does not come to that base accuracy.
 
     >>> control = [Point(10, [50.0, 52.0], [40.0, 41.0]), Point(40, [60.0, 62.0], [30.0, 33.0])]
-    >>> print(gap_at_equal_base(Point(1, [55.0, 57.0], [38.0, 40.0]), control))
-    +2.8 ± 3.2
+    >>> print(gap_at_equal_base(Point(1, [55.0, 57.0], [38.0, 41.0]), control))
+    +3.5 ± 6.4
     """
     found: list[Paired] = []
     wanted = treated.mean_base
