@@ -11,7 +11,7 @@ import io
 import random
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,12 @@ def load(path: str | Path) -> dict[str, Any]:
     if (wrong := _unlike_ours(content.get("plpp_reg"))) is not None:
         raise InputError(f"checkpoint {str(path)!r}: expected the state of a run of ours in plpp_reg, got another {wrong}")
     return content
+
+
+def plain_tensors(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What a checkpoint has learned, by name, without the ``module.`` that DataParallel puts before it."""
+    state = content["state_dict"].items()
+    return {name.removeprefix("module."): tensor for name, tensor in state if isinstance(tensor, torch.Tensor)}
 
 
 def _unusual_tensor(content: object) -> str | None:

@@ -7,12 +7,10 @@ known without loading it: once a store has them, the teacher is not loaded at al
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,42 +23,16 @@ from plpp_reg.clip.vision import ImageTower
 from plpp_reg.data import Datum
 from plpp_reg.data.contents import contents_sha256
 from plpp_reg.engine import checkpoint, config
-from plpp_reg.engine.arguments import RunArguments, resolve
 from plpp_reg.engine.backbone import check_input, computing
 from plpp_reg.engine.distributed import Ranks
 from plpp_reg.engine.features import arithmetic, feature_store
 from plpp_reg.engine.frozen import FrozenEncoder, code_sha256, normalize, tensors_sha256, weights_sha256
-from plpp_reg.engine.method import UNDECLARED, Backbone, Method, Settings
+from plpp_reg.engine.method import Backbone, Method
+from plpp_reg.engine.named_teacher import Named, method_name, of_run, of_trainer, settings_of_effect
 from plpp_reg.errors import InputError
-from plpp_reg.loss import SUFFIX
-from plpp_reg.results.record import RESULT, read_if_whole
 
 VERSION = 1  # of the class features: raise it when the text tower changes by a bit
-OF_NO_EFFECT = ("prec", "states")  # settings of a method that change nothing of what it says in the run's own precision
 OWN_INPUT = ("SIZE", "PIXEL_MEAN", "PIXEL_STD")
-EXAMPLE = (
-    "TEACHER: expected a teacher, got none: TEACHER.RUN FOLDER (of a finished run), or TEACHER.TRAINER ZeroshotCLIP2, or "
-    "TEACHER.TRAINER PromptSRC with TEACHER.WEIGHTS FILE, and TEACHER.BACKBONE where it is not the student's"
-)
-
-
-class Named(NamedTuple):
-    """What the node TEACHER names."""
-
-    cls: type[Method]
-    cfg: CfgNode  # its own, on the student's data
-    weights: Path | None  # a checkpoint; None: it learns nothing
-    learned_sha256: str  # of the checkpoint's tensors; empty: it learns nothing
-    trained_on: list[str] | None  # class names; None: a file that does not say
-
-    @property
-    def config(self) -> Settings:
-        return self.cls.Config.read(self.cfg)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those of its ``Config``, which is all that a method reads of a configuration."""
-        return {n: v for n, v in dataclasses.asdict(self.config).items() if n not in OF_NO_EFFECT}
 
 
 class Loaded(NamedTuple):
@@ -153,7 +125,7 @@ class Teacher:
         """
         node, streams = self.cfg.TEACHER, checkpoint.random_streams()
         try:
-            named = _of_run(node) if node.RUN else _of_trainer(node, self.cfg)
+            named = of_run(node) if node.RUN else of_trainer(node, self.cfg)
         finally:
             checkpoint.restore_random_streams(streams)
         cfg = named.cfg
@@ -167,7 +139,7 @@ class Teacher:
         trained on (None: its file does not say). Where its files lie is not among it."""
         named = self.named
         return {
-            "trainer": _name(named.cfg),
+            "trainer": method_name(named.cfg),
             "backbone": named.cfg.MODEL.BACKBONE.NAME,
             "settings": named.settings,
             "sha256": named.learned_sha256,
@@ -359,7 +331,7 @@ class MethodEncoder(FrozenEncoder):
             **super().key,
             "method": f"{type(method).__module__}.{type(method).__qualname__}",
             "method_code": code_sha256(type(method), Method),
-            "settings": {n: v for n, v in dataclasses.asdict(method.config).items() if n not in OF_NO_EFFECT},
+            "settings": settings_of_effect(method.config),
             "learned": tensors_sha256(method.saved.state_dict()),
         }
 
@@ -383,73 +355,5 @@ def label_of(identity: Mapping[str, Any]) -> str:
     return f"{identity['trainer']} on {identity['backbone']} ({digest})"
 
 
-def _name(cfg: CfgNode) -> str:
-    return str(cfg.TRAINER.NAME).removesuffix(SUFFIX)
-
-
 def _as_input(kept: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "SIZE": tuple(kept["SIZE"])}
-
-
-def _check_method(cls: type[Method], cfg: CfgNode) -> None:
-    """Whether cosines of image features with class features are all that it says."""
-    if cls.classes_depend_on_image:
-        raise InputError(f"TEACHER: expected a method whose class features are the same for every image, got {_name(cfg)}")
-    if cls.not_exported == UNDECLARED:
-        raise InputError(f"TEACHER: expected a method that says what its logits are (not_exported), got {_name(cfg)}")
-
-
-def _of_run(node: CfgNode) -> Named:
-    """Of a run's folder, whose configuration says everything."""
-    folder = Path(node.RUN)
-    if beside := [key for key in ("WEIGHTS", "BACKBONE", "OPTS") if node[key]]:
-        raise InputError(f"TEACHER.RUN: expected nothing beside it, which says everything, got TEACHER.{beside[0]} too")
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"TEACHER.RUN {node.RUN!r}: expected the folder of a run, with its config.yaml, got none")
-    if read_if_whole(folder) is None:
-        raise InputError(
-            f"TEACHER.RUN {node.RUN!r}: expected a finished run, got one without {RESULT} (a checkpoint of it: TEACHER.WEIGHTS "
-            "FILE with TEACHER.TRAINER)"
-        )
-    cfg, cls = config.of_run(folder, node.TRAINER if ":" in node.TRAINER else "")
-    _check_method(cls, cfg)
-    if not cls.learns:
-        return Named(cls, cfg, None, "", [])
-    if not (folder / cls.model_name).is_dir():
-        raise InputError(f"TEACHER.RUN {node.RUN!r}: expected a run with a checkpoint, it has no folder {cls.model_name!r}")
-    return _with_weights(cls, cfg, checkpoint.find(folder, cls.model_name, None))
-
-
-def _of_trainer(node: CfgNode, student: CfgNode) -> Named:
-    """Of a method by its name, and the file of its weights."""
-    if not node.TRAINER:
-        if node.WEIGHTS:
-            raise InputError("TEACHER.WEIGHTS: expected TEACHER.TRAINER beside it, the method that learned them")
-        raise InputError(EXAMPLE)
-    backbone, opts = node.BACKBONE or student.MODEL.BACKBONE.NAME, tuple(map(str, node.OPTS))
-    try:
-        cfg, cls = resolve(RunArguments(trainer=node.TRAINER, backbone=backbone, seed=student.SEED, opts=opts))
-    except InputError as e:
-        raise InputError(f"TEACHER: {e}") from e
-    _check_method(cls, cfg)
-    if not cls.learns:
-        if node.WEIGHTS:
-            raise InputError(f"TEACHER.WEIGHTS: expected none, {_name(cfg)} learns nothing")
-        return Named(cls, cfg, None, "", [])
-    if not node.WEIGHTS:
-        raise InputError(
-            f"TEACHER.WEIGHTS: expected a checkpoint of {_name(cfg)}, or TEACHER.RUN with its run's folder, got none"
-        )
-    if not (path := Path(node.WEIGHTS)).is_file():
-        raise InputError(f"TEACHER.WEIGHTS {node.WEIGHTS!r}: expected a checkpoint's file, got none")
-    state = {name.removeprefix("module."): t for name, t in checkpoint.load(path)["state_dict"].items()}
-    for name, value in cls.settings_of({name: t for name, t in state.items() if isinstance(t, Tensor)}).items():
-        config.set_value(cfg, cls.Config.key(name), value)
-    return _with_weights(cls, cfg, path)
-
-
-def _with_weights(cls: type[Method], cfg: CfgNode, path: Path) -> Named:
-    content = checkpoint.load(path)
-    trained_on = (content.get("plpp_reg") or {}).get("classnames")
-    state = {name: t for name, t in content["state_dict"].items() if isinstance(t, Tensor)}
-    return Named(cls, cfg, path, tensors_sha256(state), trained_on)
