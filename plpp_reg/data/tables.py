@@ -48,8 +48,10 @@ def read_csv(path: Path) -> DataSplit:
             two = f"{first!r} and {second!r} have {numbers[first]}"
             raise InputError(f"{where}: expected a label for each class, got two classes with one: {two}")
     if not has_split:
-        classes = {c: sorted(line.name for line in lines if spelled[as_read(line.classname)] == c) for c in order}
-        made = split_classes(classes, where)
+        classes: dict[str, list[str]] = {classname: [] for classname in order}
+        for line in lines:
+            classes[spelled[as_read(line.classname)]].append(line.name)
+        made = split_classes({classname: sorted(names) for classname, names in classes.items()}, where)
         data = as_own_data(path.parent, made.parts, order, [*remarks, *made.remarks])
     else:
         label = {classname: i for i, classname in enumerate(order)}
