@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -48,6 +48,10 @@ class CoCoOp(Method):
         self.prompt_learner = ConditionalPromptLearner(
             self.clip.model, self.classnames, self.config.n_ctx, self.config.ctx_init
         )
+
+    @classmethod
+    def settings_of(cls, state: Mapping[str, Tensor]) -> dict[str, object]:
+        return {"n_ctx": state["ctx"].shape[-2]} if "ctx" in state else {}
 
     @property
     def saved(self) -> nn.Module:

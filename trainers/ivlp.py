@@ -34,7 +34,7 @@ def prompted_features(tower: ImageTower, images: Tensor, layers: Sequence[Tensor
 
 def prompts_of(state: Mapping[str, Tensor], tower: str, encoder: str, first: str) -> dict[str, object]:
     """``n_ctx_<tower>`` and ``prompt_depth_<tower>`` as a checkpoint has them; nothing where it has no first prompt."""
-    if first not in state:
+    if first not in state or state[first].dim() != 2:
         return {}
     layers = [name for name in state if re.fullmatch(rf"{encoder}\.transformer\.resblocks\.\d+\.VPT_shallow", name)]
     return {f"n_ctx_{tower}": len(state[first]), f"prompt_depth_{tower}": 1 + len(layers)}

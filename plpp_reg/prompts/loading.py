@@ -24,6 +24,7 @@ from plpp_reg.errors import InputError
 from plpp_reg.prompts import contexts
 from plpp_reg.prompts.inspect import find_checkpoint
 from plpp_reg.results.record import read_if_whole
+from plpp_reg.trainers.vpt import VPT
 
 USUAL_WORDS = "a photo of a"  # what upstream's deep methods begin with, of which the last may stay words
 
@@ -155,10 +156,11 @@ def _of_upstream(
 ) -> tuple[CfgNode, type[Method], nn.Module, list[str]]:
     """A configuration for what a checkpoint's tensors are, and the class names whose tokens it holds."""
     content = checkpoint.load(path)
-    plain, keys = settings_of(content, path)
-    cls, plain, _ = registry.find_trainer(trainer or plain)
+    name = method_of(content, path)
+    cls, plain, _ = registry.find_trainer(trainer or name)
     if not backbone and clip_model is None:
         raise InputError(f"--backbone: expected the CLIP that {str(path)!r} was trained on, such as ViT-B/16, got none")
+    settings = registry.find_trainer(name)[0].settings_of(checkpoint.plain_tensors(content))
     cfg = config.get_cfg_default(cls)
     config.merge_file(cfg, shipped_config("trainers", "common", "clip.yaml"))
     clip_model = clip_model or load_clip(backbone)
@@ -167,20 +169,20 @@ def _of_upstream(
     if getattr(clip_model, "pixel_mean", None):
         cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD = list(clip_model.pixel_mean), list(clip_model.pixel_std)
     table, names = clip_model.token_embedding.weight, list[str]()
-    if "N_CTX" in keys or "N_CTX_TEXT" in keys:
+    if name != "VPT":  # which has no text context
         context, _ = contexts.context_of(content, path)
         if context.shape[-1] != table.shape[1]:
             got = f"{backbone or 'one'}, of width {table.shape[1]}"
             wanted = f"the CLIP that these prompts, of width {context.shape[-1]}, were trained on"
             raise InputError(f"--backbone: expected {wanted}, got {got}")
-        if any(name.endswith("token_suffix") for name in content["state_dict"]):
+        if any(key.endswith("token_suffix") for key in content["state_dict"]):
             names = contexts.class_names(content, path, table)
-        if "CTX_INIT" in keys:
-            names, keys["CTX_INIT"] = _behind_the_context(names, context.shape[-2])
-    if "CLASS_TOKEN_POSITION" in keys:
-        keys["CLASS_TOKEN_POSITION"] = position
-    for key, value in {**keys, "PREC": "fp32"}.items():
-        config.set_value(cfg, f"TRAINER.{cls.Config.node}.{key}", value)
+        if name in ("MaPLe", "IVLP"):
+            names, settings["ctx_init"] = _behind_the_context(names, context.shape[-2])
+    if name in ("CoOp", "KgCoOp"):
+        settings["class_token_position"] = position
+    for key, value in {**settings, "prec": "fp32"}.items():
+        config.set_value(cfg, f"TRAINER.{cls.Config.node}.{key.upper()}", value)
     return cfg, cls, clip_model, names
 
 
@@ -196,33 +198,21 @@ def _behind_the_context(names: list[str], n_ctx: int) -> tuple[list[str], str]:
     return [name.removeprefix(words).strip() for name in names], USUAL_WORDS
 
 
-def settings_of(content: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
-    """The method that a checkpoint of upstream's is of, and its settings as far as the tensors show them. KgCoOp and ProGrad
-    predict as CoOp does, PromptSRC as IVLP.
+def method_of(content: dict[str, Any], path: Path) -> str:
+    """The method that a checkpoint of upstream's is of, by its tensors. KgCoOp and ProGrad predict as CoOp does, PromptSRC as
+    IVLP.
 
     Raises:
         InputError: none of ours.
     """
-    state = {name.removeprefix("module."): t for name, t in content["state_dict"].items() if isinstance(t, torch.Tensor)}
-
-    def layers(tower: str) -> int:
-        return 1 + sum(name.startswith(tower) and name.endswith("VPT_shallow") for name in state)
-
-    visual = state.get("image_encoder.VPT")
-    seen: dict[str, Any] = {"N_CTX_VISION": 0, "PROMPT_DEPTH_VISION": 0}
-    if visual is not None and visual.dim() == 2:
-        seen = {"N_CTX_VISION": len(visual), "PROMPT_DEPTH_VISION": layers("image_encoder.")}
+    state = checkpoint.plain_tensors(content)
     if not {"ctx", "prompt_learner.ctx"} & state.keys():
-        if seen["N_CTX_VISION"]:
-            return "VPT", seen
+        if VPT.settings_of(state).get("n_ctx_vision"):
+            return "VPT"
         raise InputError(f"checkpoint {str(path)!r}: expected what a prompt learner saved, got {', '.join(sorted(state)[:4])}")
-    context, deep = contexts.context_of(content, path)
-    count = context.shape[-2]
+    contexts.context_of(content, path)  # refuses what is no context
     if "ctx" in state:
         if "meta_net.linear2.weight" in state:
-            return "CoCoOp", {"N_CTX": count}
-        method = "KgCoOp" if {"meta_net.linear1.weight", "bias_vectors"} & state.keys() else "CoOp"
-        return method, {"N_CTX": count, "CSC": context.dim() == 3, "CLASS_TOKEN_POSITION": "end"}
-    if "prompt_learner.proj.weight" in state:
-        return "MaPLe", {"N_CTX": count, "PROMPT_DEPTH": 1 + len(deep), "CTX_INIT": ""}
-    return "IVLP", {**seen, "N_CTX_TEXT": count, "PROMPT_DEPTH_TEXT": 1 + len(deep), "CTX_INIT": ""}
+            return "CoCoOp"
+        return "KgCoOp" if {"meta_net.linear1.weight", "bias_vectors"} & state.keys() else "CoOp"
+    return "MaPLe" if "prompt_learner.proj.weight" in state else "IVLP"
