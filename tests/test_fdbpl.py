@@ -252,18 +252,10 @@ def test_after_the_kept_views_no_image_tower_runs_and_no_picture_is_opened(tmp_p
 
 @pytest.mark.parametrize("precision", ["bf16", "amp"])
 def test_half_precision_is_near_float32_and_what_is_trained_stays_float32(precision: str) -> None:
-    def steps(asked: str) -> tuple[Trainer, list[float], Tensor]:
-        trainer = build("TRAINER.FDBPL.PREC", asked, "OPTIM.LR", 0.002, clip_model=mh.clip_of(asked))
-        first, second, last = batches(3)
-        losses = [trainer.step(batch)["loss"] for batch in (first, second)]
-        with torch.no_grad(), trainer.computing():
-            return trainer, losses, helpers.logits_of(trainer, last)
+    def made(asked: str) -> Trainer:
+        return build("TRAINER.FDBPL.PREC", asked, "OPTIM.LR", 0.002, clip_model=mh.clip_of(asked))
 
-    (trainer, losses, logits), (_, exact, exact_logits) = steps(precision), steps("fp32")
-    assert trainer.precision == precision and logits.dtype == torch.float32
-    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trainer.parameters)
-    assert losses == pytest.approx(exact, rel=0.05) and losses != exact
-    assert (logits - exact_logits).abs().max() < 0.5
+    ds.assert_half_precision_is_near_float32(made, batches(3), precision)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -61,3 +64,22 @@ def batches(count: int, size: int = 6, width: int = TEACHER_WIDTH) -> list[dict[
 
 def exact(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in batch.items()}
+
+
+def assert_half_precision_is_near_float32(
+    build: Callable[[str], Trainer], batches: Sequence[dict[str, Tensor]], precision: str
+) -> None:
+    """Two steps and the logits after them; what is trained stays float32. ``build`` takes a precision."""
+
+    def steps(asked: str) -> tuple[Trainer, list[float], Tensor]:
+        trainer = build(asked)
+        *learned, last = batches
+        losses = [trainer.step(batch)["loss"] for batch in learned]
+        with torch.no_grad(), trainer.computing():
+            return trainer, losses, helpers.logits_of(trainer, last)
+
+    (trainer, losses, logits), (_, exact, exact_logits) = steps(precision), steps("fp32")
+    assert trainer.precision == precision and logits.dtype == torch.float32
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trainer.parameters)
+    assert losses == pytest.approx(exact, rel=0.05) and losses != exact
+    assert (logits - exact_logits).abs().max() < 0.5
