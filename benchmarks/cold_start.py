@@ -113,9 +113,10 @@ def main() -> None:
                 print(f"{case}: {total['seconds']:.1f} s, {total['cpu_seconds']:.1f} s of CPU")
                 for phase, took in phases.items():
                     print(f"  {phase:8} {took['seconds']:6.1f} s {took['cpu_seconds']:6.1f} s of CPU", flush=True)
-    from common import machine  # loads torch: not before the processes that are measured
 
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    from common import write_rows  # loads torch: not before the processes that are measured
+
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

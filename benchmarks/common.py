@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -127,3 +129,8 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "seconds": clock,
     }
+
+
+def write_rows(path: str | Path, rows: list[dict[str, Any]], **more: object) -> None:
+    """JSON: the machine (and ``more`` of it), and what was measured."""
+    Path(path).write_text(json.dumps({"machine": {**machine(), **more}, "rows": rows}, indent=2) + "\n")

@@ -11,10 +11,8 @@ pairs'. ``compiling``: the first pass, forward and backward, nothing kept from e
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
 
-from common import arguments, machine, random_clip, seconds
+from common import arguments, random_clip, seconds, write_rows
 from methods import FULL, QUICK, Size, give_image_features, make_batch, make_trainer
 from names import short_names
 
@@ -139,7 +137,7 @@ def main() -> None:
             f"{row['largest_rel_diff']:10.1e}{row['compiling_seconds']:14.1f}",
             flush=True,
         )
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

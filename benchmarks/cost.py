@@ -26,7 +26,7 @@ from plpp_reg.engine.trainer import Trainer
 from plpp_reg.estimate.estimate import estimate
 
 import common
-from common import arguments, machine, peak_mib, seconds
+from common import arguments, peak_mib, seconds, write_rows
 from methods import FULL, QUICK, Size, class_names, give_image_features, make_batch, make_trainer, run_arguments
 
 GRID = {  # method: (classes, batch) …; with CoOp the batch hardly counts, for the image features are given
@@ -125,7 +125,7 @@ def main() -> None:
         rows.append(row := measure(*CASES[case], size))
         memory = f"{row['peak_mib']:6.0f} MiB {row['mib_ratio']:5.2f}" if row["peak_mib"] else ""
         print(f"{case:24s}{row['seconds']:8.3f} s, predicted over it {row['seconds_ratio']:5.2f}; {memory}", flush=True)
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

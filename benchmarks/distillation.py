@@ -16,10 +16,8 @@ The teacher has prompts in both towers, PromptSRC's form.
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +37,7 @@ from plpp_reg.loss import distillation
 from plpp_reg.trainers.ivlp import IVLP
 
 import common
-from common import SMALL, LiteralText, arguments, machine, random_clip, seconds
+from common import SMALL, LiteralText, arguments, random_clip, seconds, write_rows
 from counting import FUSED
 from methods import FULL, QUICK, Size, class_names, give_image_features, literal_images, make_batch, run_arguments
 
@@ -252,7 +250,7 @@ def main() -> None:
     for case in args.cases:
         rows.append((measure_step if case in STEPS else measure_upstream)(case, size, student, teacher))
         print(describe(rows[-1]), flush=True)
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

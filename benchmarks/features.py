@@ -37,7 +37,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import Trainer
 
-from common import SMALL, VIT_B_16, LiteralText, machine, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, random_clip, seconds, write_rows
 from names import short_names
 
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -184,7 +184,7 @@ def main() -> None:
             features.cache_folder = lambda cache=cache: Path(cache)  # an empty store; the data set's pictures stay
             rows.append(CASES[case](args.quick))
         print(json.dumps(rows[-1]), flush=True)
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ Seconds are medians; the two take turns, so that both see the same machine.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +31,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import Trainer
 
-from common import SMALL, VIT_B_16, LiteralText, arguments, machine, peak_mib, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, arguments, peak_mib, random_clip, seconds, write_rows
 from names import short_names
 
 
@@ -289,7 +287,7 @@ def main() -> None:
     for case in args.cases:
         rows.append(CASES[case](size))
         print(describe(rows[-1]), flush=True)
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

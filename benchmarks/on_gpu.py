@@ -17,12 +17,10 @@ run on the CPU, and what is skipped is said. The columns of a GPU alone have nev
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +31,7 @@ from plpp_reg.engine.frozen import normalize
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers import NODES
 
-from common import LiteralText, arguments, machine, random_clip
+from common import LiteralText, arguments, random_clip, write_rows
 from compiled import compiled
 from counting import Operations, Waits
 from methods import FULL, QUICK, Size, give_image_features, learner_of, literal_losses, make_batch, make_trainer
@@ -261,7 +259,7 @@ def main() -> None:
     if left_out:
         print(f"{left_out} more steps were left out: {SECONDS:.0f} seconds were over")
     device = torch.cuda.get_device_name() if CUDA else "CPU"
-    Path(args.json).write_text(json.dumps({"machine": {**machine(), "device": device}, "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows, device=device)
 
 
 if __name__ == "__main__":

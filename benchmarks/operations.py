@@ -11,9 +11,7 @@ a frozen image tower given. Waits are those of an accelerator: what is remembere
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,7 +27,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import Trainer
 
-from common import VIT_B_16, LiteralText, arguments, machine, random_clip
+from common import VIT_B_16, LiteralText, arguments, random_clip, write_rows
 from counting import Operations, Waits
 from names import car_names, short_names
 
@@ -132,7 +130,7 @@ def main() -> None:
             f"{case:34s}{row['operations']:11d}{row.get('literal', ''):>9}{row.get('plpp', ''):>11}{row.get('waits', ''):>7}",
             flush=True,
         )
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

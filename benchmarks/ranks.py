@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from common import arguments, machine, seconds
+from common import arguments, seconds, write_rows
 from methods import FULL, QUICK, Size, give_image_features, make_batch, make_trainer
 
 CASES = {"coop": ("CoOp", 32), "coop-plpp": ("CoOp_PLPP", 32), "maple": ("MaPLe", 4)}
@@ -87,7 +87,7 @@ def main() -> None:
         )
         if not row["loss_rel_diff"] <= SAME:
             raise SystemExit(f"{case}: expected the losses of one process within {SAME}, got {row['loss_rel_diff']:.0e}")
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ turns a vector, which random weights do not tell; docs/method.md says how many r
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,7 +25,7 @@ from plpp_reg.clip.architectures import Architecture
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 
-from common import SMALL, VIT_B_16, LiteralText, arguments, machine, peak_mib, random_clip, seconds
+from common import SMALL, VIT_B_16, LiteralText, arguments, peak_mib, random_clip, seconds, write_rows
 from names import car_names, short_names
 
 
@@ -154,7 +152,7 @@ def main() -> None:
             f"{row['max_abs_diff']:10.1e}{row['grad_rel_diff']:10.1e}{memory:>14s}",
             flush=True,
         )
-    Path(args.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":
