@@ -16,7 +16,8 @@ from pathlib import Path
 
 from plpp_reg.engine import config
 from plpp_reg.engine.run import resolve
-from plpp_reg.experiments.protocols import Choice, load_protocol, plan
+from plpp_reg.experiments.jobs import Choice, plan
+from plpp_reg.experiments.protocols import load_protocol
 from plpp_reg.results import tables
 from plpp_reg.results.record import versions
 

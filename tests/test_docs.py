@@ -13,7 +13,7 @@ import pytest
 from plpp_reg.commands import cli
 from plpp_reg.engine import config, registry
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.experiments.protocols import Choice, plan
+from plpp_reg.experiments.jobs import Choice, plan
 from plpp_reg.loss import SUFFIX
 from plpp_reg.loss.regularizer import settings_defaults
 

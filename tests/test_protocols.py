@@ -12,8 +12,8 @@ from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine import config
 from plpp_reg.engine.run import resolve
 from plpp_reg.errors import InputError
-from plpp_reg.experiments import protocols
-from plpp_reg.experiments.protocols import Choice, Job, plan
+from plpp_reg.experiments import jobs, protocols
+from plpp_reg.experiments.jobs import Choice, Job, plan
 
 from helpers.bench import Bench
 
@@ -179,6 +179,14 @@ def test_a_bad_protocol_is_one_line(changes: dict, message: str, bench: Bench) -
     with pytest.raises(InputError, match="no part 'embedded'"):
         bench.write()
         plan(str(bench.protocol), Choice(), bench.output)
+
+
+@pytest.mark.parametrize("name", ["Choice", "Job", "plan"])
+def test_a_name_that_stood_here_in_version_0_2_is_found_and_says_where_it_went(name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"protocols\.{name} is in plpp_reg\.experiments\.jobs"):
+        assert getattr(protocols, name) is getattr(jobs, name)
+    with pytest.raises(AttributeError, match="no attribute 'plam'"):
+        _ = protocols.plam
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(bench: Bench, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,8 @@ from plpp_reg.commands import cli
 from plpp_reg.engine import config, registry
 from plpp_reg.engine.arguments import RunArguments, resolve, shipped_config
 from plpp_reg.errors import InputError
-from plpp_reg.experiments.protocols import Choice, plan, protocol_names
+from plpp_reg.experiments.jobs import Choice, plan
+from plpp_reg.experiments.protocols import protocol_names
 from plpp_reg.loss import SUFFIX
 from plpp_reg.trainers import TRAINERS
 

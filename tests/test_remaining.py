@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from plpp_reg.engine.run import RunArguments
-from plpp_reg.experiments.protocols import Job
+from plpp_reg.experiments.jobs import Job
 from plpp_reg.experiments.remaining import Remaining
 
 SECONDS = {"ZeroshotCLIP": 2.0, "CoOp": 10.0, "CoOp_PLPP": 12.0, "MaPLe": 100.0}

@@ -14,7 +14,7 @@ import pytest
 import plpp_reg
 import plpp_reg.trainers
 from plpp_reg.engine import registry
-from plpp_reg.experiments import protocols
+from plpp_reg.experiments import jobs
 
 PACKAGE = Path(plpp_reg.__file__).parent
 TRAINERS = Path(plpp_reg.trainers.__file__).parent
@@ -100,7 +100,7 @@ def test_the_table_of_methods_imports_nothing_and_is_right() -> None:
     for name in plpp_reg.trainers.TRAINERS:
         cls, *_ = registry.find_trainer(name)
         assert plpp_reg.trainers.NODES[name] == cls.Config.node
-        assert (name in plpp_reg.trainers.UNTRAINED) != protocols.learns(name)
+        assert (name in plpp_reg.trainers.UNTRAINED) != jobs.learns(name)
 
 
 def test_results_loads_neither_torch_nor_the_engine() -> None:

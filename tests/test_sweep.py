@@ -24,7 +24,7 @@ from plpp_reg.engine.run import run as run_once
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.experiments import sweep
-from plpp_reg.experiments.protocols import Choice, Job, plan
+from plpp_reg.experiments.jobs import Choice, Job, plan
 from plpp_reg.results import tables
 from plpp_reg.results.record import read_result
 from plpp_reg.trainers.coop import CoOp

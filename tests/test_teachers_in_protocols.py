@@ -12,7 +12,7 @@ import torch
 from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.errors import InputError
 from plpp_reg.experiments import sweep
-from plpp_reg.experiments.protocols import Choice, Job, plan
+from plpp_reg.experiments.jobs import Choice, Job, plan
 from plpp_reg.results.record import read_result
 
 from helpers import engine as helpers

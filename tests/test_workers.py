@@ -22,7 +22,7 @@ import yaml
 from plpp_reg.commands.cli import main
 from plpp_reg.errors import InputError
 from plpp_reg.experiments import executors
-from plpp_reg.experiments.protocols import Job
+from plpp_reg.experiments.jobs import Job
 from plpp_reg.results import tables
 
 from helpers import engine as helpers

@@ -34,15 +34,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from plpp_reg.experiments import executors, protocols, sweep
+    from plpp_reg.experiments import executors, jobs, sweep
 
     runner = executors.choose(args.executor, args.workers, args.threads, args.address)
-    fields = {name: getattr(args, name) for name in protocols.Choice._fields}
-    jobs = protocols.plan(args.protocol, protocols.Choice(**fields), args.output)
+    fields = {name: getattr(args, name) for name in jobs.Choice._fields}
+    planned = jobs.plan(args.protocol, jobs.Choice(**fields), args.output)
     if args.dry_run:
-        print("\n".join(sweep.planned(jobs)))
+        print("\n".join(sweep.planned(planned)))
         return 0
-    failed = sweep.sweep(jobs, say, runner, at_once=args.workers)
-    whole = f"All {len(jobs)} runs are" if len(jobs) > 1 else "The run is"
+    failed = sweep.sweep(planned, say, runner, at_once=args.workers)
+    whole = f"All {len(planned)} runs are" if len(planned) > 1 else "The run is"
     print("\n".join(sweep.report(failed) or [f"{whole} there: plpp table {args.output}"]))
     return 1 if failed else 0

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from plpp_reg.errors import InputError, install, unknown
-from plpp_reg.experiments.protocols import Job
+from plpp_reg.experiments.jobs import Job
 from plpp_reg.experiments.sweep import Models, Outcome, Runner, execute, failure, one_after_another
 from plpp_reg.io.signals import kept
 

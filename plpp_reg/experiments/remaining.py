@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from plpp_reg.experiments.protocols import Job
+from plpp_reg.experiments.jobs import Job
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results.numbers import duration
 

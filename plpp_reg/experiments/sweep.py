@@ -26,7 +26,7 @@ from plpp_reg.engine.method import Method
 from plpp_reg.engine.run import UnusableCheckpoint, further_config, parts_read, pictures_sha256, resolve, run
 from plpp_reg.engine.teacher import Teacher
 from plpp_reg.errors import InputError, InUse, line_of
-from plpp_reg.experiments.protocols import Job
+from plpp_reg.experiments.jobs import Job
 from plpp_reg.experiments.remaining import Remaining
 from plpp_reg.io.files import locked, write_text
 from plpp_reg.results.job import FAILED, JOB, SUPERSEDED

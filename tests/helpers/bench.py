@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from plpp_reg.experiments.protocols import Choice, Job, plan
+from plpp_reg.experiments.jobs import Choice, Job, plan
 from plpp_reg.results import tables
 
 from helpers import engine as helpers
