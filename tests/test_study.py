@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,14 +16,14 @@ from plpp_reg.clip.text import TextTower
 from plpp_reg.engine.frozen import normalize
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study_plpp", ROOT / "tools" / "study_plpp.py")
-    module = sys.modules["study_plpp"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from plpp_share import rescaled  # noqa: E402
+from study.bench import Bench  # noqa: E402
+from study.rows import Rows  # noqa: E402
+from study.rule import best_control, chosen, curve_of, finalists, score  # noqa: E402
+from study.settings import EPOCHS, FINE, PLAIN, PLPP, A, B, Case, plpp  # noqa: E402
+from study.tables import table  # noqa: E402
 
 
 def row(setting, case, split: str, seeds: list[int], base: list[int], new: list[int]) -> dict:
@@ -36,34 +34,33 @@ def row(setting, case, split: str, seeds: list[int], base: list[int], new: list[
     return {**named, **of, "images": {"base": 100, "new": 100}, "quarters": [quarter] * 4}
 
 
-def written(study: ModuleType, path: Path, rows: list[dict]):
+def written(path: Path, rows: list[dict]) -> Rows:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return study.Rows(path)
+    return Rows(path)
 
 
-def test_pairs_are_by_seed(study, tmp_path: Path) -> None:
-    treated = study.PLPP[0]
+def test_pairs_are_by_seed(tmp_path: Path) -> None:
+    treated = PLPP[0]
     # out of order, in two rows, and one seed of the setting is still missing: it must not be paired with another
     rows = written(
-        study,
         tmp_path / "rows.jsonl",
         [
-            row(treated, study.A, "val", [2], [33], [10]),
-            row(study.PLAIN, study.A, "val", [3, 1, 2], [99, 20, 31], [10, 10, 10]),
-            row(treated, study.A, "val", [1], [24], [10]),
-            row(treated, study.B, "val", [1, 2, 3], [90, 90, 90], [90, 90, 90]),
+            row(treated, A, "val", [2], [33], [10]),
+            row(PLAIN, A, "val", [3, 1, 2], [99, 20, 31], [10, 10, 10]),
+            row(treated, A, "val", [1], [24], [10]),
+            row(treated, B, "val", [1, 2, 3], [90, 90, 90], [90, 90, 90]),
         ],
     )
-    text = study.table(rows, study.A, "val")
+    text = table(rows, A, "val")
     half = stats.t.ppf(0.975, 1) * 1.0  # differences 4 and 2: mean 3, standard error 1
     assert f"| {treated.name} | 2 | +3.0 ± {half:.1f} | +0.0 ± 0.0 |" in text
     assert "3 seeds: base 50.0 ± 42.8" in text
     assert "90" not in text
 
 
-def test_what_is_there_is_not_run_again(study, tmp_path: Path, monkeypatch) -> None:
-    rows = written(study, tmp_path / "rows.jsonl", [row(study.PLAIN, study.A, "val", [1, 3], [1, 2], [3, 4])])
-    bench = object.__new__(study.Bench)
+def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
+    rows = written(tmp_path / "rows.jsonl", [row(PLAIN, A, "val", [1, 3], [1, 2], [3, 4])])
+    bench = object.__new__(Bench)
     bench.rows, ran = rows, []
 
     def run(setting, case, split, seeds):
@@ -71,45 +68,45 @@ def test_what_is_there_is_not_run_again(study, tmp_path: Path, monkeypatch) -> N
         return row(setting, case, split, seeds, seeds, seeds)
 
     monkeypatch.setattr(bench, "run", run, raising=False)
-    bench.measure([study.PLAIN], [study.A], "val", range(1, 5))
-    bench.measure([study.PLAIN], [study.A], "val", range(1, 5))
-    assert ran == [(study.PLAIN.name, study.A, "val", [2, 4])]
-    again = study.Rows(rows.path)
-    assert again.seeds(study.PLAIN.name, study.A, "val") == [1, 2, 3, 4]
-    assert again.figures(study.PLAIN.name, study.A, "val", "base", [1, 2, 3, 4]) == [1, 2, 2, 4]
+    bench.measure([PLAIN], [A], "val", range(1, 5))
+    bench.measure([PLAIN], [A], "val", range(1, 5))
+    assert ran == [(PLAIN.name, A, "val", [2, 4])]
+    again = Rows(rows.path)
+    assert again.seeds(PLAIN.name, A, "val") == [1, 2, 3, 4]
+    assert again.figures(PLAIN.name, A, "val", "base", [1, 2, 3, 4]) == [1, 2, 2, 4]
 
 
-def test_the_rule_takes_the_best_score_and_of_close_ones_the_cheapest(study, tmp_path: Path) -> None:
-    seeds = list(study.FINE)
+def test_the_rule_takes_the_best_score_and_of_close_ones_the_cheapest(tmp_path: Path) -> None:
+    seeds = list(FINE)
 
     def even(setting, case, base: int, new: int) -> dict:
         return row(setting, case, "val", seeds, [base] * 20, [new] * 20)
 
     rows = []
-    for case in (study.A, study.B):
+    for case in (A, B):
         # H: 40 epochs 40.0, 20 epochs 45.0 (the control's best), the others less
-        for setting, base, new in zip(study.EPOCHS, (30, 40, 45, 50, 60), (40, 42, 45, 37, 30), strict=True):
+        for setting, base, new in zip(EPOCHS, (30, 40, 45, 50, 60), (40, 42, 45, 37, 30), strict=True):
             rows.append(even(setting, case, base, new))
-        rows += [even(setting, case, 40, 40) for setting in study.PLPP[3:]]  # H 40
-    for case, (base, new) in ((study.A, (50, 50)), (study.B, (45, 45))):
-        rows.append(even(study.PLPP[0], case, base, new))  # H 50 and 45: score 2.5
-        rows.append(even(study.PLPP[1], case, base + 5, new - 4))  # about 50.3 and 45.0, less lost on base
-        rows.append(even(study.PLPP[2], case, base + 9, new - 9))  # clearly less
-    found = written(study, tmp_path / "rows.jsonl", rows)
-    assert study.best_control(found, study.A, "val", seeds) == study.EPOCHS[2]
-    assert study.score(found, study.PLPP[0], seeds) == pytest.approx(2.5)
-    assert study.finalists(found)[0] in study.PLPP[:2]
-    assert study.chosen(found) == study.PLPP[1]
-    assert [s.strength for s in study.curve_of(study.PLPP[1])] == pytest.approx([0.1, 0.25, 0.5, 1.0])
-    assert study.curve_of(study.PLPP[1])[0].opts["TRAINER.PLPP.INVERSE_WEIGHT"] == pytest.approx(0.1)
+        rows += [even(setting, case, 40, 40) for setting in PLPP[3:]]  # H 40
+    for case, (base, new) in ((A, (50, 50)), (B, (45, 45))):
+        rows.append(even(PLPP[0], case, base, new))  # H 50 and 45: score 2.5
+        rows.append(even(PLPP[1], case, base + 5, new - 4))  # about 50.3 and 45.0, less lost on base
+        rows.append(even(PLPP[2], case, base + 9, new - 9))  # clearly less
+    found = written(tmp_path / "rows.jsonl", rows)
+    assert best_control(found, A, "val", seeds) == EPOCHS[2]
+    assert score(found, PLPP[0], seeds) == pytest.approx(2.5)
+    assert finalists(found)[0] in PLPP[:2]
+    assert chosen(found) == PLPP[1]
+    assert [s.strength for s in curve_of(PLPP[1])] == pytest.approx([0.1, 0.25, 0.5, 1.0])
+    assert curve_of(PLPP[1])[0].opts["TRAINER.PLPP.INVERSE_WEIGHT"] == pytest.approx(0.1)
 
 
-def test_one_setting_is_measured(study, tmp_path: Path) -> None:
+def test_one_setting_is_measured(tmp_path: Path) -> None:
     """A real one, on the embedded model: what a row says can be run by ``plpp train``."""
-    bench = study.Bench(study.Rows(tmp_path / "rows.jsonl"))
-    short = study.plpp("inverse, k 50:", 0.5, 50)
+    bench = Bench(Rows(tmp_path / "rows.jsonl"))
+    short = plpp("inverse, k 50:", 0.5, 50)
     short.opts["OPTIM.MAX_EPOCH"] = 4
-    bench.measure([short], [study.Case(4, 1)], "val", [1, 2])
+    bench.measure([short], [Case(4, 1)], "val", [1, 2])
     (found,) = bench.rows.rows
     assert found["images"] == {"base": 134, "new": 124}
     assert len(found["quarters"]) == 4 and len(found["quarters"][-1]["base"]) == 2
@@ -118,11 +115,8 @@ def test_one_setting_is_measured(study, tmp_path: Path) -> None:
 
 
 def test_a_rescaled_model_is_the_same_function() -> None:
-    spec = importlib.util.spec_from_file_location("plpp_share", ROOT / "tools" / "plpp_share.py")
-    share = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(share)
     model = load_clip()
-    larger = share.rescaled(model, 2.0)
+    larger = rescaled(model, 2.0)
     features = [normalize(encode_texts(TextTower(m), ["a photo of a cat.", "an old red clock"])) for m in (model, larger)]
     torch.testing.assert_close(*features, rtol=0, atol=1e-3)  # a layer norm's epsilon is not scaled
     assert torch.equal(larger.token_embedding.weight, 2 * model.token_embedding.weight)
