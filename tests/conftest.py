@@ -122,6 +122,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each of several methods, and their pictures."""
+    from helpers import engine, trained
+    from helpers.shared import made_once
+
+    engine.register()
+    return made_once(tmp_path_factory, "trained", trained.make_runs)
+
+
 @pytest.fixture
 def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The test stands in its own folder, where a default output folder would appear; data set ``tiny`` exists."""

@@ -25,8 +25,8 @@ SYBIL = Sybil([PythonCodeBlockParser(), SkipParser()])
 # `skip: next` in a page, for a snippet that cannot run here, with its reason; each is named here too
 NOT_RUN = {
     "README.md": [
-        "needs a file that was exported: tests/test_predict.py runs it on a small model",
-        "needs OpenAI's weights: tests/test_predict.py runs it on a small model",
+        "needs a file that was exported: tests/test_export.py runs it on a small model",
+        "needs OpenAI's weights: tests/test_export.py runs it on a small model",
     ],
     "hosts.md": ["needs Dassl: tests/test_dassl.py"],
 }
