@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import plpp_reg.dassl
 from plpp_reg import Components, Handle, PerplexityRegularizer, __version__, attach, with_plpp
+from plpp_reg.clip import prompts, text, vision
+from plpp_reg.clip.embedded import embedded_state_dict
 from plpp_reg.clip.load import load_clip
-from plpp_reg.clip.prompts import PromptLearner
+from plpp_reg.clip.vocabulary import NearWord, candidate_ids, nearest_words
+from plpp_reg.commands.cli import main
 from plpp_reg.data import DataSplit, Datum, load_dataset
+from plpp_reg.engine.config import get_cfg_default
 from plpp_reg.engine.frozen import FrozenEncoder
 from plpp_reg.engine.method import Classes, ContextSet, Inputs, Method, Settings, setting
 from plpp_reg.engine.run import RunArguments, run
+from plpp_reg.engine.teacher import Teacher
 from plpp_reg.engine.trainer import NonFiniteLoss, Trainer
 from plpp_reg.errors import InputError
+from plpp_reg.loss import distillation, functional
+from plpp_reg.results import evaluation
 from plpp_reg.results.record import harmonic_mean, paired, read_result, summary
+from plpp_reg.trainers import TRAINERS
+from plpp_reg.trainers.coop import CoOp
 
 
 class Base:
@@ -54,17 +65,65 @@ class Smooth(Method):
     config: Config
 
     def build(self) -> None:
-        self.prompt_learner = PromptLearner(self.clip.model, self.classnames, n_ctx=self.config.n_ctx)
+        self.prompt_learner = prompts.PromptLearner(self.clip.model, self.classnames, n_ctx=self.config.n_ctx)
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(features={"features": FrozenEncoder(self.clip.image)})
+
+    def encode_classes(self, image_features: Tensor | None = None, with_states: bool = False) -> Classes:
+        classes = self.encode(self.prompt_learner, with_states=with_states)
+        sets: tuple[ContextSet, ...] = classes.contexts
+        return Classes(classes.features, sets)
 
     def losses(self, batch: dict[str, Tensor], classes: Classes) -> dict[str, Tensor]:
-        return {"ce": self.cross_entropy(self.logits(batch, classes), batch["label"])}
+        kd = distillation.kd(self.logits(batch, classes), torch.zeros(2, 3))
+        return {"ce": self.cross_entropy(self.logits(batch, classes), batch["label"]), "kd": kd}
+
+
+class Renamed(CoOp):
+    model_name = "renamed"
+
+
+def trained(teacher: Teacher, split: DataSplit, rest: str = "CoOp") -> float:
+    datum: Datum = split.train[0]
+    cfg = get_cfg_default(Smooth)
+    trainer = Trainer(Smooth, cfg, data=split, clip_model=load_clip(), teacher=teacher)
+    try:
+        trainer.train()
+    except NonFiniteLoss:
+        return float(datum.label)
+    return trainer.test()["accuracy"]
 
 
 regularizer = PerplexityRegularizer(torch.eye(100, 8))
 parts: Components = regularizer.components(torch.randn(4, 8), torch.randn(4, 8))
-model = torch.nn.Linear(2, 2)
+perplexity: Tensor = functional.perplexity(torch.zeros(3))
+model = load_clip()
 handle: Handle = attach(model, regularizer)
+tower: text.TextTower = text.TextTower(model)
+output: text.TextOutput = prompts.PromptLearner(model, ["cat"])(tower)
+pixels: Tensor = vision.ImageTower(model)(torch.zeros(1, 3, 32, 32))
+words: list[list[NearWord]] = nearest_words(torch.eye(4, 8), torch.eye(100, 8), 2, candidate_ids(model))
+weights: dict[str, Tensor] = embedded_state_dict()
+names: list[str] = sorted(TRAINERS)
+status: int = main(["table", "output"])
+try:
+    result, trainer = run(RunArguments(trainer="CoOp"))
+    found = evaluation.read(read_result("output"))
+    line: str = f"{__version__}: {summary([1.0, 2.0])}, {paired([1.0], [2.0])}, {harmonic_mean(1.0, 2.0):.1f}"
+except InputError as error:
+    print(error, load_dataset("emoji").classnames, found)
 """
+
+
+def test_the_script_names_what_the_page_calls_public() -> None:
+    table = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").partition("| public |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith(("| `plpp_reg", "| `from"))]
+    quoted = [words for row in rows for cell in row for words in re.findall("`([^`]+)`", cell)]
+    named = {name for words in quoted for name in re.findall(r"\w+", words)}
+    assert len(rows) > 9 and {"attach", "NonFiniteLoss", "embedded_state_dict"} <= named
+    assert named - {"python", "m", "import", "ValueError"} <= set(re.findall(r"\w+", SCRIPT))
 
 
 def mypy(what: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -58,7 +58,9 @@ class PerplexityRegularizer(nn.Module):
         candidates: ids of the rows of ``embedding`` that count as words, for label and prediction alike; None: all.
 
     ``embedding`` of an openai-clip model, say: ``PerplexityRegularizer(clip_model.token_embedding.weight)``. The module has no
-    parameters and saves nothing.
+    parameters and no buffers: it saves nothing, ``DistributedDataParallel`` broadcasts nothing of it, a copy or pickle holds
+    the embedding alone. ``torch.compile(fullgraph=True)`` takes it as one graph, which reads the embedding as it is at each
+    call, and ``torch.func.grad`` differentiates it as autograd does.
 
     >>> regularizer = PerplexityRegularizer(torch.eye(1000, 64), inverse_weight=0.5)
     >>> context = torch.nn.Parameter(torch.randn(4, 64) * 0.02)  # v, (M, D)

@@ -1,0 +1,116 @@
+"""Whatever the files hold that name a data set's pictures, they are read as a whole data set or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from plpp_reg.data import DATASETS, DataSplit, load_dataset
+from plpp_reg.data.readers import as_data, read_own_files, read_split, split_data
+from plpp_reg.errors import InputError
+
+from helpers.miniature import PICTURE, make
+
+LISTS = {
+    "OxfordPets": ("annotations/trainval.txt", "annotations/test.txt"),
+    "StanfordCars": ("devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"),
+    "OxfordFlowers": ("imagelabels.mat", "cat_to_name.json"),
+    "FGVCAircraft": ("variants.txt", "images_variant_train.txt", "images_variant_test.txt"),
+    "SUN397": ("ClassName.txt", "Training_01.txt", "Testing_01.txt"),
+    "UCF101": ("ucfTrainTestlist/classInd.txt", "ucfTrainTestlist/trainlist01.txt", "ucfTrainTestlist/testlist01.txt"),
+    "ImageNet": ("classnames.txt",),
+    "ImageNetR": ("classnames.txt",),
+}
+# What may stand in the place of a few bytes: of another kind, out of range, of the format's own signs.
+PIECES = [b"", b"\n", b"\r\n", b" ", b"/", b",", b"\0", b"-1", b"0", b"9" * 30, b"\xff\xfe", b"[", b"{}", b"null", b"\xc3"]
+PIECE = st.sampled_from(PIECES) | st.binary(max_size=12)
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 24), PIECE), max_size=4)  # where, how many bytes go, what comes
+WORDS = st.sampled_from(["a.jpg", "cat", "0", "_", ""]) | st.text(max_size=4)
+PARTS = st.sampled_from(["train", "val", "test", "1"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(PARTS, inner, max_size=4),
+    max_leaves=12,
+)
+ROWS = st.lists(st.tuples(st.sampled_from(["a.jpg", "b/c.jpg"]), st.sampled_from([0, 1, 2, "1", True]), st.text(max_size=3)))
+
+
+def edited(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
+    for where, gone, piece in edits:
+        at = round(where * len(content))
+        content = content[:at] + piece + content[at + gone :]
+    return content
+
+
+def assert_whole(data: DataSplit) -> None:
+    """Every label is a class's, and every class's name is the one that its images have."""
+    for part in (data.train, data.val, data.test):
+        assert all(data.classnames[datum.label] == datum.classname for datum in part)
+    assert {datum.label for part in (data.train, data.val, data.test) for datum in part} <= set(range(len(data.classnames)))
+
+
+def assert_a_line(error: InputError) -> None:
+    assert "expected" in str(error) and "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("papers")
+    for name in LISTS:
+        make(root, name)
+    return root
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in LISTS.items() for file in files])
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(edits=EDITS)
+def test_any_list_of_the_papers_data_is_read_or_refused(name: str, file: str, root: Path, edits: list) -> None:
+    layout = DATASETS[name].layout
+    path = root / layout.folder / file
+    whole = path.read_bytes()
+    path.write_bytes(edited(whole, edits))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scipy's, of what it finds in a .mat file
+            assert_whole(as_data(root / layout.folder / layout.images, *read_own_files(root / layout.folder, layout)))
+    except InputError as e:
+        assert_a_line(e)
+    finally:
+        path.write_bytes(whole)
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(content=VALUES | st.fixed_dictionaries({part: ROWS for part in ("train", "val", "test")}))
+@example(content={"train": [("a.jpg", 0, "cat")], "val": [], "test": [("b/c.jpg", 0, "cat")]})
+def test_any_split_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: object) -> None:
+    path = tmp_path_factory.mktemp("split") / "split.json"
+    path.write_text(json.dumps(content))
+    try:
+        read_split(path)
+        assert_whole(split_data(path.parent, path))
+    except InputError as e:
+        assert_a_line(e)
+
+
+CELLS = ["0.jpg", "1.jpg", "gone.jpg", "cat", "dog", "train", "Valid", "test", "3", "x", "", '"', "_", "\0", "日"]
+LINES = st.lists(st.lists(st.sampled_from(CELLS), max_size=5).map(",".join), max_size=8)
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(columns=st.permutations(["path", "class", "label", "split"]), used=st.integers(0, 4), lines=LINES, edits=EDITS)
+@example(["path", "class", "split", "label"], 3, ["0.jpg,cat,train", "1.jpg,dog,train", "0.jpg,cat,test"], [])
+def test_any_table_is_read_or_refused(tmp_path_factory, columns: list[str], used: int, lines: list[str], edits: list) -> None:
+    folder = tmp_path_factory.mktemp("table")
+    for name in ("0.jpg", "1.jpg"):
+        (folder / name).write_bytes(PICTURE)
+    text = "\n".join([",".join(columns[:used]), *lines])
+    (folder / "t.csv").write_bytes(edited(text.encode(), edits))
+    try:
+        assert_whole(load_dataset(f"csv:{folder / 't.csv'}"))
+    except InputError as e:
+        assert_a_line(e)
