@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +13,8 @@ from plpp_reg.results.tables.records import ZERO_SHOT
 from plpp_reg.results.tables.rows import Row, Table, title_of
 from plpp_reg.results.tables.series import MEAN_H, Figure
 from plpp_reg.results.tables.settings import Name
+
+Marks = Mapping[tuple[str, Name, str], float]  # (group, plain row, column) -> zero-shot's figure less that row's
 
 
 class Cell(NamedTuple):
@@ -154,7 +155,7 @@ def plain_forms(rows: Sequence[Name], pairs: Collection[tuple[Name, Name]]) -> d
 
 
 def _zero_shot(rows: Sequence[Row]) -> Row | None:
-    return next((row for row in rows if row.name is not None and row.name.method == ZERO_SHOT), None)
+    return next((row for row in rows if row.name.method == ZERO_SHOT), None)
 
 
 def _level(zero_shot: Row | None, trained: Sequence[Row]) -> Level | None:
@@ -164,23 +165,21 @@ def _level(zero_shot: Row | None, trained: Sequence[Row]) -> Level | None:
     return Level("zero-shot", next(iter(zero_shot.cells.values())).value)
 
 
-def _marks(table: Table) -> dict[tuple[str, str, str], float]:
-    """(Group, label of a difference, column) -> zero-shot's figure less the plain row's."""
+def _marks(table: Table) -> Marks:
     found = {}
     for group, rows in _by_group(table, "measured"):
         if (zero_shot := _zero_shot(rows)) is None:
             continue
-        for treated, plain in itertools.product(rows, rows):
+        for plain in rows:
             for column in plain.cells.keys() & zero_shot.cells.keys():
-                mark = zero_shot.cells[column].value - plain.cells[column].value
-                found[group, f"{treated.label} - {plain.label}", column] = mark
+                found[group, plain.name, column] = zero_shot.cells[column].value - plain.cells[column].value
     return found
 
 
-def _bar(row: Row, column: str, marks: Mapping[tuple[str, str, str], float]) -> Bar | None:
+def _bar(row: Row, column: str, marks: Marks) -> Bar | None:
     if column not in row.cells:
         return None
-    return Bar(*row.cells[column], marks.get((row.group, row.label, column), math.nan))
+    return Bar(*row.cells[column], marks.get((row.group, row.against, column), math.nan))
 
 
 def _say(row: Row, column: str) -> str:

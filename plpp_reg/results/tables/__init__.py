@@ -94,7 +94,7 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
                 lack = {m: [d for d in datasets if d not in methods[m]] for m in method_order(methods) if m not in averaged}
                 without += [lacking(m, title, absent) for m, absent in lack.items()]
                 rows += [
-                    Row(title, str(m), "measured", cells_of(s, form, mean_of_h.get(m)), seeds_of(s), name=m, average=True)
+                    Row(title, str(m), "measured", m, cells_of(s, form, mean_of_h.get(m)), seeds_of(s), average=True)
                     for m, s in averaged.items()
                 ]
                 rows += (compared := _differences(title, averaged, form, pairs, datasets, shots))
@@ -132,7 +132,7 @@ def _measured(title: str, series: Mapping[Name, Series], form: str, mean_h: bool
     for method, values in series.items():
         each = list(harmonic(values).values()) if mean_h else []
         cells = cells_of(values, form, statistics.fmean(each) if each else None)
-        rows.append(Row(title, str(method), "measured", cells, seeds_of(values), name=method))
+        rows.append(Row(title, str(method), "measured", method, cells, seeds_of(values)))
     return rows
 
 
@@ -150,7 +150,9 @@ def _differences(
             }
             cells, n = difference(Series(columns), series[plain], form)
             if columns:
-                rows.append(Row(title, f"{treated} - {plain}", "difference", cells, n, average=len(datasets) > 1))
+                several = len(datasets) > 1
+                label = f"{treated} - {plain}"
+                rows.append(Row(title, label, "difference", treated, cells, n, against=plain, average=several))
     return rows
 
 
@@ -178,8 +180,6 @@ def _without_difference(
     title: str, averaged: Collection[Name], pairs: Pairs, apart: Pairs, compared: Sequence[Row]
 ) -> list[str]:
     """Averages that no one plain row can be compared with, though each of their data sets has one."""
-    shown = {row.label for row in compared}
-    have = {label for label, plain in pairs if f"{label} - {plain}" in shown}
-    told = have | {label for label, _ in apart}
-    rows = [m for m in averaged if m not in told and any(label == m for label, _ in pairs)]
+    told = {row.name for row in compared} | {treated for treated, _ in apart}
+    rows = [m for m in averaged if m not in told and any(treated == m for treated, _ in pairs)]
     return [f"{m} has no difference in {title}: no row of {m.plain} has its settings on all of them." for m in rows]

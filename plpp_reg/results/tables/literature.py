@@ -12,6 +12,7 @@ from importlib import resources
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results.tables.rows import Row, title_of
 from plpp_reg.results.tables.series import AVERAGE, Figure, H
+from plpp_reg.results.tables.settings import Name
 
 PUBLISHED_NAMES = {"CLIP": "ZeroshotCLIP", "Zero-shot CLIP": "ZeroshotCLIP", "Deep Vision Prompting": "VPT"}
 TARGET_COLUMNS = {"ImageNet_source": "source", "Average_targets": AVERAGE}
@@ -60,7 +61,8 @@ def _published(title: str, file: str, line: Mapping[str, str], cells: Mapping[st
         if m["file"] == file and m["method"] == line["method"] and m["dataset"] == line.get("dataset", "")
         if m["shots"] == line.get("shots", "")
     ]
-    return Row(title, line["method"], "published", cells, "", "; ".join([line["source"], *wrong]))
+    name = Name(our_name(line["method"]))
+    return Row(title, line["method"], "published", name, cells, source="; ".join([line["source"], *wrong]))
 
 
 def _published_shots(title: str, dataset: str, methods: Sequence[str], columns: Sequence[str]) -> list[Row]:

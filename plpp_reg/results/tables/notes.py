@@ -20,7 +20,7 @@ def below_zero_shot(rows: Sequence[Row], form: str, columns: Sequence[str]) -> l
     counting = [c for c in columns if c in (H, AVERAGE)] or ([] if form != "shots" else columns)
     for group in dict.fromkeys(row.group for row in rows):
         there = [row for row in rows if row.group == group and row.kind == "measured"]
-        plain = next((row for row in there if row.name is not None and row.name.method == ZERO_SHOT), None)
+        plain = next((row for row in there if row.name.method == ZERO_SHOT), None)
         for column in counting if plain is not None and len(there) > 1 else []:
             bound = plain.cells.get(column)
             low = [row for row in there if row is not plain and bound and column in row.cells]

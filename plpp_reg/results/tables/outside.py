@@ -70,7 +70,7 @@ def outside_tables(folder: Path, found: Iterable[Found]) -> list[Table]:
 
 def _table(folder: Path, backbone: str, runs: Sequence[Outside]) -> Table:
     rows = [
-        Row(_group(run), f"{run.method}, seed {run.seed}", "measured", _cells(run), "1", _place(folder, run), run.method)
+        Row(_group(run), f"{run.method}, seed {run.seed}", "measured", run.method, _cells(run), "1", _place(folder, run))
         for run in runs
     ]
     twice = Counter((row.group, row.label) for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,25 +20,26 @@ TRANSDUCTIVE = "transductive"  # a mark
 class Row(NamedTuple):
     """``kind``: measured, difference or published; ``n``: the number of seeds, "2-3" where columns differ.
 
-    ``name``: of what was measured; ``average``: over data sets; ``mark``: what a reader must not overlook, behind the label.
+    ``name``: whose figures they are, of the literature's the method's; ``against``: of a difference, what is subtracted;
+    ``average``: over data sets; ``mark``: what a reader must not overlook, behind the label.
     """
 
     group: str
     label: str
     kind: str
+    name: Name
     cells: Mapping[str, Figure]
     n: str = ""
     source: str = ""
-    name: Name | None = None
+    against: Name | None = None
     average: bool = False
     mark: str = ""
 
 
 def marked(row: Row, form: str) -> Row:
     """With its mark, where it has one: of two halves of the classes, and of the literature's students of each target."""
-    method = re.split(r"[ +]", row.label)[0]
     seen = form == "halves" or (form == "targets" and row.kind == "published")
-    return row._replace(mark=TRANSDUCTIVE) if seen and method in trainers.TRANSDUCTIVE else row
+    return row._replace(mark=TRANSDUCTIVE) if seen and row.name.plain in trainers.TRANSDUCTIVE else row
 
 
 class Table(NamedTuple):
