@@ -18,8 +18,8 @@ from plpp_reg.data import DataSplit
 from plpp_reg.data.contents import files_sha256
 from plpp_reg.engine import features
 from plpp_reg.engine.distributed import Ranks
-from plpp_reg.engine.frozen import weights_sha256
-from plpp_reg.engine.method import Method
+from plpp_reg.engine.frozen import FrozenEncoder, normalize, weights_sha256
+from plpp_reg.engine.method import Classes, Inputs, Method
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.trainers.cocoop import CoCoOp
 from plpp_reg.trainers.coop import CoOp
@@ -81,6 +81,67 @@ def test_another_method_weight_or_prompt_seed_on_the_same_images_encodes_nothing
     trained(data, *same, "SEED", 5)
     trained(data, *same, "TRAINER.COCOOP.N_CTX", 2, cls=CoCoOp)
     assert encoded == []
+
+
+def overriding(hook: str) -> type[CoOp]:
+    """CoOp with one of a method's documented hooks replaced, so that something else is trained or predicted."""
+
+    class Changed(CoOp):
+        not_exported = "class_features: another method's"
+
+    def build(self) -> None:
+        CoOp.build(self)
+        self.prompt_learner.ctx.data.mul_(3)
+
+    def frozen(self) -> FrozenEncoder:
+        return Doubled(self.clip.image)
+
+    def split(self, data: DataSplit) -> DataSplit:
+        return dataclasses.replace(data, train=data.train[::-1], test=data.test[1:])
+
+    def end_epoch(self, epoch: int) -> None:
+        self.prompt_learner.ctx.data.add_(0.01 * epoch)
+
+    def encode_classes(self, image_features=None, with_states=False) -> Classes:
+        classes = CoOp.encode_classes(self, image_features, with_states)
+        return classes._replace(features=normalize(classes.features + 0.1))
+
+    hooks = {
+        "build": build,
+        "inputs": property(lambda self: Inputs(features={"features": frozen(self)})),
+        "split": split,
+        "end_epoch": end_epoch,
+        "encode_classes": encode_classes,
+        "losses": lambda self, batch, classes: {"ce": 2 * CoOp.losses(self, batch, classes)["ce"]},
+        "fit": lambda self, logits, batch: {"ce": self.cross_entropy(logits / 2, batch["label"])},
+        "logits": lambda self, batch, classes: CoOp.logits(self, batch, classes) * 0.5,
+        "image_features": lambda self, batch: normalize(self.frozen_features(batch).roll(1, 1)),
+        "gradients": lambda self, rest, apart: [3 * gradient for gradient in rest],
+    }
+    setattr(Changed, hook, hooks[hook])
+    return Changed
+
+
+class Doubled(FrozenEncoder):
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return normalize(super().encode(images) + 1)
+
+    @property
+    def key(self) -> dict[str, object]:
+        return super().key
+
+
+HOOKS = ["build", "inputs", "split", "end_epoch", "encode_classes", "losses", "fit", "logits", "image_features", "gradients"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_method_with_a_hook_of_its_own_is_served_its_own_features(data: DataSplit, hook: str) -> None:
+    """From a store that another method has filled, it is what it is without one."""
+    other = trained(data, "FEATURES.MAX_GIB", 1.0)
+    off, on, again = (trained(data, "FEATURES.MAX_GIB", gib, cls=overriding(hook)) for gib in (0.0, 1.0, 1.0))
+    helpers.assert_same(off, on)
+    helpers.assert_same(off, again)
+    assert not torch.equal(on[0]["ctx"], other[0]["ctx"])
 
 
 @pytest.mark.parametrize(
