@@ -126,13 +126,23 @@ def test_the_script_names_what_the_page_calls_public() -> None:
     assert named - {"python", "m", "import", "ValueError"} <= set(re.findall(r"\w+", SCRIPT))
 
 
-def mypy(what: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
-    pytest.importorskip("mypy")
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", folder / "cache", *what]
-    return subprocess.run(command, cwd=folder, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True)
+def as_installed(folder: Path) -> Path:
+    """The package in a folder where mypy finds it, with plpp_reg.trainers inside, as an installed one has it."""
+    package = folder / "site" / "plpp_reg"
+    package.mkdir(parents=True)
+    for path in (ROOT / "plpp_reg").iterdir():
+        (package / path.name).symlink_to(path)
+    (package / "trainers").symlink_to(ROOT / "trainers")
+    return package
 
 
 def test_a_users_script_and_the_loss_are_typed(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = mypy(["script.py", ROOT / "plpp_reg" / "loss"], tmp_path)
+    package = as_installed(tmp_path)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", tmp_path / "cache"]
+    environment = {**os.environ, "MYPYPATH": str(package.parent)}
+    done = subprocess.run(
+        [*command, "script.py", package / "loss"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
