@@ -81,7 +81,7 @@ def read_own_files(folder: Path, layout: Layout) -> Parts:
             raise InputError(f"{str(folder / needed)!r}: expected this file of the data set; get it: {layout.source}{split}")
     try:
         return KINDS[layout.kind](folder, layout)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, IndexError) as e:
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, IndexError, TypeError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{str(folder)!r}: expected this data set as it is published ({layout.source}), got {e!r}") from e
@@ -150,6 +150,10 @@ def as_data(images: Path, *parts: Sequence[Row]) -> DataSplit:
             raise InputError(
                 f"{prefix!r}: expected training images of class {stray.classname!r}, got none, but some for {part}"
             )
+        odd = next((row for row in rows if row.classname != names[row.label]), None)
+        if odd is not None:
+            two = f"{names[odd.label]!r} and {odd.classname!r}"
+            raise InputError(f"{prefix!r}: expected one name of label {odd.label}, got {two} ({odd.name})")
     if sorted(names) != list(range(len(names))):
         gap = min(set(range(len(names))) - names.keys())
         raise InputError(f"{prefix!r}: expected training images of the labels 0 to {max(names)}, got none of label {gap}")
@@ -253,7 +257,7 @@ def _cars(folder: Path, layout: Layout) -> Parts:
 
 
 def _flowers(folder: Path, layout: Layout) -> Parts:
-    classnames = json.loads((folder / "cat_to_name.json").read_text(encoding="utf-8"))
+    classnames = read_json(folder / "cat_to_name.json")
     groups: dict[int, list[str]] = {}
     for index, label in enumerate(_mat(folder / "imagelabels.mat", "labels"), start=1):
         groups.setdefault(int(label), []).append(f"image_{index:05d}.jpg")
@@ -264,7 +268,11 @@ def _flowers(folder: Path, layout: Layout) -> Parts:
 def _mat(path: Path, key: str) -> Sequence:
     from scipy.io import loadmat
 
-    return loadmat(str(path))[key][0]
+    try:
+        content = loadmat(str(path))
+    except Exception as e:  # of a damaged file scipy raises whatever it runs into
+        raise ValueError(f"{path.name}: {e}") from e
+    return content[key][0]
 
 
 def _aircraft(folder: Path, layout: Layout) -> Parts:
