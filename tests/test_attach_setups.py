@@ -1,4 +1,4 @@
-"""attach in loops of other shapes: several forward passes, copies, second derivatives."""
+"""attach in loops of other shapes: several forward passes, copies, second derivatives, compiled models."""
 
 from __future__ import annotations
 
@@ -275,3 +275,11 @@ def test_learning_to_learn(clip_model, batch, twice_differentiable):
         (g,) = torch.autograd.grad(total(model, ctx), ctx, create_graph=True)
         total(model, ctx - 0.5 * g).backward()
     assert_close(gradients(host), gradients(other), 1e-9)
+
+
+def test_a_model_that_is_compiled_after(clip_model, batch):
+    regularizer = make_regularizer(clip_model)
+    host = make_host(clip_model, "forward")
+    attach(host, regularizer)
+    torch.compile(host, backend="aot_eager")(*batch).backward()
+    assert_close(gradients(host), expected(clip_model, regularizer, batch, kind="forward"), 1e-9)
