@@ -177,6 +177,35 @@ def test_hugging_faces_own_forward_pass(clip_model, how):
     assert_close(got, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
+def test_a_text_encoder_that_is_called_with_prompts_and_positions(clip_model, batch):
+    """The model adds them, as it holds them; the text encoder does not know of any."""
+
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transformer, self.ln_final = clip_model.transformer, clip_model.ln_final
+
+        def forward(self, x):
+            return self.ln_final(self.transformer(x.permute(1, 0, 2)).permute(1, 0, 2))
+
+    class Host(OpenAI):
+        def __init__(self):
+            super().__init__(clip_model, words_of(clip_model.token_embedding.weight), after=2)
+            del self.clip
+            self.positional_embedding, self.text_encoder = clip_model.positional_embedding, Tower()
+
+        def tower(self, prompts):
+            return self.text_encoder(prompts + self.positional_embedding)
+
+    regularizer = make_regularizer(clip_model)
+    host, other = Host().train(), Host().train()
+    handle = attach(host, regularizer)
+    host().backward()
+    handle.remove()
+    other.with_term(regularizer).backward()
+    assert_close(gradients(host), gradients(other), 1e-9)
+
+
 def test_a_bidirectional_tower_is_refused(clip_model):
     model = open_clip_model(True, no_causal_mask=True)
     host = OpenCLIP(model, words_of(model.text.token_embedding.weight, 16)).train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -44,16 +45,17 @@ class Entrance:
     """The hooks.
 
     Args:
+        model: which may add positions before it calls its tower.
         towers: modules that hold the last norm, or are called with prompts.
         width: D.
     """
 
-    def __init__(self, towers: list[nn.Module], width: int) -> None:
+    def __init__(self, model: nn.Module, towers: list[nn.Module], width: int) -> None:
         self.width = width
-        self.towers = towers
+        self.places = [*towers, model]  # of positional embeddings, the likeliest first
         self.caught: list[Caught] = []
         self.hooks: list[Any] = []
-        self._have_positions: dict[tuple[int, bool], bool] = {}
+        self._added: dict[bool, int | None] = {}  # inside or not -> which of the positional embeddings is part of the prompts
         for module, inside in _entered(towers):
             hook = self._entering_layers if inside else self._entering
             self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -61,6 +63,10 @@ class Entrance:
             for name, module in tower.named_modules():
                 if isinstance(module, nn.Embedding) and module.embedding_dim == width and "position" not in name:
                     self.hooks.append(module.register_forward_hook(self._embedded))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is on its way into the tower is not copied."""
+        return {**self.__dict__, "caught": []}
 
     @torch.compiler.disable
     def _entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -97,10 +103,7 @@ class Entrance:
         if entered is None:
             return None
         rows = self._upright(entered, shape, embedding)
-        positions = self._positions(rows.shape[1])
-        if not self._has_positions(entered, rows, positions, embedding):
-            positions = None
-        return Prompts(rows, entered.tensor, positions, entered.with_grad)
+        return Prompts(rows, entered.tensor, self._positions(entered, rows, embedding), entered.with_grad)
 
     def _upright(self, entered: Caught, shape: torch.Size, embedding: Tensor) -> Tensor:
         """(N, T, D): a text encoder is called with it so; layers may be called with (T, N, D)."""
@@ -111,36 +114,42 @@ class Entrance:
             return x if x.shape == shape else x.transpose(0, 1)
         return upright(x)
 
-    def _positions(self, length: int) -> Tensor | None:
-        for tower in self.towers:
-            own = getattr(tower, "positional_embedding", None)
-            if own is None:
-                tables = (m for n, m in tower.named_modules() if n.rpartition(".")[2] == "position_embedding")
-                own = getattr(next(tables, None), "weight", None)
-            if isinstance(own, Tensor) and own.dim() == 2 and own.shape[1] == self.width and len(own) >= length:
-                return own[:length]
+    def _positions(self, entered: Caught, rows: Tensor, embedding: Tensor) -> Tensor | None:
+        """(T, D) that are part of the prompts, told by their start token, which is a word; looked at once."""
+        if entered.inside not in self._added:
+            self._added[entered.inside] = self._which(entered, rows, embedding)
+        number = self._added[entered.inside]
+        return None if number is None else next(islice(self._tables(), number, None))[: rows.shape[1]]
+
+    def _tables(self) -> Iterator[Tensor]:
+        """The positional embeddings of this width: the tower's own, then the model's."""
+        for place in self.places:
+            for name, module in place.named_modules():
+                own = getattr(module, "positional_embedding", None)
+                own = module.weight if name.rpartition(".")[2] == "position_embedding" else own
+                if isinstance(own, Tensor) and own.dim() == 2 and own.shape[1] == self.width:
+                    yield own
+
+    def _which(self, entered: Caught, rows: Tensor, embedding: Tensor) -> int | None:
+        start = rows[0, 0].detach().to(embedding)
+        if _is_word(start, embedding):
+            return None
+        for number, table in enumerate(self._tables()):
+            if len(table) >= rows.shape[1] and _is_word(start - table[0].detach().to(embedding), embedding):
+                return number
+        if entered.inside:
+            raise InputError(
+                "text_encoder: expected a tower that is called with its prompts, or a start token that is one of the "
+                "vocabulary once positional_embedding is taken off: what was added to the prompts cannot be told"
+            )
         return None
 
-    def _has_positions(self, entered: Caught, rows: Tensor, positions: Tensor | None, embedding: Tensor) -> bool:
-        """Whether positions are part of the prompts, told by their start token, which is a word; looked at once."""
-        key = (positions is None, entered.inside)
-        if key not in self._have_positions:
-            with torch.no_grad():
-                start = rows[0, 0].to(embedding)
-                bare = (embedding - start).norm(dim=1)
-                scale = embedding[bare.argmin()].norm()
-                plain = bool(bare.min() <= NEAR * scale)
-                added = False
-                if positions is not None:
-                    off = (embedding - (start - positions[0].to(embedding))).norm(dim=1)
-                    added = bool(off.min() <= NEAR * scale) and not plain
-            if not plain and not added and entered.inside:
-                raise InputError(
-                    "text_encoder: expected a tower that is called with its prompts, or a start token that is one of the "
-                    "vocabulary once positional_embedding is taken off: what was added to the prompts cannot be told"
-                )
-            self._have_positions[key] = added
-        return self._have_positions[key]
+
+def _is_word(x: Tensor, embedding: Tensor) -> bool:
+    with torch.no_grad():
+        distance = (embedding - x).norm(dim=1)
+        nearest = distance.argmin()
+        return bool(distance[nearest] <= NEAR * embedding[nearest].norm())
 
 
 def upright(x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Handle:
         self.forward_passes = 1
         self.ever_joined = False
         self._context = Context(*context)
-        self._entrance = Entrance(towers, regularizer.width)
+        self._entrance = Entrance(model, towers, regularizer.width)
         self._layouts = Layouts(prompt_learner, position, states)
         self._order_known = states == "own" or any(is_causal(tower) for tower in towers)
         self._told_counts: set[int] = set()
@@ -134,9 +134,7 @@ class Handle:
 
     @torch.compiler.disable
     def _after_norm(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor) or output.dim() != 3 or not self.regularizer.active:
-            return None
-        if not self.prompt_learner.training:
+        if not (isinstance(output, Tensor) and output.dim() == 3 and self.regularizer.active and self.prompt_learner.training):
             self._entrance.caught = []
             return None
         prompts = self._entrance.take(output, self.regularizer.source)
