@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from plpp_reg import PerplexityRegularizer, attach
-from plpp_reg.attachment.layout import Layout, distinct_prompts
+from plpp_reg.attachment.layout import Layout, Layouts, _values, find_context
 from plpp_reg.errors import InputError
 
 from helpers.attach import (
@@ -149,9 +150,15 @@ def test_prompts_that_differ_behind_their_last_vector_are_one():
     prompts[4, 2] += 1
     yes = torch.ones(5, dtype=torch.bool)
     shared = Layout(slot, torch.zeros(5, dtype=torch.long), yes, yes)
-    assert distinct_prompts(prompts, shared).tolist() == [0, 1, 2, 4]
-    assert distinct_prompts(prompts, shared._replace(owner=torch.tensor([0, 0, 0, 1, 0]))).tolist() == [0, 1, 2, 3, 4]
-    assert distinct_prompts(prompts[[0, 3]], Layout(*(t[[0, 3]] for t in shared))).tolist() == [0]
+
+    def alike(prompts, layout):
+        rows = Layouts(nn.Module(), None, "own")._distinct(_values(prompts, layout, 6, None), prompts)
+        assert rows.distinct == len(set(rows.alike.tolist()))
+        return rows.alike.tolist()
+
+    assert alike(prompts, shared) == [0, 1, 2, 0, 3]
+    assert alike(prompts, shared._replace(owner=torch.tensor([0, 0, 0, 1, 0]))) == [0, 1, 2, 3, 4]
+    assert alike(prompts[[0, 3]], Layout(*(t[[0, 3]] for t in shared))) == [0, 0]
 
 
 # ---- the handle ------------------------------------------------------------------------------------------------------
@@ -227,6 +234,50 @@ def test_places_that_are_given(clip_model, batch, position):
     row = torch.arange(len(NAMES)).unsqueeze(1)
     wanted = regularizer(prompts[row, at], states(host, prompts)[row, at - 1])
     assert torch.isclose(last.total, wanted, rtol=1e-12)
+
+
+def test_places_that_are_given_and_are_others(clip_model, batch):
+    host = make_host(clip_model, position="front")
+    handle = attach(host, make_regularizer(clip_model), position="end")
+    with pytest.raises(InputError, match=r"^position: expected \[2, 3, 4, 5\], where prompt 0 has .* got \[1, 2, 3, 4\]"):
+        host(batch[0])
+    handle.remove()
+    attach(host, make_regularizer(clip_model), position="front")
+    host(batch[0]).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_vector_in_two_places_is_no_place(dtype):
+    """Whatever the two are: what arrives is the sum of two numbers, and may be the number of a third place."""
+    words = torch.randn(1, 77, 64, dtype=dtype)
+    for a in range(1, 38):
+        for b in range(a + 1, 76 - a):
+            context = torch.randn(1, 64, dtype=dtype, requires_grad=True)
+            prompts = torch.cat([words[:, :a], context[None], words[:, a + 1 : b], context[None], words[:, b + 1 :]], 1)
+            assert not find_context(prompts, context).found.any(), (a, b)
+
+
+def test_a_context_that_is_made_anew_each_time(clip_model, batch):
+    class Same(nn.Module):
+        def forward(self, x):
+            return x + 0
+
+    host, regularizer = make_host(clip_model), make_regularizer(clip_model)
+    parametrize.register_parametrization(host.prompt_learner, "ctx", Same())
+    with pytest.raises(InputError, match="^context: expected the name of a parameter, got 'prompt_learner.ctx', which is made"):
+        attach(host, regularizer, context="prompt_learner.ctx")
+    attach(host, regularizer, context="prompt_learner.parametrizations.ctx.original", position="end")
+    host_loss(host, batch).backward()
+    wanted = expected(clip_model, regularizer, batch)["prompt_learner.ctx"]
+    assert_close(gradients(host), {"prompt_learner.parametrizations.ctx.original": wanted})
+
+
+def test_a_frozen_context_is_told(clip_model):
+    """The vectors that are trained may be others: a residual beside a context that stands still."""
+    host = make_host(clip_model)
+    host.prompt_learner.ctx.requires_grad_(False)
+    with pytest.warns(UserWarning, match="^PLPP: prompt_learner.ctx is frozen: the term is off as long as it is"):
+        attach(host, make_regularizer(clip_model))
 
 
 def test_parts_by_other_names(clip_model, batch):
@@ -309,6 +360,13 @@ def test_a_second_attach(clip_model):
         ({"position": "back"}, "^position: expected one of 'end', 'middle', 'front' or a tensor, got 'back'"),
         ({"states": "before"}, "^states: expected one of 'preceding', 'own', got 'before'"),
         ({"backward_pass": 0}, "^backward_pass: expected an integer >= 1, or a tuple of them, got 0"),
+        ({"backward_pass": True}, "^backward_pass: expected an integer >= 1, or a tuple of them, got True"),
+        ({"forward_passes": True}, "^forward_passes: expected an integer >= 1, got True"),
+        ({"loss_scale": "half"}, "^loss_scale: expected a finite number > 0, got 'half'"),
+        ({"loss_scale": 0}, "^loss_scale: expected a finite number > 0, got 0"),
+        ({"loss_scale": float("nan")}, "^loss_scale: expected a finite number > 0, got nan"),
+        ({"position": torch.ones(4)}, "^position: expected integers, got a tensor of torch.float32"),
+        ({"scaler": 1024.0}, "^scaler: expected a GradScaler, None or False, got 1024.0"),
     ],
 )
 def test_bad_arguments(clip_model, change, message):
@@ -319,13 +377,18 @@ def test_bad_arguments(clip_model, change, message):
 
 def test_positions_of_the_wrong_shape_and_before_the_first_token(clip_model, batch):
     for position, message in [
-        (torch.zeros(3), r"expected integers \(4,\) or \(5, 4\), got \(3,\)"),
-        (torch.tensor([0, 1, 2, 3]), "after the first token"),
+        (torch.zeros(3, dtype=torch.long), r"expected integers \(4,\) or \(5, 4\), got \(3,\)"),
+        (torch.tensor([0, 1, 2, 3]), r"expected \[1, 2, 3, 4\], where prompt 0 has"),
     ]:
         host = make_host(clip_model)
         attach(host, make_regularizer(clip_model), position=position)
         with pytest.raises(InputError, match=message):
             host(batch[0])
+    context = torch.randn(2, 8, requires_grad=True)
+    prompts = torch.cat([2 * context, torch.randn(3, 8)])[None]  # the graph does not show where they stand
+    with pytest.raises(InputError, match="after the first token"):
+        Layouts(nn.Module(), torch.tensor([0, 1]), "preceding").of(prompts, context)
+    assert Layouts(nn.Module(), torch.tensor([0, 1]), "own").of(prompts, context).slot.tolist() == [[0, 1]]
 
 
 def test_a_text_encoder_that_is_never_called_with_prompts(clip_model, batch):

@@ -7,6 +7,8 @@ meet in one backward pass, so every prompt parameter gets the gradient of the su
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -46,9 +48,9 @@ def attach(
     """Add ``regularizer`` to the loss of ``model``, whatever that loss is: the same as ``loss + regularizer(v, h)``.
 
     The forward pass does not change by a bit. When a backward pass reaches the text tower's states, the term's gradient joins.
-    It acts while the prompt learner is in training mode and gradients are on. Each distinct prompt counts once; where one
-    forward pass makes B text passes (CoCoOp: one an image) each counts 1/B. A gradient that reaches the context without the
-    term is an error, at the latest when the optimizer would step with it.
+    It acts while the prompt learner is in training mode and gradients are on. The term is the mean over the distinct prompts of
+    a forward pass, of all its text passes (CoCoOp: one an image, each counts 1/B). A gradient that reaches the context without
+    the term is an error, at the latest when the optimizer would step with it.
 
     Args:
         model: whose forward pass one loss comes from; on one device, or within DistributedDataParallel.
@@ -85,10 +87,16 @@ def attach(
         raise InputError(f"regularizer: expected a PerplexityRegularizer, got {type(regularizer).__name__}")
     if isinstance(position, str) and position not in POSITIONS:
         raise InputError(f"position: expected one of {', '.join(map(repr, POSITIONS))} or a tensor, got {position!r}")
-    if not all(isinstance(n, int) and n >= 1 for n in riding(backward_pass)) or backward_pass == ():
+    if isinstance(position, Tensor) and position.is_floating_point():
+        raise InputError(f"position: expected integers, got a tensor of {position.dtype}")
+    if not all(_is_count(n) for n in riding(backward_pass)) or backward_pass == ():
         raise InputError(f"backward_pass: expected an integer >= 1, or a tuple of them, got {backward_pass!r}")
-    if not isinstance(forward_passes, int) or forward_passes < 1:
+    if not _is_count(forward_passes):
         raise InputError(f"forward_passes: expected an integer >= 1, got {forward_passes!r}")
+    if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < math.inf:
+        raise InputError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}")
+    if scaler is not None and scaler is not False and not callable(getattr(scaler, "scale", None)):
+        raise InputError(f"scaler: expected a GradScaler, None or False, got {scaler!r}")
     if states not in STATES:
         raise InputError(f"states: expected one of {', '.join(map(repr, STATES))}, got {states!r}")
     width = regularizer.width
@@ -107,6 +115,8 @@ def attach(
                 f"model: expected {parameter.name} without PLPP, this one has it: call remove() on the first handle "
                 "(plpp_reg.attachment.attached(model) lists them, of a copied model too)"
             )
+    if not parameter.value.requires_grad:
+        warnings.warn(f"PLPP: {parameter.name} is frozen: the term is off as long as it is", stacklevel=2)
     _forget_compiled(model)
     handle = Handle(model, regularizer, norm, towers, learner, parameter, position, states)
     handle.scaler, handle.loss_scale = scaler, loss_scale
@@ -118,6 +128,10 @@ def attached(model: nn.Module) -> list[Handle]:
     """The handles of ``model``, of a copy of an attached one too: a copy keeps the term."""
     hooks = (getattr(hook, "__self__", None) for m in model.modules() for hook in m._forward_hooks.values())
     return list({id(h): h for h in hooks if isinstance(h, Handle)}.values())
+
+
+def _is_count(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
 
 def _outermost_last(modules: list[nn.Module]) -> list[nn.Module]:

@@ -51,8 +51,14 @@ def find_context_parameter(
     if isinstance(given, str):
         owner, _, leaf = given.rpartition(".")
         holder = named_module(model, "context", owner) if owner else model
-        if not isinstance(getattr(holder, leaf, None), Tensor):
+        value = getattr(holder, leaf, None)
+        if not isinstance(value, Tensor):
             raise InputError(f"context: expected the name of a parameter, got {given!r}")
+        if getattr(holder, leaf) is not value:
+            raise InputError(
+                f"context: expected the name of a parameter, got {given!r}, which is made anew each time (a parametrization): "
+                "name what it is made of, and the positions (position=)"
+            )
         found = Context(given, holder, leaf)
     elif isinstance(given, Tensor):
         places = ((n, m, leaf) for n, m in model.named_modules() for leaf, p in m._parameters.items() if p is given)

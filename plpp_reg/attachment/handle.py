@@ -65,7 +65,6 @@ class Handle:
         self._last_states: Tensor | None = None
         self._came_by: dict[int, bool] = {}  # groups that this backward pass met: whether they carried the term
         self._unjoined = self._evaluated = self._joined = False  # since the last step: gradients without the term, with it
-        self._looking = False
         self._hooked: Tensor | None = None
         self._context_hook = self._step_hook = None
         self._entrance.caught = []
@@ -158,10 +157,7 @@ class Handle:
         if not hidden.requires_grad:
             raise InputError(_NO_GRADIENT)
         self._check_order(prompts, hidden, rows)
-        v, h = read_context(prompts.rows, hidden, rows, self.states)
-        if prompts.positions is not None:
-            at = rows.slot[:1] if rows.shared else rows.slot
-            v = v.to(torch.promote_types(v.dtype, torch.float32)) - prompts.positions.detach()[at]
+        v, h = read_context(prompts.rows, hidden, rows, self.states, prompts.positions)
         self._check_scaler(v.device)
         parts = self.regularizer.components(v, h, with_perplexity=False)
         group = self._group
@@ -179,11 +175,7 @@ class Handle:
             for root, rows in self._group.rows:
                 if root.data_ptr() == prompts.root.data_ptr() and root.shape == prompts.root.shape:
                     return rows
-        context, self._looking = self.context, True
-        try:
-            return self._layouts.of(prompts.rows, context, hidden) if context.requires_grad else None
-        finally:
-            self._looking = False
+        return self._layouts.of(prompts.rows, self.context, hidden)
 
     # ---- what a pass holds ---------------------------------------------------------------------------------------
 
@@ -230,7 +222,6 @@ class Handle:
             return
         row, place = int(rows.row[0]), int(rows.slot[0, 0]) - 1
         weights = torch.linspace(-1, 1, hidden.shape[2], device=hidden.device, dtype=hidden.dtype)  # a norm's sum is constant
-        self._looking = True
         try:
             state = (hidden[row, place] * weights).sum()
             (seen,) = torch.autograd.grad(state, prompts.root, retain_graph=True)
@@ -239,8 +230,6 @@ class Handle:
                 f"states: expected a tower whose order its gradient shows, got {str(e).splitlines()[0]!r}: attach "
                 "before it is compiled or checkpointed"
             ) from e
-        finally:
-            self._looking = False
         seen = seen if seen.shape == prompts.rows.shape else seen.transpose(0, 1)
         if seen[row, place + 1 :].any():
             raise InputError(
@@ -279,8 +268,6 @@ class Handle:
 
     def _arrived(self) -> None:
         """A backward pass has reached the context; it has been to all text passes that lie on its way."""
-        if self._looking:
-            return
         met, self._came_by = self._came_by, {}
         if not self.regularizer.active:
             return

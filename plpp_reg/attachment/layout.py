@@ -7,7 +7,9 @@ answer's integers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,10 +34,15 @@ class Layout(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The distinct prompts among N, on the prompts' device."""
+    """The prompts among N that read the context, on the prompts' device. Those that are alike count as one.
 
-    row: Tensor  # (P,) one of each
-    slot: Tensor  # (P, M) positions of their context vectors
+    In half precision (autocast too) R is P, one of each: a share of a gradient may be less than what such numbers hold.
+    """
+
+    row: Tensor  # (R,) which of the N
+    slot: Tensor  # (R, M) positions of their context vectors
+    alike: Tensor  # (R,) which of the P distinct ones each is
+    distinct: int  # P
     shared: bool  # all read one context, with equal vectors: one v serves them
 
 
@@ -51,6 +58,7 @@ class Layouts:
     def __init__(self, prompt_learner: nn.Module, position: str | Tensor | None, states: str) -> None:
         self.prompt_learner, self.position, self.states = prompt_learner, position, states
         self._length: int | None = None  # as far as the last prompts were read
+        self._compared = False  # given positions with those that the graph shows
 
     def of(self, prompts: Tensor, context: Tensor, hidden: Tensor | None = None) -> Rows | None:
         """The distinct ones of prompts (N, T, D); None where they do not depend on the context.
@@ -58,11 +66,15 @@ class Layouts:
         ``hidden``, the tower's states (N, T, D): prompts that are alike up to their vectors count as one only where their
         states are, which a tower that puts something of each class into a deeper layer (TCP) makes differ.
         """
+        if not context.requires_grad:
+            return None
         if self.position is None:
             layout = find_context(prompts, context)
         else:
             layout = self._told_layout(*prompts.shape[:2], context) if _linked(prompts, context) else None
             layout = layout and Layout(*(t.to(prompts.device, non_blocking=True) for t in layout))
+            if layout is not None and not self._compared:
+                self._compare(layout, prompts, context)
         if layout is None:
             return None
         length = min(self._length or prompts.shape[1], prompts.shape[1])
@@ -75,10 +87,27 @@ class Layouts:
         rounding = 0 if hidden is None else ROUNDING.get(hidden.dtype, 1e-5) * STEPS
         return self._distinct(values, prompts, rounding)
 
+    def _compare(self, told: Layout, prompts: Tensor, context: Tensor) -> None:
+        """Once: where the graph shows the positions too, they are those that were given."""
+        self._compared = True
+        seen = find_context(prompts, context) if prompts.shape[1] <= _longest(prompts.dtype) else None
+        if seen is None:
+            return
+        elsewhere = seen.reads & seen.found & (seen.slot != told.slot).any(1)
+        if bool(elsewhere.any()):
+            n = int(elsewhere.long().argmax())
+            raise InputError(
+                f"position: expected {seen.slot[n].tolist()}, where prompt {n} has the context's vectors, got "
+                f"{told.slot[n].tolist()}; None finds them"
+            )
+
     def _distinct(self, values: list[tuple], prompts: Tensor, rounding: float = 0) -> Rows | None:
-        chosen: dict[tuple, int] = {}
+        known: dict[tuple, tuple[int, list[int]]] = {}  # of each distinct prompt: its number, the marks of its states
+        reading: list[tuple[int, ...]] = []  # of each that reads the context: row, number, positions
+        contexts = set()
         first = 0 if self.states == "own" else 1
-        for n, (slots, owner, reads, found, upto, _, *marks) in enumerate(values):
+        half = prompts.element_size() < 4 or torch.is_autocast_enabled(prompts.device.type)
+        for n, (slots, owner, reads, found, upto, vectors, *marks) in enumerate(values):
             if not reads:
                 continue
             if not found or len(set(slots)) < len(slots):
@@ -92,15 +121,17 @@ class Layouts:
                     f"position: expected context vectors within {prompts.shape[1]} positions {before}, got position "
                     f"{min(slots)} to {max(slots)}"
                 )
-            like = chosen.setdefault((owner, slots, upto), n)
-            if max(abs(a - b) for a, b in zip(marks, values[like][6:], strict=True)) > rounding:
-                chosen[owner, slots, upto, n] = n
-        if not chosen:
+            new = len(known)
+            number, its = known.setdefault((owner, slots, upto), (new, marks))
+            if max(abs(a - b) for a, b in zip(marks, its, strict=True)) > rounding:
+                number, _ = known.setdefault((owner, slots, upto, n), (new, marks))
+            if number == new or not half:
+                reading.append((n, number, *slots))
+                contexts.add((owner, vectors))
+        if not reading:
             return None
-        rows = list(chosen.values())
-        shared = len({values[n][1] for n in rows}) == 1 == len({values[n][5] for n in rows})
-        packed = torch.tensor([[n, *values[n][0]] for n in rows]).to(prompts.device, non_blocking=True)
-        return Rows(packed[:, 0], packed[:, 1:], shared)
+        packed = torch.tensor(reading).to(prompts.device, non_blocking=True)
+        return Rows(packed[:, 0], packed[:, 2:], packed[:, 1], len(known), len(contexts) == 1)
 
     def _told_layout(self, n: int, length: int, context: Tensor) -> Layout:
         m, yes = context.shape[-2], torch.ones(n, dtype=torch.bool)
@@ -126,23 +157,43 @@ class Layouts:
         return Layout(1 + order + lengths.unsqueeze(1) * after, owner, yes, yes)
 
 
-def read_context(prompts: Tensor, hidden: Tensor, rows: Rows, states: str = "preceding") -> tuple[Tensor, Tensor]:
-    """The vectors and the states before or at them, each distinct prompt once: v (1 or P, M, D), h (P, M, D)."""
+def read_context(
+    prompts: Tensor, hidden: Tensor, rows: Rows, states: str = "preceding", positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The vectors and the states before or at them, each distinct prompt once: v (1 or P, M, D), h (P, M, D).
+
+    ``positions`` (T, D) are taken off the vectors. Prompts that are alike need not be made of the same: each class may have a
+    shift of its own that is still zero. So each gets its share of the gradient.
+    """
     row, slot = rows.row.unsqueeze(1), rows.slot
-    h = hidden[row, slot - 1 if states == "preceding" else slot]
-    kept = slice(0, 1) if rows.shared else slice(None)  # one context read in P places: its nearest words are looked up once
-    return prompts[row[kept], slot[kept]], h
+    count = 1 if rows.shared else rows.distinct
+    h = _means(hidden[row, slot - 1 if states == "preceding" else slot], rows.alike, rows.distinct)
+    v = _means(prompts[row, slot], rows.alike, count)
+    if positions is not None:
+        added = _means(positions.detach()[slot], rows.alike, count)
+        v = v.to(torch.promote_types(v.dtype, torch.float32)) - added
+    return v, h
+
+
+def _means(x: Tensor, group: Tensor, count: int) -> Tensor:
+    """The mean of each of ``count`` groups of equal rows: x (R, M, D), group (R,) -> (count, M, D)."""
+    if count == len(x) or x.element_size() < 4:
+        return x[:count]
+    if count == 1:
+        return x.mean(0, keepdim=True)
+    sizes = x.new_zeros(count).index_add(0, group, x.new_ones(len(x)))
+    return x.new_zeros(count, *x.shape[1:]).index_add(0, group, x) / sizes.view(-1, 1, 1)
 
 
 def find_context(prompts: Tensor, context: Tensor) -> Layout | None:
     """Where each context vector stands in prompts (N, T, D), read off the graph that made them; None if they are not linked.
 
     What arrives at a vector when position t sends back a_t is a_s, where it stands at s alone, as it is or shifted by something
-    else. Two such a, t + 1 and numbers without order, find s and prove it. D prompts are told apart at a time, one by each
+    else. Two such a, t + 1 and its square, find s and prove it. D prompts are told apart at a time, one by each
     coordinate. Nothing here waits for the device.
     """
     n, length, width = prompts.shape
-    if length > 2 / torch.finfo(prompts.dtype).eps:
+    if length > _longest(prompts.dtype):
         raise InputError(f"prompts: expected at most 256 positions in {prompts.dtype}, got {length}: give position=")
     sent = _probes(length, prompts.device, prompts.dtype)
     parts = []
@@ -167,15 +218,26 @@ def find_context(prompts: Tensor, context: Tensor) -> Layout | None:
     return Layout(slot, owner, came.any(0).any(0), found)
 
 
-def distinct_prompts(prompts: Tensor, layout: Layout) -> Tensor:
-    """Indices of prompts that differ in something a context vector or a state before one depends on: one of each, (P,)."""
-    rows = Layouts(nn.Module(), None, "own")._distinct(_values(prompts, layout, prompts.shape[1], None), prompts)
-    return torch.empty(0, dtype=torch.long) if rows is None else rows.row
+def _longest(dtype: torch.dtype) -> int:
+    """Up to which length a position is a number that ``dtype`` holds exactly."""
+    return int(2 / torch.finfo(dtype).eps)
 
 
 def _gradient(prompts: Tensor, context: Tensor, probe: Tensor) -> Tensor | None:
-    with torch.autocast(prompts.device.type, enabled=False):
+    with torch.autocast(prompts.device.type, enabled=False), _without_hooks(context):
         return torch.autograd.grad(prompts, context, probe, retain_graph=True, allow_unused=True)[0]
+
+
+@contextlib.contextmanager
+def _without_hooks(tensor: Tensor) -> Iterator[None]:
+    """A probe is no gradient: hooks do not see it, and do not change it."""
+    hooks = tensor._backward_hooks or {}
+    kept = dict(hooks)
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(kept)
 
 
 def _linked(prompts: Tensor, context: Tensor) -> bool:
@@ -184,9 +246,14 @@ def _linked(prompts: Tensor, context: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _probes(length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """t + 1, and numbers without order that every floating dtype holds exactly, (T,) each."""
-    numbers = torch.randint(1, 256, (length,), generator=torch.Generator().manual_seed(0))
-    return torch.arange(1, length + 1, device=device, dtype=dtype), numbers.to(device, dtype)
+    """t + 1, and its square, or, where ``dtype`` does not hold that exactly, numbers without order, (T,) each.
+
+    The square proves it of a vector that stands in several places: (a + b)^2 > a^2 + b^2.
+    """
+    place = torch.arange(1, length + 1)
+    exact = length**2 <= _longest(dtype)
+    numbers = place**2 if exact else torch.randint(1, 256, (length,), generator=torch.Generator().manual_seed(0))
+    return place.to(device, dtype), numbers.to(device, dtype)
 
 
 @functools.lru_cache(maxsize=16)
