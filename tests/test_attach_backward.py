@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def test_weights_of_zero_change_no_bit(clip_model, batch, kind):
     assert handle.last is None
     for (name, a), b in zip(gradients(plain).items(), gradients(host).values(), strict=True):
         assert torch.equal(a, b), name
+    assert not handle._entrance.caught  # nor is anything kept
+    copy.deepcopy(host)
 
 
 def test_a_gradient_scaler_scales_the_term_as_it_does_the_loss(clip_model, batch):
@@ -55,6 +58,36 @@ def test_a_gradient_scaler_scales_the_term_as_it_does_the_loss(clip_model, batch
     attach(host, regularizer, scaler=scaler)
     scaler.scale(host_loss(host, batch)).backward()
     assert_close(gradients(host), expected(clip_model, regularizer, batch, factor=1024.0))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_scaler_that_nobody_named_stops_its_step(clip_model, batch, autocast):
+    """Nothing in the forward pass shows it: autocast to bfloat16, or none."""
+    host = make_host(clip_model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    handle = attach(host, make_regularizer(clip_model))
+    optimizer = torch.optim.SGD([host.prompt_learner.ctx], 0.1)
+    before = host.prompt_learner.ctx.detach().clone()
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = host_loss(host, batch)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    for wrong, got in ((None, "None"), (False, "False"), (torch.amp.GradScaler("cpu"), "another one")):
+        handle.scaler = wrong
+        with pytest.raises(InputError, match=f"^scaler: expected the GradScaler that scales the loss .* got {got}: "):
+            step()
+        scaler.update(1024.0)
+        optimizer.zero_grad()
+    assert torch.equal(host.prompt_learner.ctx, before)
+    handle.scaler = scaler
+    step()
+    handle.scaler = None
+    host_loss(host, batch).backward()
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
 
 
 def test_autocast_to_float16_wants_to_know_the_scaler(clip_model, batch):
@@ -117,6 +150,23 @@ def test_several_backward_passes_carry_the_term_once(clip_model, batch, which):
     assert handle.ever_joined
 
 
+def test_a_second_backward_pass_that_nobody_named_is_told_once(clip_model, batch):
+    """The norm of a gradient for a log, and then the training's backward pass: the term rode on the first."""
+    host, plain = make_host(clip_model), make_host(clip_model)
+    attach(host, make_regularizer(clip_model))
+    with pytest.warns(UserWarning, match="a second backward pass came through one forward pass, the term rode on the first"):
+        loss = host_loss(host, batch)
+        torch.autograd.grad(loss, host.prompt_learner.ctx, retain_graph=True)
+        loss.backward()
+    host_loss(plain, batch).backward()
+    assert_close(gradients(host), gradients(plain))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = host_loss(host, batch)
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
 def test_retain_graph_out_of_habit(clip_model, batch):
     regularizer = make_regularizer(clip_model)
     host = make_host(clip_model)
@@ -144,6 +194,59 @@ def test_text_passes_of_a_trainer_outside_the_models_forward(clip_model, batch):
         host.zero_grad()
         LossInForward.forward(host, *batch).backward()
         assert_close(gradients(host), expected(clip_model, regularizer, batch, kind="forward"))
+
+
+class Twice(LossInTrainer):
+    """A second text pass, with a graph, that no loss comes from."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        self.second = self.text_encoder(self.prompt_learner(), self.tokenized_prompts)
+        if not self.keeps:
+            self.second = self.second.detach()
+        return logits
+
+
+def test_a_text_pass_that_no_loss_can_come_from_does_not_count(clip_model, batch):
+    regularizer = make_regularizer(clip_model)
+    host = frozen(Twice(clip_model)).train()
+    host.keeps = False
+    attach(host, regularizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        host_loss(host, batch).backward()
+    assert_close(gradients(host), expected(clip_model, regularizer, batch))
+
+
+def test_a_text_pass_that_no_loss_comes_from_is_told(clip_model, batch):
+    host = frozen(Twice(clip_model)).train()
+    host.keeps = True
+    attach(host, make_regularizer(clip_model))
+    with pytest.warns(UserWarning, match="has met 1 of the 2 text passes of Twice's forward pass, the others' share"):
+        host_loss(host, batch).backward()
+
+
+def test_a_pass_that_was_broken_off_does_not_count(clip_model, batch):
+    """Outside the model's forward pass, where all since the last backward pass share a loss."""
+    regularizer = make_regularizer(clip_model)
+    host = make_host(clip_model)
+    attach(host, regularizer)
+    host.text_encoder(host.prompt_learner(), host.tokenized_prompts)
+    F.cross_entropy(LossInTrainer.forward(host, batch[0]), batch[1]).backward()
+    assert_close(gradients(host), expected(clip_model, regularizer, batch))
+
+
+def test_a_gradient_of_the_images_alone_is_no_loss_of_the_context(clip_model, batch):
+    """CoCoOp's prompts depend on the images: an attack's backward pass comes through the text tower."""
+    regularizer = make_regularizer(clip_model)
+    host = make_host(clip_model, "forward")
+    attach(host, regularizer)
+    images = batch[0].clone().requires_grad_()
+    torch.autograd.grad(host(images, batch[1]), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        host_loss(host, batch).backward()
+    assert_close(gradients(host), expected(clip_model, regularizer, batch, kind="forward"))
 
 
 def test_no_grad_eval_and_a_frozen_context_are_left_alone(clip_model, batch):
@@ -207,10 +310,39 @@ def test_a_checkpointed_model(clip_model, batch, reentrant):
     host = make_host(clip_model, "forward")
     handle = attach(host, regularizer)
     images = batch[0].clone().requires_grad_()  # a reentrant checkpoint wants an input with a gradient
+    host_loss(host, batch).backward()  # and a step before that has none
+    host.zero_grad()
     with set_checkpoint_early_stop(False):
         checkpoint(host, images, batch[1], use_reentrant=reentrant).backward()
-    assert len(handle._group.measured) == 3 and handle._group.passes == 3
+    assert len(handle._group.measured) == 3 and len(handle._group.passes) == 3
     assert_close(gradients(host), expected(clip_model, regularizer, batch, kind="forward"))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_backward_passes_through_a_checkpointed_text_encoder(clip_model, batch, reentrant):
+    regularizer = make_regularizer(clip_model)
+    host, other = make_host(clip_model), make_host(clip_model)
+    host.text_encoder = Checkpointed(host.text_encoder, reentrant)
+    attach(host, regularizer, backward_pass=2)
+    for model in (host, other):
+        logits = model(batch[0])
+        logits.square().mean().backward(retain_graph=True)
+        loss = F.cross_entropy(logits, batch[1])
+        (loss if model is host else loss + term(model, regularizer, batch)).backward()
+    assert_close(gradients(host), gradients(other))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_losses_of_a_checkpointed_text_encoder(clip_model, batch, reentrant):
+    """Each text pass is run again for the forward pass that it belongs to, whatever came after that."""
+    regularizer = make_regularizer(clip_model)
+    host, other = make_host(clip_model, "forward"), make_host(clip_model, "forward")
+    host.text_encoder = Checkpointed(host.text_encoder, reentrant)
+    attach(host, regularizer)
+    parts = [batch, (batch[0][:2], batch[1][:2])]
+    sum(host_loss(host, part) for part in parts).backward()
+    sum(host_loss(other, part) + term(other, regularizer, part) for part in parts).backward()
+    assert_close(gradients(host), gradients(other))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -235,6 +367,21 @@ def test_a_reentrant_checkpoint_that_hides_the_states_is_an_error(clip_model, ba
     attach(host, make_regularizer(clip_model))
     with pytest.raises(InputError, match="use_reentrant"):
         host(batch[0])
+
+
+def test_a_reentrant_checkpoint_that_hides_the_prompts_is_an_error(clip_model, batch):
+    class HiddenPrompts(LossInTrainer):
+        def forward(self, images):
+            def texts(anchor):
+                return self.text_encoder(self.prompt_learner(), self.tokenized_prompts) + anchor
+
+            anchor = images.new_zeros((), requires_grad=True)
+            return self.encode_image(images) @ checkpoint(texts, anchor, use_reentrant=True).t()
+
+    host = frozen(HiddenPrompts(clip_model)).train()
+    attach(host, make_regularizer(clip_model))
+    with pytest.raises(InputError, match="^text_encoder: expected a text pass that is seen in the forward pass.*use_reentrant"):
+        host_loss(host, batch).backward()
 
 
 def test_a_host_that_normalises_in_place(clip_model, batch):

@@ -11,13 +11,14 @@ import torch.multiprocessing
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from plpp_reg import attach
 from plpp_reg.attachment import attached
 from plpp_reg.errors import InputError
 
 from helpers.attach import assert_close, expected, gradients, host_loss, make_host, make_regularizer, places, states, term
-from mini_hosts import LossInTrainer, PromptLearner, frozen
+from mini_hosts import NAMES, LossInTrainer, PromptLearner, frozen
 
 # ---- several forward passes ------------------------------------------------------------------------------------------
 
@@ -173,6 +174,26 @@ def test_a_copied_model_keeps_the_term_and_has_a_handle(clip_model, batch):
     assert attached(model) == [its]
 
 
+def test_a_model_is_copied_after_a_step_with_checkpointed_layers(clip_model, batch):
+    class Checkpointed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    host = make_host(clip_model)
+    host.text_encoder.transformer.resblocks = nn.Sequential(*map(Checkpointed, host.text_encoder.transformer.resblocks))
+    regularizer = make_regularizer(clip_model)
+    attach(host, regularizer)
+    host_loss(host, batch).backward()
+    wanted = gradients(host)
+    twin = copy.deepcopy(host)
+    host_loss(twin, batch).backward()
+    assert_close(gradients(twin), wanted)
+
+
 def test_models_that_share_a_regularizer(clip_model, batch):
     regularizer = make_regularizer(clip_model)
     layouts = [{"position": "end"}, {"position": "front"}, {"class_specific": True}]
@@ -183,6 +204,67 @@ def test_models_that_share_a_regularizer(clip_model, batch):
     sum(losses).backward()
     for host, layout in zip(hosts, layouts, strict=True):
         assert_close(gradients(host), expected(clip_model, regularizer, batch, **layout))
+
+
+class Shifted(LossInTrainer):
+    """One context, and a shift of each class."""
+
+    def __init__(self, clip_model, size):
+        super().__init__(clip_model)
+        shift = torch.randn(len(NAMES), 4, 64, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+        self.prompt_learner.shift = nn.Parameter(size * shift)
+
+    def forward(self, images):
+        prompts = self.prompt_learner(self.prompt_learner.shift)
+        texts = F.normalize(self.text_encoder(prompts, self.tokenized_prompts), dim=-1)
+        return self.encode_image(images) @ texts.t()
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1])
+def test_prompts_of_equal_numbers_share_the_gradient(clip_model, batch, size):
+    """What each class adds may begin at zero: their prompts are alike then, but not made of the same."""
+    regularizer = make_regularizer(clip_model)
+    host, other = (frozen(Shifted(clip_model, size)).train() for _ in range(2))
+    attach(host, regularizer)
+    host_loss(host, batch).backward()
+    prompts = other.prompt_learner(other.prompt_learner.shift)
+    hidden = states(other, prompts)
+    (host_loss(other, batch) + regularizer(prompts[:, 1:5], hidden[:, :4])).backward()
+    assert_close(gradients(host), gradients(other))
+
+
+class InChunks(LossInTrainer):
+    """Two classes at a time, as one does where memory is short."""
+
+    def forward(self, images):
+        parts = zip(self.prompt_learner().split(2), self.tokenized_prompts.split(2), strict=True)
+        texts = torch.cat([self.text_encoder(*part) for part in parts])
+        return self.logit_scale.exp() * self.encode_image(images) @ F.normalize(texts, dim=-1).t()
+
+
+@pytest.mark.parametrize("learner", [{"position": "front"}, {"class_specific": True}])
+def test_classes_in_chunks_are_as_in_one_pass(clip_model, batch, learner):
+    regularizer = make_regularizer(clip_model)
+    host, whole = frozen(InChunks(clip_model, **learner)).train(), make_host(clip_model, **learner)
+    handle = attach(host, regularizer)
+    host_loss(host, batch).backward()
+    assert_close(gradients(host), expected(clip_model, regularizer, batch, **learner))
+    last = handle.last
+    handle.remove()
+    reference = attach(whole, regularizer)
+    host_loss(whole, batch)
+    for name, figure in last._asdict().items():
+        assert torch.isclose(figure, getattr(reference.last, name), rtol=1e-12), name
+
+
+def test_hooks_of_the_hosts_see_gradients_alone(clip_model, batch):
+    regularizer = make_regularizer(clip_model)
+    host, seen = make_host(clip_model), []
+    host.prompt_learner.ctx.register_hook(lambda gradient: seen.append(gradient) or gradient / 2)
+    attach(host, regularizer)
+    host_loss(host, batch).backward()
+    wanted = expected(clip_model, regularizer, batch, factor=0.5)["prompt_learner.ctx"]
+    assert len(seen) == 1 and (host.prompt_learner.ctx.grad - wanted).norm() <= 1e-12 * wanted.norm()
 
 
 class TwoLearners(LossInTrainer):
@@ -248,6 +330,17 @@ def test_a_penalty_on_the_gradient(clip_model, batch, twice_differentiable):
         (g,) = torch.autograd.grad(loss, model.prompt_learner.ctx, create_graph=True)
         (loss + g.square().sum()).backward()
     assert_close(gradients(host), gradients(other), 1e-9)
+
+
+def test_transforms_of_functions_are_refused(clip_model, batch):
+    host = make_host(clip_model)
+    attach(host, make_regularizer(clip_model))
+
+    def loss(ctx):
+        return F.cross_entropy(torch.func.functional_call(host, {"prompt_learner.ctx": ctx}, (batch[0],)), batch[1])
+
+    with pytest.raises(InputError, match="^model: expected a forward pass that autograd follows, got one within torch.func"):
+        torch.func.grad(loss)(host.prompt_learner.ctx.detach())
 
 
 def test_learning_to_learn(clip_model, batch, twice_differentiable):

@@ -6,16 +6,19 @@ import functools
 import sys
 import warnings
 import weakref
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.amp.grad_scaler
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from plpp_reg.attachment.discovery import Context, is_causal
 from plpp_reg.attachment.entrance import ONE_DEVICE, Entrance, Prompts, upright
-from plpp_reg.attachment.gradient_join import Group, Join, riding
+from plpp_reg.attachment.gradient_join import Group, Join, TextPass, riding
 from plpp_reg.attachment.layout import Layouts, Rows, read_context
 from plpp_reg.errors import InputError
 from plpp_reg.loss.regularizer import Components, PerplexityRegularizer
@@ -50,7 +53,7 @@ class Handle:
         self._entrance = Entrance(model, towers, regularizer.width)
         self._layouts = Layouts(prompt_learner, position, states)
         self._order_known = states == "own" or any(is_causal(tower) for tower in towers)
-        self._told_counts: set[int] = set()
+        self._told: set[str] = set()
         self._forget()
         self._hooks = [
             model.register_forward_pre_hook(self._before_model),
@@ -62,8 +65,9 @@ class Handle:
     def _forget(self) -> None:
         """What belongs to a step."""
         self._group: Group | None = None
+        self._awaiting: list[Group] = []  # whose passes a reentrant checkpoint runs again in backward
         self._last_states: Tensor | None = None
-        self._came_by: dict[int, bool] = {}  # groups that this backward pass met: whether they carried the term
+        self._came_by: dict[Group, bool] = {}  # groups that this backward pass met: whether they carried the term
         self._unjoined = self._evaluated = self._joined = False  # since the last step: gradients without the term, with it
         self._hooked: Tensor | None = None
         self._context_hook = self._step_hook = None
@@ -71,7 +75,7 @@ class Handle:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model has a handle of its own; what belongs to a step is not copied."""
-        step = ("_group", "_last_states", "_hooked", "_context_hook", "_step_hook", "_came_by")
+        step = ("_group", "_awaiting", "_last_states", "_hooked", "_context_hook", "_step_hook", "_came_by")
         return {k: v for k, v in self.__dict__.items() if k not in step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,7 +97,7 @@ class Handle:
 
     @property
     def last(self) -> Components | None:
-        """The components of the newest loss, detached, means over its text passes; None before the first.
+        """The components of the newest loss, detached, means over the prompts of its text passes; None before the first.
 
         ``total`` is weighted, the two losses are not (nats). The perplexity is worked out when it is asked for.
         """
@@ -103,7 +107,7 @@ class Handle:
         if group.summary is None:
             with torch.no_grad():
                 nll = [_perplexity(self.regularizer, *measured).log() for measured in group.measured]
-            group.summary = means._replace(perplexity=torch.stack(nll).mean().exp())
+            group.summary = means._replace(perplexity=_mean(nll, group).exp())
         return group.summary
 
     @property
@@ -112,7 +116,7 @@ class Handle:
         if self._group is None or not self._group.measured:
             return None
         columns = zip(*(parts for parts, _, _ in self._group.measured), strict=True)
-        return Components(*(torch.stack(column).mean() for column in columns))
+        return Components(*(_mean(column, self._group) for column in columns))
 
     @property
     def rows(self) -> int:
@@ -123,7 +127,11 @@ class Handle:
 
     @torch.compiler.disable
     def _before_model(self, module: nn.Module, args: Any) -> None:
-        if _in_backward() or not torch.is_grad_enabled() or not self.context.requires_grad:
+        if not torch.is_grad_enabled() or not self.context.requires_grad:
+            return
+        if _in_backward():  # the second run of a checkpoint around the whole model
+            self._group = Group()
+            self._group.in_backward = True
             return
         if getattr(module, "_is_replica", False):
             raise InputError(ONE_DEVICE)
@@ -136,13 +144,19 @@ class Handle:
         if not (isinstance(output, Tensor) and output.dim() == 3 and self.regularizer.active and self.prompt_learner.training):
             self._entrance.caught = []
             return None
+        if torch._C._are_functorch_transforms_active():
+            raise InputError(
+                "model: expected a forward pass that autograd follows, got one within torch.func (grad, vmap, …), which hooks "
+                "cannot join: torch.autograd.grad does it, through torch.func.functional_call too"
+            )
         prompts = self._entrance.take(output, self.regularizer.source)
         again = _in_backward()  # a checkpoint runs the tower once more
         if prompts is None:
             self._refuse_second_call(output, again)
             return None
         hidden = self._upright_states(output, prompts)
-        rows = self._read(prompts, again, hidden)
+        group, text_pass = self._first_run(prompts.root) if again else (self._group, None)
+        rows = self._layouts.of(prompts.rows, self.context, hidden) if text_pass is None else text_pass.rows
         if rows is None:
             return None
         self._watch_context()
@@ -150,9 +164,9 @@ class Handle:
             if prompts.with_grad:
                 raise InputError(_NO_GRADIENT)
             if not again and _in_checkpoint():  # a reentrant one's first run: its second run makes the graph
-                group = self._next_pass()
-                group.run_again = True
-                group.rows.append((prompts.root, rows))
+                group = self._next_pass(TextPass(rows, prompts.root))
+                if group not in self._awaiting:
+                    self._awaiting.append(group)
             return None
         if not hidden.requires_grad:
             raise InputError(_NO_GRADIENT)
@@ -160,22 +174,27 @@ class Handle:
         v, h = read_context(prompts.rows, hidden, rows, self.states, prompts.positions)
         self._check_scaler(v.device)
         parts = self.regularizer.components(v, h, with_perplexity=False)
-        group = self._group
-        if not again or group is None or group.in_backward:
-            group = self._next_pass()
+        new = not again or group is None or group.in_backward
+        text_pass = text_pass or TextPass(rows)
+        if new:
+            group = self._next_pass(text_pass)
             group.in_backward = again
-        if not again or group.run_again or group.in_backward:
+        if text_pass in group.passes:
             group.measure(parts, v, h)
-        states = Join.apply(self, group, parts.total, output)
+        states = Join.apply(self, group, text_pass, parts.total, output)
+        if new:
+            text_pass.join = weakref.ref(states.grad_fn)
         self._last_states = None if again else states.detach()
         return states
 
-    def _read(self, prompts: Prompts, again: bool, hidden: Tensor) -> Rows | None:
-        if again and self._group is not None:  # a reentrant checkpoint cuts its inputs off from what made them
-            for root, rows in self._group.rows:
-                if root.data_ptr() == prompts.root.data_ptr() and root.shape == prompts.root.shape:
-                    return rows
-        return self._layouts.of(prompts.rows, self.context, hidden)
+    def _first_run(self, prompts: Tensor) -> tuple[Group | None, TextPass | None]:
+        """Of a reentrant checkpoint, whose second run's inputs are cut off from what made them; None of another."""
+        for group in self._awaiting:
+            for one in group.passes:
+                first = one.prompts
+                if first is not None and first.data_ptr() == prompts.data_ptr() and first.shape == prompts.shape:
+                    return group, one
+        return self._group, None
 
     # ---- what a pass holds ---------------------------------------------------------------------------------------
 
@@ -191,15 +210,18 @@ class Handle:
             )
         self._refuse_unjoined()
         self._joined = False
+        if not _in_backward():
+            self._came_by = {}  # of a backward pass that did not reach the context: an attack on the images
+            self._awaiting = [group for group in self._awaiting if not group.backward_passes]
         self._group = Group()
         return self._group
 
-    def _next_pass(self) -> Group:
+    def _next_pass(self, text_pass: TextPass) -> Group:
         """The group that a text pass belongs to: the model's forward pass, or, outside one, all since the last backward."""
         group = self._group
         if group is None or group.backward_passes:
             group = self._open_group()
-        group.passes += 1
+        group.passes.append(text_pass)
         return group
 
     def _check_scaler(self, device: torch.device) -> None:
@@ -251,9 +273,15 @@ class Handle:
 
     def passed(self, group: Group, carried: bool) -> None:
         """A backward pass came by the join of a text pass."""
-        self._came_by[id(group)] = carried or self._came_by.get(id(group), False)
+        self._came_by[group] = carried or self._came_by.get(group, False)
         self.ever_joined |= carried
         self._last_states = None
+
+    def tell(self, what: str, message: str) -> None:
+        """Warn, of each ``what`` once."""
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(f"PLPP: {message}", stacklevel=3)
 
     def _watch_context(self) -> None:
         context = self.context
@@ -277,18 +305,35 @@ class Handle:
         carried = sum(met.values())
         if carried:
             self._joined, self._unjoined, self._evaluated = True, False, False
-            if carried != self.forward_passes and carried not in self._told_counts:
-                self._told_counts.add(carried)
-                warnings.warn(
-                    f"PLPP: {carried} forward passes of {type(self.model).__name__} met in one backward pass, forward_passes "
-                    f"is {self.forward_passes}: the term counts {carried / self.forward_passes:g} times in this loss (attach's "
-                    "forward_passes= says how many share one)",
-                    stacklevel=2,
+            name = type(self.model).__name__
+            if carried != self.forward_passes:
+                self.tell(
+                    f"{carried} forward passes",
+                    f"{carried} forward passes of {name} met in one backward pass, forward_passes is {self.forward_passes}: "
+                    f"the term counts {carried / self.forward_passes:g} times in this loss (attach's forward_passes= says how "
+                    "many share one)",
                 )
+            for group in met:
+                if group.carried < len(group.sharing):
+                    self.tell(
+                        "text passes",
+                        f"a backward pass has met {group.carried} of the {len(group.sharing)} text passes of {name}'s forward "
+                        "pass, the others' share of the term is not in it (one that no loss comes from belongs under "
+                        "torch.no_grad())",
+                    )
         elif not met and not self._joined:
             self._unjoined = True
             if self._group is not None and not self._group.passes:
                 self._refuse_unjoined()
+
+    def _refuse_unscaled(self) -> None:
+        scaler = _stepping_scaler()
+        if self._joined and scaler is not None and scaler is not self.scaler:
+            got = "another one" if self.scaler else repr(self.scaler)
+            raise InputError(
+                f"scaler: expected the GradScaler that scales the loss (attach's scaler=, or handle.scaler = …), got {got}: "
+                "the term has joined a loss that is scaled by another factor than itself"
+            )
 
     def _refuse_evaluated(self) -> None:
         evaluated, self._evaluated = self._evaluated, False
@@ -332,7 +377,14 @@ def _before_step(handle: weakref.ref[Handle], optimizer: torch.optim.Optimizer, 
         if any(p is context for group in optimizer.param_groups for p in group["params"]):
             h._refuse_evaluated()
             h._refuse_unjoined()
-            h._joined = False
+            h._refuse_unscaled()
+            h._joined, h._awaiting = False, []
+
+
+def _mean(figures: Sequence[Tensor], group: Group) -> Tensor:
+    """Of a figure of each text pass, over their prompts."""
+    counts = [max(len(v), len(h)) for _, v, h in group.measured]
+    return torch.stack([figure * (count / sum(counts)) for figure, count in zip(figures, counts, strict=True)]).sum()
 
 
 def _perplexity(regularizer: PerplexityRegularizer, parts: Components, v: Tensor, h: Tensor) -> Tensor:
@@ -342,10 +394,22 @@ def _perplexity(regularizer: PerplexityRegularizer, parts: Components, v: Tensor
 
 def _in_checkpoint() -> bool:
     """Whether this forward pass is a checkpoint's; other passes without gradients (a teacher's) have no second run."""
-    frame = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
+    return _caller_from(torch.utils.checkpoint.__file__) is not None
+
+
+def _stepping_scaler() -> torch.amp.GradScaler | None:
+    """The gradient scaler whose step this is; None where the optimizer steps by itself."""
+    frame = _caller_from(torch.amp.grad_scaler.__file__)
+    scaler = frame.f_locals.get("self") if frame is not None else None
+    return scaler if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() else None
+
+
+def _caller_from(file: str | None) -> FrameType | None:
+    """The nearest caller whose code stands in ``file``."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != file:
         frame = frame.f_back
-    return frame is not None
+    return frame
 
 
 def _in_backward() -> bool:

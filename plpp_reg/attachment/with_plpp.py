@@ -96,7 +96,7 @@ class _WithPLPP:
         return built
 
     def forward_backward(self, *batch: Any) -> Any:
-        self.plpp.scaler = find_scaler(self)
+        self.plpp.scaler = find_scaler(self) or self.plpp.scaler
         summary = super().forward_backward(*batch)
         figures = self._plpp_figures()
         if isinstance(summary, dict):
@@ -167,9 +167,9 @@ class _WithPLPP:
 
 
 def find_scaler(trainer: Any) -> torch.amp.GradScaler | None:
-    """The trainer's gradient scaler, whatever it is called."""
-    scalers = (v for v in vars(trainer).values() if isinstance(v, torch.amp.GradScaler))
-    return next((s for s in scalers if s.is_enabled()), None)
+    """The trainer's gradient scaler, whatever it is called; one that is enabled before one that is not."""
+    scalers = [v for v in vars(trainer).values() if isinstance(v, torch.amp.GradScaler)]
+    return max(scalers, key=lambda s: s.is_enabled(), default=None)
 
 
 @contextlib.contextmanager
