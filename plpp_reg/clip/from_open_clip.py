@@ -11,6 +11,7 @@ from torch import nn
 from plpp_reg.clip.load import OPEN_CLIP, openai_clip, read_state_dict
 from plpp_reg.errors import InputError, install, unknown
 
+USUAL_FILE, USUAL_SAFE_FILE = "open_clip_pytorch_model.bin", "open_clip_model.safetensors"  # of a repository of the Hub
 TOLERANCE = 1e-3  # of the largest feature, in float32: two implementations of one model agree to about 1e-6
 
 
@@ -55,6 +56,29 @@ def named(name: str) -> tuple[ModuleType, str, str]:
     if weights not in tags and not Path(weights).is_file():
         raise unknown(f"weights of open_clip:{architecture} (a tag or a file)", weights, tags)
     return open_clip, architecture, weights
+
+
+def open_clip_file(name: str) -> Path | None:
+    """The file on this machine that :func:`load_open_clip` reads; None where it is not here. Nothing is downloaded.
+
+    Raises:
+        InputError: open_clip is not installed, no such model or weights.
+    """
+    open_clip, architecture, weights = named(name)
+    if Path(weights).is_file():
+        return Path(weights)
+    entry = open_clip.get_pretrained_cfg(architecture, weights) or {}
+    repository, _, file = str(entry.get("hf_hub") or "").rpartition("/")
+    if not repository:
+        path = Path("~/.cache/clip").expanduser() / str(entry.get("url", "")).rpartition("/")[2]
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    file = file or USUAL_FILE
+    safe = USUAL_SAFE_FILE if file == USUAL_FILE else f"{file.rpartition('.')[0]}.safetensors"
+    first = [safe] if file.endswith((".bin", ".pth")) else []  # as open_clip prefers it
+    found = (try_to_load_from_cache(repository, each) for each in (*first, file))
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 @torch.no_grad()

@@ -101,13 +101,15 @@ def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.devic
 
 
 def weights_file(name: str) -> Path | None:
-    """The file that :func:`load_clip` reads for a backbone; None where it is not here, or open_clip alone knows it."""
+    """The file that :func:`load_clip` reads for a backbone; None where it is not here."""
     if name == EMBEDDED:
         from plpp_reg.clip.embedded import FILE
 
         return FILE
     if name.startswith(OPEN_CLIP):
-        path = Path(name.removeprefix(OPEN_CLIP).partition("/")[2])
+        from plpp_reg.clip.from_open_clip import open_clip_file
+
+        return open_clip_file(name)
     elif url := openai_clip().clip._MODELS.get(name):
         path = openai_clip_folder() / url.rsplit("/", 1)[1]
     else:
