@@ -15,6 +15,7 @@ from plpp_reg.clip.load import load_clip
 from plpp_reg.commands import cli
 from plpp_reg.data import DATASETS, DatasetEntry, DataSplit
 from plpp_reg.engine import registry
+from plpp_reg.engine.distributed import Ranks
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments
 from plpp_reg.engine.teacher import Spoken, Teacher
@@ -210,6 +211,14 @@ def test_so_many_classes_can_be_kept_as_there_are(data: DataSplit, k: int, fits:
         return
     with pytest.raises(InputError, match=r"TRAINER.KDPL.K_MAX: expected"):
         build("CoOp_KDPL", data, "TRAINER.KDPL.K_MAX", k)
+
+
+def test_classes_that_a_process_chooses_by_its_part_of_a_batch_are_refused(
+    data: DataSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plpp_reg.engine.method.current", lambda: Ranks(0, 2))
+    with pytest.raises(InputError, match=r"TRAINER.KDPL.K_MAX: expected one process that sees the whole batch, got 2"):
+        build("CoOp_KDPL", data, "TRAINER.KDPL.K_MAX", 3)
 
 
 def test_one_class_teaches_nothing(data: DataSplit) -> None:

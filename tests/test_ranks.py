@@ -53,7 +53,10 @@ CASES = {
     "maple": ("MaPLe_PLPP", ()),
     "promptsrc": ("PromptSRC_PLPP", ("FEATURES.MAX_GIB", "1.0")),
     "fdbpl": ("FDBPL_PLPP", ("TRAINER.FDBPL.PLPP_ON", "both", "TEACHER.TRAINER", "ZeroshotCLIP2")),
+    "kdpl": ("CoOp_KDPL_PLPP", ("TEACHER.TRAINER", "ZeroshotCLIP2")),
+    "promptsrc_kdpl": ("PromptSRC_KDPL", ("TEACHER.TRAINER", "ZeroshotCLIP2", "FEATURES.MAX_GIB", "1.0")),
 }
+TAUGHT = ("fdbpl", "kdpl", "promptsrc_kdpl")
 HALF = ("TRAIN.CHECKPOINT_FREQ", "1")
 
 
@@ -118,12 +121,12 @@ def seen(folder: Path, rank: int = 0) -> dict[str, list]:
 def test_each_process_encodes_its_share(runs: Path, case: str) -> None:
     """Of the classes, in CoCoOp of the images with all classes; what a teacher's templates say is each one's to know."""
     alone, *shares = seen(runs / f"{case}-1"), *(seen(runs / f"{case}-2", rank) for rank in (0, 1))
-    taught = [1] if case in ("kgcoop", "prograd", "promptsrc") else []
+    taught = [1] if case in ("kgcoop", "prograd", "promptsrc", "promptsrc_kdpl") else []
     an_item = {"cocoop": len(helpers.CLASSNAMES), "fdbpl": 2}.get(case, 1)  # of FDBPL, by both contexts
     in_words = len(helpers.CLASSNAMES) if case in ("class-specific", "middle") else 1  # the context, before and after
     in_words *= 2 if case == "fdbpl" else 1
     for one in (alone, *shares):
-        if case == "fdbpl":  # its teacher's eight templates, before anything
+        if case in TAUGHT:  # the teacher's eight templates, before anything
             assert one["prompts"].pop(0) == 8 * len(helpers.CLASSNAMES)
         assert [one["prompts"].pop(0), one["prompts"].pop()] == [in_words, in_words]  # the same for every process
     assert len(alone["prompts"]) - len(taught) >= 9  # the steps', and the test's
@@ -193,6 +196,19 @@ def test_a_run_killed_before_its_test_goes_on_from_its_best(runs: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     again = json.loads((runs / "best" / "result.json").read_text())
     assert again["metrics"] == pytest.approx(json.loads(first)["metrics"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "opts", "said"),
+    [
+        ("PromptKD", ("TRAINER.PROMPTKD.PREC", "fp32"), "PromptKD: expected one process, for batch norm is over a whole batch"),
+        ("CoOp_KDPL", ("TRAINER.KDPL.K_MAX", "3"), "TRAINER.KDPL.K_MAX: expected one process that sees the whole batch, got 2"),
+    ],
+)
+def test_what_needs_a_whole_batch_is_refused(world: Path, trainer: str, opts: tuple[str, ...], said: str) -> None:
+    done = start(world, 2, [line(world, f"whole-{trainer}", trainer, "TEACHER.TRAINER", "ZeroshotCLIP2", *opts)])
+    assert done.returncode != 0 and not (world / f"whole-{trainer}").exists()
+    assert said in done.stderr
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(world: Path) -> None:

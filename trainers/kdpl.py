@@ -39,6 +39,8 @@ class WithoutLabels(Method):
             raise InputError(f"{type(self).__name__}: expected at least 2 classes, which a teacher tells apart, got {classes}")
         if k and not 2 <= k <= classes:
             raise InputError(f"TRAINER.KDPL.K_MAX: expected 2 to {classes} (the classes), or 0 for all of them, got {k}")
+        if k and self.ranks.size > 1:
+            raise InputError(f"TRAINER.KDPL.K_MAX: expected one process that sees the whole batch, got {self.ranks.size}")
 
     @property
     def inputs(self) -> Inputs:
