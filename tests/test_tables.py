@@ -198,14 +198,14 @@ def test_rows_of_promptkd_are_marked_as_transductive_and_compared_with_nothing(t
 
 
 def test_of_targets_the_literatures_students_alone_are_marked(tmp_path: Path) -> None:
-    """They learn from each target's images; a row of ours is of one student of the source."""
+    """They learn from each target's images; a student of ours of the source does not."""
     targets = ("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397", "dtd")
     accuracies = {"source": 70.0, **dict.fromkeys((*targets, "eurosat", "ucf101"), 60.0)}
     record(tmp_path, "PromptKD", 1, accuracies, "imagenet", protocol="cross_dataset")
     text = tables.tables_text(tmp_path, "markdown")
     labels = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ImageNet | ")]
     assert labels == ["PromptKD", "PromptKD (transductive) (published)"]
-    assert "were trained on the images and the names that they are tested on, without labels" in text
+    assert "were trained on images and the names of the data sets that they are tested on, without labels" in text
 
 
 def test_few_shots_of_the_trained_classes_bear_no_mark(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from plpp_reg.data import DATASETS, DatasetEntry
+from plpp_reg.engine.arguments import resolve
 from plpp_reg.errors import InputError
 from plpp_reg.experiments import sweep
 from plpp_reg.experiments.jobs import Choice, Job, plan
@@ -98,6 +99,46 @@ def test_promptkd_trains_on_all_classes_and_is_tested_on_both_halves(tmp_path: P
     assert Path(student.arguments.config_file).stem == "base2new_fine_grained"
 
 
+def test_across_data_sets_promptkd_has_a_student_a_target_from_one_teacher(tmp_path: Path) -> None:
+    choice = Choice(methods=["PromptKD"], targets=["dtd", "eurosat"], seeds=[1, 2], root="DATA")
+    jobs = plan("cross_dataset", choice, tmp_path)
+    teachers, students = jobs[:2], jobs[2:]
+    assert [job.note["method"] for job in teachers] == ["PromptSRC"] * 2
+    assert of(teachers[0])["DATASET.NAME"] == "ImageNet" and of(teachers[0])["DATASET.NUM_SHOTS"] == "16"
+    assert [of(job)["DATASET.NAME"] for job in students] == ["DescribableTextures"] * 2 + ["EuroSAT"] * 2
+    assert [job.teacher for job in students] == [teacher.folder for teacher in teachers] * 2
+    for job in students:
+        assert of(job)["DATASET.NUM_SHOTS"] == "-1" and not job.tests
+        assert job.note["dataset"] == "imagenet" and job.note["test"] == job.note["target"]
+    assert students[0].label == "cross_dataset: imagenet to dtd, 16 shots, PromptKD, seed 1"
+    assert len({job.folder for job in jobs}) == len(jobs)
+    # of domains it is a student of the source, as every other method
+    teacher, student = plan("domain_generalization", choice._replace(targets=["imagenet_r"], seeds=[1]), tmp_path)
+    assert of(student)["DATASET.NAME"] == "ImageNet" and set(student.tests) == {"imagenet_r"} and "target" not in student.note
+
+
+def test_a_student_a_target_is_for_methods_that_distil_in_tables_of_targets(bench: Bench) -> None:
+    targets = {"table": "targets", "targets": ["emoji"], "set": {}, "test": "source", "tests": {}}
+    bench.write(methods=["CoOp", "CoOp_KDPL"], teacher={"method": "CoOp"}, each="target", **targets)
+    jobs = bench.plan(seeds=[1])
+    assert [(job.note["method"], job.note.get("target")) for job in jobs] == [("CoOp", None), ("CoOp_KDPL", "emoji")]
+    for wrong in ({"each": "source", **targets}, {"each": "target"}):
+        bench.write(**wrong)
+        with pytest.raises(InputError, match="each: expected 'target', in a table of targets, got "):
+            bench.plan()
+
+
+def test_a_teacher_that_is_chosen_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+    """KDPL's recipes name a backbone for theirs; a run says its own, and of a method without one the recipe's stays."""
+    choice = Choice(methods=["CoOp_KDPL"], datasets=["dtd"], seeds=[1], root="DATA")
+    _, student = plan("base_to_new", choice._replace(teachers=["PromptSRC"]), tmp_path)
+    (zero_shot,) = plan("base_to_new", choice._replace(teachers=["ZeroshotCLIP2"]), tmp_path)
+    node = resolve(student.arguments)[0].TEACHER
+    assert node.RUN == str(student.teacher.absolute()) and not (node.TRAINER or node.BACKBONE or node.OPTS)
+    node = resolve(zero_shot.arguments)[0].TEACHER
+    assert (node.TRAINER, node.BACKBONE) == ("ZeroshotCLIP2", "open_clip:ViT-H-14-quickgelu/dfn5b")
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
@@ -154,3 +195,20 @@ def test_a_table_names_who_taught_where_students_differ_in_it(bench: Bench) -> N
     text = bench.tables()["markdown"]
     rows = [line for line in text.splitlines() if "| CoOp_KDPL" in line]
     assert len(rows) == 2 and "teacher=ZeroshotCLIP" in rows[1]  # two seeds, with weights of their own, are one row
+
+
+def test_students_of_targets_are_one_row_which_says_what_they_saw(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATASETS, "small", DatasetEntry("helpers.engine:read_tiny", short="small", paper="Small"))
+    monkeypatch.setitem(DATASETS, "other", DatasetEntry("helpers.engine:read_tiny", short="other", paper="Other"))
+    opts = {"TRAINER.PROMPTKD.PROMPT_DEPTH_VISION": 1, "TRAINER.PROMPTKD.PREC": "fp32"}
+    targets = {"table": "targets", "targets": ["small", "other"], "set": opts, "test": "source", "tests": {}}
+    bench.write(methods=["PromptKD"], teacher={"method": "CoOp"}, each="target", **targets)
+    jobs = bench.plan(seeds=[1, 2])
+    assert sweep.sweep(jobs, quiet) == [] and len(jobs) == 6
+    assert all(sweep.finished(job) for job in jobs)
+    text = bench.tables()["markdown"]
+    assert "| data set | method | source | Other | Small | average | seeds | reference |" in text
+    (row,) = [line for line in text.splitlines() if "| PromptKD (transductive)" in line]
+    assert row.split(" | ")[2].strip() == "" and all("±" in cell for cell in row.split(" | ")[3:6]) and " | 2 | " in row
+    assert "trained on images and the names of the data sets that they are tested on, without labels" in text
+    assert "is there twice" not in text and "different pictures" not in text

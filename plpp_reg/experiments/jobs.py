@@ -16,7 +16,7 @@ from plpp_reg.data import full_name, short_name
 from plpp_reg.engine import config, registry
 from plpp_reg.engine.arguments import RunArguments, further_config, resolve, shipped_config
 from plpp_reg.errors import InputError
-from plpp_reg.experiments.protocols import Protocol, as_folder, load_protocol, short
+from plpp_reg.experiments.protocols import TARGET, Protocol, as_folder, load_protocol, short
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results.job import run_label
 from plpp_reg.results.record import NOT_IN_THE_RESULT
@@ -96,13 +96,30 @@ def plan(name: str, choice: Choice, output: str | Path) -> list[Job]:
                 where = (dataset, shots, method)
                 for variant, settings in _variants(protocol, method).items():
                     for name, teachers, named in _teachers(protocol, choice, output, where, variant):
-                        own = _over_seeds(protocol, choice, output, *where, name, {**settings, **named}, teachers)
+                        own = [
+                            job
+                            for target in _trained_on(protocol, *where)
+                            for job in _over_seeds(
+                                protocol, choice, output, *where, name, {**settings, **named}, teachers, target
+                            )
+                        ]
                         for job in (*teachers, *own):
                             if jobs.setdefault(job.folder, job) != job:
                                 raise InputError(
                                     "expected data sets, methods and variants whose folders differ: two have one name"
                                 )
     return list(jobs.values())
+
+
+def _trained_on(protocol: Protocol, dataset: str, shots: int, method: str) -> list[str]:
+    """The targets that a method has a student each of; "" alone: it is trained on the data set."""
+    each = protocol.each
+    for rule in protocol.where:
+        if _applies(rule, method, dataset, shots):
+            each = rule.get("each", each)
+    if each != TARGET or not registry.find_trainer(method)[0].distils:
+        return [""]
+    return [target for target in map(full_name, protocol.targets) if target != dataset]
 
 
 def _teachers(
@@ -131,7 +148,8 @@ def _teachers(
         own = dataclasses.replace(protocol, **changed, set={**protocol.set, **of_its_own})
         name = " ".join(filter(None, (variant, f"teacher={teacher}" if i else "")))
         if not learns(teacher):
-            yield name, [], {"TEACHER.TRAINER": teacher, "TEACHER.BACKBONE": backbone}
+            on = {"TEACHER.BACKBONE": chosen["backbone"]} if chosen.get("backbone") else {}  # or as the recipe has it
+            yield name, [], {"TEACHER.TRAINER": teacher, **on}
             continue
         runs = _over_seeds(own, choice, output, dataset, shots, teacher, "", {})
         if backbone != protocol.backbone:  # not among the method's own runs
@@ -177,7 +195,10 @@ def _over_seeds(
     variant: str,
     settings: Mapping[str, object],
     teachers: Sequence[Job] = (),
+    target: str = "",
 ) -> list[Job]:
+    """A run a seed; ``target``: which it is trained and tested on, in place of the data set."""
+    source, dataset = dataset, target or dataset
     rules = [rule for rule in protocol.where if _applies(rule, method, dataset, shots)]
     recipe: Sequence[str] = protocol.recipe
     changes: dict[str, object] = {"DATASET.NAME": dataset, "DATASET.NUM_SHOTS": shots, **protocol.set}
@@ -189,10 +210,10 @@ def _over_seeds(
     changes.update(settings)
     opts = (*_pairs(changes), *choice.opts)
     tests = {name: _pairs(test) for name, test in further.items()}
-    for target in map(full_name, protocol.targets):
-        if target != dataset:
+    for other in map(full_name, () if target else protocol.targets):
+        if other != dataset:
             # All its images: a target is not sampled, and may have fewer than the shots.
-            tests[short_name(target)] = _pairs({"DATASET.NAME": target, "DATASET.NUM_SHOTS": -1})
+            tests[short_name(other)] = _pairs({"DATASET.NAME": other, "DATASET.NUM_SHOTS": -1})
     arguments = RunArguments(
         trainer=method,
         root=choice.root,
@@ -206,18 +227,21 @@ def _over_seeds(
     note = {
         "name": protocol.name,
         "table": protocol.table,
-        "dataset": short_name(dataset),
+        "dataset": short_name(source),
         "shots": shots,
         "method": cfg.TRAINER.NAME,
         "variant": variant,
         "backbone": cfg.MODEL.BACKBONE.NAME,
         "learns": learns(method),
-        "test": own_test,
+        "test": short_name(target) if target else own_test,
         "tests": {name: dict(zip(test[::2], test[1::2], strict=True)) for name, test in tests.items()},
     }
+    if target:
+        note["target"] = short_name(target)
     if teachers:
         note["teacher"] = f"{teachers[0].note['method']} on {teachers[0].note['backbone']}"
-    inner = [note["dataset"], f"shots{shots}", cfg.TRAINER.NAME.replace(":", "."), *([as_folder(variant)] if variant else [])]
+    trained_on = f"{note['dataset']}_to_{note['target']}" if target else note["dataset"]
+    inner = [trained_on, f"shots{shots}", cfg.TRAINER.NAME.replace(":", "."), *([as_folder(variant)] if variant else [])]
     jobs = []
     for i, seed in enumerate(protocol.seeds if note["learns"] else protocol.seeds[:1]):
         folder = output.joinpath(protocol.name, *inner, f"seed{seed}")

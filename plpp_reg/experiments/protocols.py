@@ -25,9 +25,10 @@ class Protocol:
     ("shots"). ``recipe`` names files of configs/trainers/<method>/, the first that is there counts; ``{dataset}`` and
     ``{shots}`` stand for the run's. ``test`` is what the test on the run's own data is called, ``tests`` are further ones by
     name, ``targets`` further ones on other data sets. ``teacher`` says from whose run those learn that distil: its ``method``,
-    or several, ``backbone``, ``recipe`` and what it ``set``s; empty: as their recipe has it. ``where`` changes recipe,
-    settings, tests and teacher for some methods, data sets or shots. ``vary`` and ``variants`` make further runs of each
-    X_PLPP: one key at a time, and sets of keys by name.
+    or several, ``backbone``, ``recipe`` and what it ``set``s; empty: as their recipe has it. ``each`` is "target" where those
+    that distil are trained on every target's own images, without labels, from the teacher of the data set. ``where`` changes
+    recipe, settings, tests, teacher and each for some methods, data sets or shots. ``vary`` and ``variants`` make further runs
+    of each X_PLPP: one key at a time, and sets of keys by name.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Protocol:
     tests: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     targets: Sequence[str] = ()
     teacher: Mapping[str, Any] = field(default_factory=dict)
+    each: str = ""
     where: Sequence[Mapping[str, Any]] = ()
     vary: Mapping[str, Sequence[object]] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
@@ -71,7 +73,7 @@ WHOLE_NUMBERS = (_list_of(_is_whole), "a list of integers")
 SETTINGS = (_by_name(_is_value), "configuration keys and values")
 NAMED_SETTINGS = (_by_name(SETTINGS[0]), "names with configuration keys and values")
 KINDS = {
-    **dict.fromkeys(("table", "backbone", "test"), TEXT),
+    **dict.fromkeys(("table", "backbone", "test", "each"), TEXT),
     **dict.fromkeys(("methods", "datasets", "recipe", "targets"), TEXTS),
     **dict.fromkeys(("seeds", "shots"), WHOLE_NUMBERS),
     "set": SETTINGS,
@@ -81,7 +83,8 @@ KINDS = {
     "vary": (_by_name(_list_of(_is_value)), "configuration keys, each with a list of values"),
 }  # of a protocol file: whether a value fits its key, and what is expected
 FIELDS = {f.name: f for f in dataclasses.fields(Protocol) if f.name != "name"}
-WHERE = ("methods", "datasets", "shots", "recipe", "set", "test", "tests", "teacher")
+WHERE = ("methods", "datasets", "shots", "recipe", "set", "test", "tests", "teacher", "each")
+TARGET = "target"  # what each can be
 TEACHER = {"method": "methods", "backbone": "backbone", "recipe": "recipe", "set": "set"}  # its keys, each of what kind
 
 
@@ -137,6 +140,8 @@ def _protocol(name: str, content: Mapping[str, Any], where: str) -> Protocol:
         if isinstance(teacher.get("methods"), str):
             teacher["methods"] = [teacher["methods"]]
         _check_kinds(teacher, tuple(TEACHER.values()), f"key in teacher of {where}:", f"{where}: teacher")
+        if part.get("each", TARGET) != TARGET or ("each" in part and content["table"] != "targets"):
+            raise InputError(f"{where}: each: expected {TARGET!r}, in a table of targets, got {part['each']!r}")
         if teacher and not teacher.get("methods"):
             raise InputError(f"{where}: teacher: expected a key 'method', got {', '.join(part['teacher'])}")
     for variant in content.get("variants", ()):

@@ -15,7 +15,7 @@ FAILED = "failed.json"
 SUPERSEDED = "superseded"  # results of other settings, set aside: never counted, never deleted
 TABLES = ("halves", "targets", "shots")  # the forms of a protocol's table
 
-# What every note says.
+# What every note says. That of a student of one target names this too ("target"), which it was trained and tested on.
 NOTE = {"name": str, "table": str, "dataset": str, "shots": int, "method": str, "variant": str, "backbone": str, "test": str}
 NOTE |= {"learns": bool, "seed": int}
 
@@ -28,7 +28,8 @@ def shots_text(shots: int) -> str:
 def run_label(note: Mapping[str, Any]) -> str:
     """``base_to_new: dtd, 16 shots, CoOp_PLPP TOP_K=3, seed 1``."""
     variant = f" {note['variant']}" if note["variant"] else ""
-    return f"{note['name']}: {note['dataset']}, {shots_text(note['shots'])}, {note['method']}{variant}, seed {note['seed']}"
+    dataset = note["dataset"] + (f" to {note['target']}" if note.get("target") else "")
+    return f"{note['name']}: {dataset}, {shots_text(note['shots'])}, {note['method']}{variant}, seed {note['seed']}"
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:
@@ -41,7 +42,12 @@ def read_note(folder: str | Path) -> dict[str, Any]:
     if not isinstance(note, dict) or not all(_fits(note.get(key), kind) for key, kind in NOTE.items()):
         raise InputError(f"its {JOB} cannot be read")
     tests = note.get("tests", {})
-    if note["table"] not in TABLES or not isinstance(tests, dict) or not all(map(is_texts, tests.values())):
+    if (
+        not is_text(note.get("target", ""))
+        or note["table"] not in TABLES
+        or not isinstance(tests, dict)
+        or not all(map(is_texts, tests.values()))
+    ):
         raise InputError(f"its {JOB} cannot be read")
     return note
 

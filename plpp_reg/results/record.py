@@ -173,7 +173,13 @@ def is_texts(value: object) -> bool:
 
 def is_teacher(value: object) -> bool:
     """Who taught, as ``engine.teacher`` identifies it; None: nobody."""
-    return value is None or (isinstance(value, dict) and is_text(value.get("trainer")) and is_text(value.get("backbone")))
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not all(is_text(value.get(key)) for key in ("trainer", "backbone")):
+        return False
+    names = value.get("classnames")
+    known = names is None or (isinstance(names, list) and all(map(is_text, names)))
+    return known and is_text(value.get("sha256", "")) and is_settings(value.get("settings", {}))
 
 
 def is_settings(value: object) -> bool:

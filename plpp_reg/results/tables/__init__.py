@@ -102,7 +102,8 @@ def _table(name: str, form: str, backbone: str, records: list[Record], mean_h: b
                 if published and sorted(map(title_of, datasets)) == sorted(PAPERS):
                     there = published_rows(title, form, backbone, "Average", shots, {m.method for m in methods}, columns)
                     rows += [row._replace(average=True) for row in there]
-    rows = [marked(row, form) for row in rows]
+    of_targets = {record.row for record in records if record.target}
+    rows = [marked(row, form, of_targets) for row in rows]
     notes = [*transductive(rows, form), *varying(kinds), *unnamed(kinds, records), *uncompared(apart, kinds), *without]
     notes += [*doubled(records), *other_pictures(records, pairs)]
     notes = [*below_zero_shot(rows, form, columns), *notes]
@@ -123,7 +124,7 @@ def _columns(form: str, records: list[Record], mean_h: bool) -> list[str]:
         return ["base", "new", H] + ([MEAN_H] if mean_h else [])
     if form == "shots":
         return [str(shots) for shots in sorted({record.note["shots"] for record in records})]
-    targets = {test: None for record in records for test in record.accuracies if test != record.note["test"]}
+    targets = {test: None for record in records for test in record.accuracies if test != record.own_test}
     return ["source", *sorted(targets, key=lambda t: dataset_order(t, 0)), AVERAGE]
 
 

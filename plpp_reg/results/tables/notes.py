@@ -98,7 +98,7 @@ def transductive(rows: Sequence[Row], form: str) -> list[str]:
     """What a reader must know of methods that have seen, without labels, what others are only tested on."""
     seen = {
         "halves": "the images and the names of the new classes",
-        "targets": "the images and the names that they are tested on",
+        "targets": "images and the names of the data sets that they are tested on",
     }
     if form not in seen or not any(row.mark == TRANSDUCTIVE for row in rows):
         return []
@@ -109,11 +109,11 @@ def transductive(rows: Sequence[Row], form: str) -> list[str]:
 
 def doubled(records: Iterable[Record]) -> list[str]:
     """Runs of one row and seed in several folders, with other figures: the table has the last."""
-    found: dict[tuple[str, tuple[str, int], int], list[Record]] = {}
+    found: dict[tuple[str, tuple[str, int], int, str], list[Record]] = {}
     for record in records:
-        found.setdefault((record.row, record.cell, record.note["seed"]), []).append(record)
+        found.setdefault((record.row, record.cell, record.note["seed"], record.target), []).append(record)
     notes = []
-    for (row, cell, seed), (*others, last) in found.items():
+    for (row, cell, seed, _), (*others, last) in found.items():
         if any(other.accuracies != last.accuracies for other in others):
             where = f"{_cell(cell)}, seed {seed}"
             times = "twice" if len(others) == 1 else f"{len(others) + 1} times"
@@ -125,11 +125,11 @@ def doubled(records: Iterable[Record]) -> list[str]:
 
 def other_pictures(records: Iterable[Record], pairs: Iterable[tuple[Name, Name]]) -> list[str]:
     """Runs of a row whose tests saw other pictures than each other's, and pairs that saw other ones with the same seed."""
-    found: dict[tuple[Name, tuple[str, int]], dict[int, Record]] = {}
+    found: dict[tuple[Name, tuple[str, int], str], dict[int, Record]] = {}
     for record in records:
-        found.setdefault((record.row, record.cell), {})[record.note["seed"]] = record
+        found.setdefault((record.row, record.cell, record.target), {})[record.note["seed"]] = record
     notes = []
-    for (row, cell), by_seed in found.items():
+    for (row, cell, _), by_seed in found.items():
         for test in dict.fromkeys(name for record in by_seed.values() for name in record.seen if name != "training"):
             kinds: dict[str, list[int]] = {}
             for seed, record in sorted(by_seed.items()):
@@ -139,8 +139,8 @@ def other_pictures(records: Iterable[Record], pairs: Iterable[tuple[Name, Name]]
                 each = " / ".join(", ".join(map(str, seeds)) for seeds in kinds.values())
                 notes.append(f"Runs of {row} ({_cell(cell)}) were tested ({test}) on different pictures: seeds {each}.")
     for treated, plain in pairs:
-        for (row, cell), by_seed in found.items():
-            others = found.get((plain, cell), {}) if row == treated else {}
+        for (row, cell, target), by_seed in found.items():
+            others = found.get((plain, cell, target), {}) if row == treated else {}
             for seed, record in sorted(by_seed.items()):
                 other = others[seed].seen if seed in others else {}
                 names = [name for name, sha256 in record.seen.items() if sha256 and other.get(name) and other[name] != sha256]

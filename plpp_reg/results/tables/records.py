@@ -33,6 +33,16 @@ class Record(NamedTuple):
         return cell_of(self.note)
 
     @property
+    def target(self) -> str:
+        """Which target alone it was trained and tested on; empty: it was trained on its data set."""
+        return str(self.note.get("target", ""))
+
+    @property
+    def own_test(self) -> str:
+        """The test on its data set; empty: there is none."""
+        return "" if self.target else str(self.note["test"])
+
+    @property
     def method(self) -> Name:
         """What the row is called where it names no setting."""
         return name_of_note(self.note)
@@ -162,11 +172,14 @@ def _zero_shot_of(found: Sequence[Found], records: Sequence[Record]) -> list[Rec
     there = {(*_section(r.note), r.note["dataset"], r.note["shots"]) for r in records if r.note["method"] == ZERO_SHOT}
     there |= {(*key[:-1], None) for key in there}  # one run of it stands for every number of shots
     made: dict[tuple[Any, ...], Record] = {}
-    for run, record in zip(found, records, strict=True):
+    # of a cell one that was tested on all of its targets, if there is one, before students of one each
+    for run, record in sorted(zip(found, records, strict=True), key=lambda each: each[1].target):
         note = run.note
         cell = (*_section(note), note["dataset"], note["shots"])
-        if cell in made or cell in there or (note["table"] == "shots" and (*cell[:-1], None) in there):
+        known = cell in made or (*cell, record.target) in made or cell in there
+        if known or (note["table"] == "shots" and (*cell[:-1], None) in there):
             continue
+        cell = (*cell, record.target) if record.target else cell
         tests = {note["test"]: run.result, **run.result.get("tests", {})}
         figures = {name: zero_shot_accuracy(test) for name, test in tests.items()}
         if all(value is not None for value in figures.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from plpp_reg import trainers
@@ -36,9 +36,10 @@ class Row(NamedTuple):
     mark: str = ""
 
 
-def marked(row: Row, form: str) -> Row:
-    """With its mark, where it has one: of two halves of the classes, and of the literature's students of each target."""
-    seen = form == "halves" or (form == "targets" and row.kind == "published")
+def marked(row: Row, form: str, of_targets: Collection[Name]) -> Row:
+    """With its mark, where it has one: of two halves of the classes, and of students of each target, the literature's or those
+    of the rows ``of_targets``."""
+    seen = form == "halves" or (form == "targets" and (row.kind == "published" or row.name in of_targets))
     return row._replace(mark=TRANSDUCTIVE) if seen and row.name.plain in trainers.TRANSDUCTIVE else row
 
 

@@ -41,7 +41,7 @@ def series_of(records: Iterable[Record], form: str, own: str) -> Series:
     for record in records:
         note = record.note
         for test, accuracy in record.accuracies.items():
-            column = str(note["shots"]) if form == "shots" else own if form == "targets" and test == note["test"] else test
+            column = str(note["shots"]) if form == "shots" else own if form == "targets" and test == record.own_test else test
             columns.setdefault(column, {})[note["seed"]] = accuracy
     return Series(columns)
 
