@@ -238,12 +238,14 @@ sys.path.insert(0, {str(CHECKOUT)!r})
 import clip                                            # the checkout's own
 import mini_trainers
 import plpp_reg.dassl
-from dassl.config import get_cfg_default
+from dassl.config import clean_cfg, get_cfg_default
 from dassl.engine import build_trainer
 cfg = get_cfg_default()
+cfg.merge_from_list(["TEACHER.TRAINER", "ZeroshotCLIP"])
 cfg.merge_from_list(["TRAINER.COOP.N_CTX", 2, "TRAINER.COOP.PREC", "fp32", "TRAINER.NAME", sys.argv[1], "SEED", 3,
     "MODEL.BACKBONE.NAME", {str(backbone)!r}, "DATASET.NAME", "MiniData", "DATASET.ROOT", {str(tmp_path / "data")!r},
     "OUTPUT_DIR", {str(tmp_path)!r} + "/" + sys.argv[1], "OPTIM.MAX_EPOCH", 2])
+clean_cfg(cfg, sys.argv[1])
 cfg.freeze()
 trainer = build_trainer(cfg)
 trainer.train()
@@ -252,7 +254,7 @@ again.load_model(cfg.OUTPUT_DIR, 2)
 print(json.dumps([type(trainer).__name__, again.test(), trainer.trainer.plpp_acts, clip.__file__]))
 """
     results = {}
-    for name in ("CoOp", "CoOp_PLPP"):
+    for name in ("CoOp", "CoOp_PLPP", "CoOp_KDPL"):
         done = processes.python(code, name, path=[HOSTS, HERE])
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout.splitlines()[-1])
@@ -266,6 +268,10 @@ print(json.dumps([type(trainer).__name__, again.test(), trainer.trainer.plpp_act
         results[name] = result
     assert results["CoOp"]["config"]["OPTIM.LR"] == 0.05 and results["CoOp"]["dataset"] == "MiniData"
     assert "ppl" in results["CoOp_PLPP"]["losses"]
+    assert {result["config"]["TRAINER.COOP.N_CTX"] for result in results.values()} == {2}
+    assert (
+        set(results["CoOp_KDPL"]["losses"]) == {"loss", "kd"} and results["CoOp_KDPL"]["teacher"]["trainer"] == "ZeroshotCLIP"
+    )
     # the same files as our own run of the same data set
     assert results["CoOp"]["files_sha256"] == engine_helpers.read_tiny(tmp_path / "data").sha256()
 

@@ -32,6 +32,16 @@ def our_nodes() -> dict[str, dict[str, object]]:
         return {}
 
 
+def teacher_node() -> dict[str, object]:
+    """The defaults of the node that names a teacher."""
+    try:
+        from plpp_reg.engine.config import DEFAULTS
+
+        return dict(DEFAULTS["TEACHER"])
+    except ImportError:
+        return {}
+
+
 def our_trainer(name: str) -> type:
     """A class that a Dassl script can use: ``cls(cfg)``, ``train()``, ``test()``, ``load_model(directory, epoch)``."""
     return type(name, (OurTrainer,), {"__doc__": f"plpp-reg's {name} on the host's data."})

@@ -9,6 +9,7 @@ from plpp_reg.attachment.with_plpp import with_plpp
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.loss import SUFFIX
 from plpp_reg.loss.settings import node_defaults
+from plpp_reg.trainers import KDPL, NODES
 
 # Where a method runs several backward passes through one forward pass: the one that belongs to the task's loss.
 BACKWARD_PASS = {"ProGrad": 2}
@@ -38,27 +39,32 @@ def install() -> None:
 
 
 def extend_defaults(cfg: Any) -> None:
-    """``TRAINER.PLPP``, and the nodes of our own methods, which a host that has the method replaces by its own."""
+    """``TRAINER.PLPP``, and the nodes of our own methods, which a host that has the method replaces by its own; ``TEACHER``."""
     from yacs.config import CfgNode
 
-    from plpp_reg.dassl.engine_bridge import our_nodes
+    from plpp_reg.dassl.engine_bridge import our_nodes, teacher_node
 
+    if (teacher := teacher_node()) and "TEACHER" not in cfg:
+        cfg.TEACHER = CfgNode(teacher)
     for name, defaults in {"PLPP": node_defaults(), **our_nodes()}.items():
         if name not in cfg.TRAINER:
             cfg.TRAINER[name] = CfgNode(defaults)
 
 
 def keep_node(module: Any) -> None:
-    """Dassl's ``clean_cfg`` removes every node below TRAINER but the trainer's own: it keeps PLPP, and X's for X_PLPP."""
+    """Dassl's ``clean_cfg`` removes every node below TRAINER but that of the trainer's name: it keeps PLPP, X's for X_PLPP, and
+    what a method of ours reads."""
     original = getattr(module, "clean_cfg", None)
     if original is None or getattr(original, "keeps_plpp", False):
         return
 
     def clean_cfg(cfg: Any, trainer: str) -> None:
-        node = cfg.TRAINER.get("PLPP")
-        original(cfg, trainer.removesuffix(SUFFIX))
-        if node is not None:
-            cfg.TRAINER.PLPP = node
+        plain = trainer.removesuffix(SUFFIX)
+        names = {"PLPP", NODES.get(plain), *((KDPL,) if plain.endswith(f"_{KDPL}") else ())}
+        kept = {name: cfg.TRAINER[name] for name in names if name in cfg.TRAINER}
+        original(cfg, plain)
+        for name, node in kept.items():
+            cfg.TRAINER[name] = node
 
     clean_cfg.keeps_plpp = True
     rebind(original, clean_cfg)
