@@ -55,6 +55,28 @@ def test_several_methods_stand_in_one_table_each_beside_its_own_plain_one(tmp_pa
         assert min(picture.size) >= 250
 
 
+def test_methods_without_labels_and_what_is_said_of_them(tmp_path, capsys):
+    names = ["PromptKD", "CoOp_KDPL", "FDBPL"]
+    arguments = ["demo", "--methods", *names, "--seeds", "1", "--output-dir", str(tmp_path / "demo"), "OPTIM.MAX_EPOCH", "1"]
+    assert cli.main([*arguments, "DATASET.NUM_SHOTS", "1", "INPUT.VIEWS", "1"]) == 0
+    text = (tmp_path / "demo" / "demo.txt").read_text()
+    assert text.startswith("Embedded CLIP, emoji, 1 shot,")
+    rows = ["PromptKD", "CoOp_KDPL", "CoOp_KDPL_PLPP", "difference", "FDBPL", "FDBPL_PLPP", "difference"]
+    assert [line.split()[0] for line in text.splitlines()[2:10]] == ["zero-shot", *rows]
+    assert "Without labels, from the teacher of the recipe: PromptKD, CoOp_KDPL, CoOp_KDPL_PLPP, FDBPL, FDBPL_PLPP" in text
+    assert (tmp_path / "demo" / "demo.png").is_file()
+    results = [read_result(p.parent) for p in (tmp_path / "demo" / "PromptKD").rglob("result.json")]
+    assert {r["teacher"]["settings"]["templates"] for r in results} == {"sixty"}
+
+
+def test_promptkd_alone(tmp_path, capsys):
+    """All figures are there, of a method without context and without a form with PLPP."""
+    arguments = ["demo", "--methods", "PromptKD", "--seeds", "1", "2", "--output-dir", str(tmp_path / "demo")]
+    assert cli.main([*arguments, "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1", "INPUT.VIEWS", "1"]) == 0
+    assert "Nearest words" not in (tmp_path / "demo" / "demo.txt").read_text()
+    assert (tmp_path / "demo" / "demo.png").is_file()
+
+
 def test_an_unknown_method(tmp_path, capsys):
     assert cli.main(["demo", "--output-dir", str(tmp_path / "demo"), "--methods", "MaPLE"]) == 2
     error = capsys.readouterr().err

@@ -11,18 +11,20 @@ from torch import nn
 
 from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.vocabulary import candidate_ids, nearest_words
+from plpp_reg.engine import registry
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.registry import trainer_names
 from plpp_reg.engine.run import RunArguments, run
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError, unknown
 from plpp_reg.io.files import write_atomically, write_text
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results import numbers, style
+from plpp_reg.results.job import shots_text
 from plpp_reg.results.record import Paired, harmonic_mean, paired, summary
 from plpp_reg.trainers import TRAINERS
 
 PICTURE = "demo.png"
+SHOTS = 16
 
 
 class DemoRun(NamedTuple):
@@ -69,9 +71,10 @@ def demo(
             done.append(bench.train_base_to_new(name, seed))
             last = done[-1]
             say(f"{name:14s} seed {seed}: base {last.base:.1f}, new {last.new:.1f}, H {last.h:.1f}")
-    text = report(zero_shot, runs, seeds)
+    shots = int(dict(zip(opts[::2], opts[1::2], strict=False)).get("DATASET.NUM_SHOTS", SHOTS))
+    text = report(zero_shot, runs, seeds, shots)
     write_text(folder / "demo.txt", text + "\n")
-    png = draw(runs, seeds)
+    png = draw(runs, seeds, shots)
     write_atomically(folder / PICTURE, lambda path: path.write_bytes(png))
     return text
 
@@ -84,7 +87,7 @@ def _with_and_without(methods: Sequence[str]) -> list[str]:
     for name in methods:
         if name not in learners:
             raise unknown("method", name, [*learners, "all"])
-    known = set(trainer_names())
+    known = set(registry.trainer_names())
     return [n for name in dict.fromkeys(methods) for n in (name, name + SUFFIX) if n in known]
 
 
@@ -99,7 +102,10 @@ class Bench(NamedTuple):
         self, name: str, half: str, seed: int, output_dir: Path, after_epoch: Callable | None = None, **changed: Any
     ) -> tuple[dict[str, Any], Trainer]:
         args = RunArguments(
-            trainer=name, seed=seed, output_dir=str(output_dir), opts=(*self.opts, "DATASET.SUBSAMPLE_CLASSES", half)
+            trainer=name,
+            seed=seed,
+            output_dir=str(output_dir),
+            opts=("DATASET.NUM_SHOTS", str(SHOTS), *self.opts, "DATASET.SUBSAMPLE_CLASSES", half),
         )
         return run(args._replace(**changed), RunLog(quiet=True), self.clip_model, after_epoch)
 
@@ -132,7 +138,7 @@ class Bench(NamedTuple):
         )
 
 
-def report(zero_shot: Sequence[float], runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> str:
+def report(zero_shot: Sequence[float], runs: dict[str, list[DemoRun]], seeds: Sequence[int], shots: int = SHOTS) -> str:
     """The table: mean ± sample standard deviation over seeds, and the paired difference with its 95% interval."""
     columns = {**ACCURACIES, "perplexity before": lambda r: r.perplexity[0], "after": lambda r: r.perplexity[-1]}
     rows = [["", *columns]]
@@ -147,12 +153,20 @@ def report(zero_shot: Sequence[float], runs: dict[str, list[DemoRun]], seeds: Se
             rows.append(["difference", *(str(_difference(done, plain, f)) for f in ACCURACIES.values()), "", ""])
     lines = numbers.columns(rows)
     n = len(seeds)
-    lines.insert(0, f"Embedded CLIP, emoji, 16 shots, accuracy in percent, {n} seed{'s' if n > 1 else ''} (mean ± std):")
+    lines.insert(
+        0, f"Embedded CLIP, emoji, {_images(shots)}, accuracy in percent, {n} seed{'s' if n > 1 else ''} (mean ± std):"
+    )
     if n > 1:
         lines.append("difference: X_PLPP - X, paired over seeds, ± half the 95% interval (Student's t)")
-    lines.append(f"\nNearest words of the learned context, seed {seeds[-1]} (cosine):")
-    lines += [f"  {name}: {', '.join(done[-1].words)}" for name, done in runs.items() if done[-1].words]
+    if unlabelled := [name for name in runs if registry.find_trainer(name)[0].distils]:
+        lines.append(f"Without labels, from the teacher of the recipe: {', '.join(unlabelled)}")
+    words = [f"  {name}: {', '.join(done[-1].words)}" for name, done in runs.items() if done[-1].words]
+    lines += [f"\nNearest words of the learned context, seed {seeds[-1]} (cosine):", *words] if words else []
     return "\n".join(lines)
+
+
+def _images(shots: int) -> str:
+    return shots_text(shots) if shots > 0 else "all training images"
 
 
 def _difference(treated: Sequence[DemoRun], plain: Sequence[DemoRun], value: Callable[[DemoRun], float]) -> Paired:
@@ -163,7 +177,7 @@ def _cell(values: list[float]) -> str:
     return numbers.magnitude(statistics.fmean(values)) if max(values) >= 1000 else str(summary(values))
 
 
-def draw(runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> bytes:
+def draw(runs: dict[str, list[DemoRun]], seeds: Sequence[int], shots: int = SHOTS) -> bytes:
     """A PNG. Of one method: accuracies, a line a seed, and perplexity over the epochs. Of several: what PLPP changes."""
     pairs = {name.removesuffix(SUFFIX): name for name in runs if name.endswith(SUFFIX)}
     several = len(pairs) > 1
@@ -173,10 +187,10 @@ def draw(runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> bytes:
         if several:
             _draw_differences(axes, runs, pairs)
         else:
-            _draw_accuracies(axes[0], runs, seeds)
+            _draw_accuracies(axes[0], runs, seeds, shots)
             _draw_perplexity(axes[1], runs)
         style.finish(figure)
-        title = f"16 shots, {len(seeds)} seeds (grey), mean and 95% interval" if several else ""
+        title = f"{_images(shots)}, {len(seeds)} seeds (grey), mean and 95% interval" if several else ""
         return style.png(figure, title, dpi=120)
 
 
@@ -184,7 +198,7 @@ def _colour(name: str) -> str:
     return style.SERIES[0] if name.endswith(SUFFIX) else style.LIGHT["grid"]
 
 
-def _draw_accuracies(axes: Any, runs: dict[str, list[DemoRun]], seeds: Sequence[int]) -> None:
+def _draw_accuracies(axes: Any, runs: dict[str, list[DemoRun]], seeds: Sequence[int], shots: int) -> None:
     sides = dict(zip(runs, (-0.15, 0.15), strict=False))
     for i, value in enumerate(ACCURACIES.values()):
         places = [i + side for side in sides.values()]
@@ -195,7 +209,7 @@ def _draw_accuracies(axes: Any, runs: dict[str, list[DemoRun]], seeds: Sequence[
             axes.scatter(places, [value(r) for r in done], color=_colour(name), zorder=2, label=label)
     axes.set_xticks(range(len(ACCURACIES)), list(ACCURACIES))
     axes.set_ylabel("test accuracy (%)")
-    axes.set_title(f"16 shots, {len(seeds)} seeds, one line a seed")
+    axes.set_title(f"{_images(shots)}, {len(seeds)} seeds, one line a seed")
     axes.legend(frameon=False)
 
 
