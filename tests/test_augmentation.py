@@ -93,6 +93,19 @@ def test_crops_of_any_scale_are_torchvisions_to_the_bit(low: float, high: float)
             assert torch.equal(ours(image, torch.Generator().manual_seed(seed)), theirs(literal, image, seed)), (size, seed)
 
 
+def test_a_crop_is_the_same_part_at_any_size() -> None:
+    """So a teacher at another size sees what its student sees, and no box is kept. Red is where right is, green where below."""
+    ramp = np.linspace(0, 255, 200)
+    where = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:, None], (1, 200)), np.zeros((200, 200))], -1)
+    image = Image.fromarray(where.round().astype(np.uint8))
+    opts = ("INPUT.TRANSFORMS", ("random_resized_crop", "random_flip", "normalize"), "INPUT.RRCROP_SCALE", (0.08, 1.0))
+    small, large = (build_transform(helpers.make_cfg(*opts, "INPUT.SIZE", (s, s)), train=True) for s in (48, 224))
+    for seed in range(50):
+        parts = [t.pixels(image, torch.Generator().manual_seed(seed)).float() for t in (small, large)]
+        for statistic in (lambda t: t.mean((1, 2)), lambda t: t[:, :, :1].mean((1, 2)) - t[:, :, -1:].mean((1, 2))):
+            assert (statistic(parts[0]) - statistic(parts[1])).abs().max() < 6, seed
+
+
 @pytest.mark.parametrize("size", [(32, 32), (24, 18), (18, 24), (31, 33)])
 def test_pictures_to_test_on_are_torchvisions_to_the_bit(size: tuple[int, int]) -> None:
     cfg = helpers.make_cfg("INPUT.SIZE", size)

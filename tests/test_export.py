@@ -101,7 +101,7 @@ def test_a_place_that_is_not_for_an_export_is_one_line(
 # ---- ONNX --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["CoOp", "CSC", "MaPLe", "IVLP", "VPT", "PromptSRC"])
+@pytest.mark.parametrize("name", ["CoOp", "CSC", "MaPLe", "IVLP", "VPT", "PromptSRC", "FDBPL", "PromptKD"])
 def test_an_onnx_file_gives_torchs_probabilities(world: Path, name: str, tmp_path: Path, capsys) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     capsys.readouterr()

@@ -30,7 +30,7 @@ from plpp_reg.prompts.loading import load_run
 from plpp_reg.prompts.predict import find_images, predict
 
 from helpers import engine as helpers
-from helpers.trained import pictures
+from helpers.trained import TAUGHT, pictures
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def world(trained_runs: Path) -> Path:
     return trained_runs
 
 
-@pytest.mark.parametrize("name", ["CoOp", "MaPLe", "CoCoOp", "CSC"])
+@pytest.mark.parametrize("name", ["CoOp", "MaPLe", "CoCoOp", "CSC", "CoOp_KDPL", "FDBPL", "PromptKD"])
 def test_predictions_are_those_of_the_runs_own_test(world: Path, name: str) -> None:
     found = list(predict(load_run(world / name), pictures(world)))
     assert all(sum(p.probabilities.values()) == pytest.approx(1, abs=1e-5) for p in found)
@@ -57,7 +57,7 @@ def test_a_batch_gives_what_each_image_gives_alone(world: Path) -> None:
         assert alone.probabilities == pytest.approx(one.probabilities, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["CoOp", "MaPLe", "CoCoOp"])
+@pytest.mark.parametrize("name", ["CoOp", "MaPLe", "CoCoOp", "CoOp_KDPL", "FDBPL", "PromptKD"])
 def test_other_class_names(world: Path, name: str) -> None:
     (found,) = predict(load_run(world / name, ["red panda", "tea"]), pictures(world)[:1])
     assert set(found.probabilities) == {"red panda", "tea"}
@@ -171,6 +171,27 @@ def test_upstreams_own_checkpoints_predict_as_ours(world: Path, name: str, tmp_p
             load_run(tmp_path)
         (found,) = predict(load_run(tmp_path, ["owl", "bee"], backbone=str(world / "clip.pt")), pictures(world)[:1])
         assert set(found.probabilities) == {"owl", "bee"}
+
+
+def test_upstreams_students_of_promptkd_predict_by_the_teacher_that_a_test_names(world: Path, tmp_path: Path) -> None:
+    """Its file has the student alone: it says nothing of its teacher, whose class features it predicts by."""
+    ours = load_run(world / "PromptKD")
+    state = {name: tensor.clone() for name, tensor in ours.method.saved.state_dict().items()}
+    state["image_encoder.conv1.weight"] = ours.clip_model.visual.conv1.weight.detach()
+    state["VPT_image_trans.conv1.1.num_batches_tracked"] = torch.tensor(640)
+    checkpoint.save(tmp_path / "theirs/VLPromptLearner", {"state_dict": state, "epoch": 20}, best=True)
+    with pytest.raises(InputError, match="got a student of PromptKD, whose class features are its teacher's: plpp train"):
+        load_run(tmp_path / "theirs", helpers.CLASSNAMES, backbone=str(world / "clip.pt"))
+    fixed = ["--config-file", str(world / "recipe.yaml"), "--dataset-config-file", str(world / "dataset.yaml")]
+    fixed += ["--root", str(world / "images"), "--backbone", str(world / "clip.pt"), "--trainer", "PromptKD"]
+    test = ["--eval-only", "--model-dir", str(tmp_path / "theirs"), "--output-dir", str(tmp_path / "test")]
+    assert cli.main(["train", *fixed, *test, *TAUGHT]) == 0
+    results = [json.loads((place / "result.json").read_text()) for place in (tmp_path / "test", world / "PromptKD")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["teacher"] == results[1]["teacher"]  # the one that was asked
+    theirs = load_run(tmp_path / "test")
+    for a, b in zip(predict(ours, pictures(world)), predict(theirs, pictures(world)), strict=True):
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
 
 
 def test_folders_and_files_in_order(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from plpp_reg.engine import checkpoint, registry
 from plpp_reg.engine.distributed import Ranks
 from plpp_reg.engine.evaluation import Classifier
 from plpp_reg.engine.run import RunArguments, resolve
-from plpp_reg.engine.trainer import Trainer
+from plpp_reg.engine.trainer import NonFiniteLoss, Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.trainers.promptkd import PromptKD
 
@@ -333,6 +333,12 @@ def test_a_resnet_student_is_refused_unless_it_has_no_prompts() -> None:
 def test_features_of_different_widths_need_a_projector() -> None:
     with pytest.raises(InputError, match=r"PROJECTOR: expected True between features 96 and 80 wide, got False$"):
         build("TRAINER.PROMPTKD.PROJECTOR", False)
+
+
+def test_a_weight_without_bounds_stops_with_the_losss_name() -> None:
+    trainer = build("TRAINER.PROMPTKD.KD_WEIGHT", 1e39)
+    with pytest.raises(NonFiniteLoss, match=r"^loss 'kd' is inf in epoch 1, batch 1"):
+        trainer.step(ds.batches(1)[0])
 
 
 def test_nothing_to_learn_is_refused() -> None:

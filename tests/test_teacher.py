@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.data import DATASETS, DatasetEntry, DataSplit
 from plpp_reg.engine import teacher as module
+from plpp_reg.engine.arguments import resolve
 from plpp_reg.engine.method import Classes, Inputs
 from plpp_reg.engine.run import RunArguments
 from plpp_reg.engine.teacher import Teacher
@@ -196,6 +198,25 @@ def test_its_images_are_as_its_own_backbone_has_them(
         _ = teacher_of(data, *ZERO_SHOT, "TEACHER.BACKBONE", "ViT-B/16", "TEACHER.OPTS", ("INPUT.PIXEL_MEAN", "[0,0,0]")).spoken
 
 
+def test_a_resnet_teaches_too(data: DataSplit, tiny_resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_clip", lambda name, *_: tiny_resnet)
+    teacher = teacher_of(data, *ZERO_SHOT, "TEACHER.BACKBONE", "RN50")
+    side = tiny_resnet.visual.input_resolution
+    features = teacher.encoder.encode(torch.randn(3, 3, side, side))
+    assert teacher.logits(features).shape == (3, 5) and teacher.spoken.input["SIZE"] == (side, side)
+
+
+def test_crops_whose_place_depends_on_the_size_are_refused_with_a_teacher_of_another(
+    world: Path, tmp_path: Path, make_clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = make_clip(width=64, layers=1, image_resolution=48)
+    monkeypatch.setattr(module, "load_clip", lambda name, *_: large)
+    opts = (*ZERO_SHOT, "TEACHER.BACKBONE", "ViT-B/16", "INPUT.TRANSFORMS", "['random_crop', 'normalize']")
+    with pytest.raises(InputError, match=r"expected no random_crop, .* a teacher that sees \(48, 48\)"):
+        quietly(arguments(world, tmp_path / "out", STUDENT, *opts))
+    assert not (tmp_path / "out").exists()
+
+
 # ---- what a student sees ---------------------------------------------------------------------------------------------
 
 
@@ -247,6 +268,34 @@ def test_a_second_run_never_loads_the_teacher(
     helpers.assert_same(*(state["state_dict"] for state in states))
 
 
+def test_a_teacher_of_open_clips_is_known_by_the_file_that_it_has_downloaded(
+    data: DataSplit, tmp_path: Path, make_clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run never loads it; another file in its place is another teacher."""
+    snapshot = tmp_path / "hub/models--laion--CLIP-ViT-B-16-laion2B-s34B-b88K/snapshots/c0ffee"
+    (refs := snapshot.parent.parent / "refs").mkdir(parents=True)
+    (refs / "main").write_text("c0ffee")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    loaded: list[str] = []
+
+    def load(name: str, *_: object) -> torch.nn.Module:
+        loaded.append(name)
+        snapshot.mkdir(parents=True, exist_ok=True)  # as open_clip downloads it
+        (snapshot / "open_clip_model.safetensors").write_bytes(b"weights")
+        return make_clip(width=64, layers=1)
+
+    def says() -> Tensor:
+        backbone = "open_clip:ViT-B-16/laion2b_s34b_b88k"
+        return teacher_of(data, *ZERO_SHOT, "TEACHER.BACKBONE", backbone, *KEPT).class_features
+
+    monkeypatch.setattr(module, "load_clip", load)
+    first = says()
+    assert len(loaded) == 1 and torch.equal(says(), first) and len(loaded) == 1
+    (snapshot / "open_clip_model.safetensors").write_bytes(b"other weights")
+    says()
+    assert len(loaded) == 2
+
+
 @pytest.mark.parametrize("changed", ["weights", "backbone", "names", "template"])
 def test_what_changes_a_teacher_is_another_one(
     world: Path, data: DataSplit, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
@@ -296,6 +345,25 @@ def test_the_same_teacher_in_another_place_goes_on_and_another_one_does_not(
         quietly(arguments(world, tmp_path / "out", STUDENT, "TEACHER.RUN", world / "base"))
 
 
+def test_who_names_a_teacher_means_that_one(tmp_path: Path) -> None:
+    """Of a recipe's teacher nothing is left beside a run, and of another method's neither weights nor settings."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("TEACHER:\n  TRAINER: ZeroshotCLIP2\n  BACKBONE: ViT-L/14\n  OPTS: [TRAINER.ZEROSHOT.TEMPLATES, sixty]\n")
+
+    def named(*opts: str) -> dict[str, object]:
+        cfg, _ = resolve(RunArguments(trainer="CoOp_KDPL", config_file=str(recipe), backbone="ViT-B/16", opts=opts))
+        return {key: value for key, value in cfg.TEACHER.items() if value}
+
+    sixty = ("TRAINER.ZEROSHOT.TEMPLATES", "sixty")
+    assert named() == {"TRAINER": "ZeroshotCLIP2", "BACKBONE": "ViT-L/14", "OPTS": sixty}
+    assert named("TEACHER.BACKBONE", "RN50") == {"TRAINER": "ZeroshotCLIP2", "BACKBONE": "RN50", "OPTS": sixty}
+    assert named("TEACHER.RUN", "folder") == {"RUN": "folder"}
+    assert named("TEACHER.TRAINER", "ZeroshotCLIP") == {"TRAINER": "ZeroshotCLIP", "BACKBONE": "ViT-L/14"}
+    recipe.write_text("TEACHER:\n  RUN: folder\n")
+    assert named("TEACHER.TRAINER", "ZeroshotCLIP") == {"TRAINER": "ZeroshotCLIP"}
+    assert named() == {"RUN": "folder"}
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +382,7 @@ def test_no_teacher_is_one_line_with_an_example(data: DataSplit) -> None:
 
 def test_a_run_says_everything_and_must_be_finished(world: Path, data: DataSplit, tmp_path: Path) -> None:
     run = ("TEACHER.RUN", str(world / "coop"))
-    for key, value in (("WEIGHTS", "file"), ("BACKBONE", "ViT-B/16"), ("OPTS", ("SEED", "1"))):
+    for key, value in (("WEIGHTS", "file"), ("BACKBONE", "ViT-B/16"), ("OPTS", ("SEED", "1")), ("TRAINER", "CoOp")):
         assert f"got TEACHER.{key} too" in refused(data, *run, f"TEACHER.{key}", value)
     assert "with its config.yaml, got none" in refused(data, "TEACHER.RUN", str(tmp_path))
     shutil.copytree(world / "coop", unfinished := tmp_path / "run")
@@ -364,6 +432,31 @@ def test_a_teacher_that_has_seen_the_new_classes_is_refused_where_they_are_measu
     quietly(arguments(world, tmp_path / "all", STUDENT, "TEACHER.RUN", world / "coop"))  # no class is new there
 
 
+def test_a_teacher_of_other_data_that_knows_a_new_class_is_told(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", other := tmp_path / "other")
+    content = torch.load(file := other / "prompt_learner/model.pth.tar-2", weights_only=True)
+    content["plpp_reg"]["classnames"] = ["map", "okapi"]
+    torch.save(content, file)
+    quietly(arguments(world, tmp_path / "out", STUDENT, "DATASET.SUBSAMPLE_CLASSES", "base", "TEACHER.RUN", other))
+    assert "trained on other data, among whose classes are 1 of 2 new ones ('map', …)" in (tmp_path / "out/log.txt").read_text()
+
+
+def test_a_file_that_names_a_teachers_class_is_no_reason_to_import_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taught_by.py").write_text(
+        "from plpp_reg.trainers.zeroshot import ZeroshotCLIP\n\n\nclass Own(ZeroshotCLIP): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = helpers.write_recipe(tmp_path / "own.yaml", TEACHER__TRAINER="taught_by:Own")
+    args = arguments(world, tmp_path / "out", STUDENT)._replace(config_file=str(recipe))
+    with pytest.raises(InputError, match="TEACHER.TRAINER: expected a trainer of plpp-reg's own, got 'taught_by:Own'"):
+        quietly(args)
+    assert "taught_by" not in sys.modules
+    assert quietly(args._replace(opts=("TEACHER.TRAINER", "taught_by:Own")))["teacher"]["trainer"] == "taught_by:Own"
+    monkeypatch.delitem(sys.modules, "taught_by")
+
+
 def test_a_distilled_runs_prompts_need_no_teacher(world: Path, tmp_path: Path) -> None:
     """Prediction reads what was learned; its teacher may be gone."""
     shutil.copytree(world / "coop", gone := tmp_path / "gone")
@@ -371,6 +464,66 @@ def test_a_distilled_runs_prompts_need_no_teacher(world: Path, tmp_path: Path) -
     shutil.rmtree(gone)
     with torch.no_grad():
         assert helpers.logits_of(load_run(tmp_path / "out", ["cat", "dog"]), {"img": pixels()}).shape == (3, 2)
+
+
+PROMPTKD = ("TRAINER.PROMPTKD.PROMPT_DEPTH_VISION", 1, "TRAINER.PROMPTKD.PREC", "fp32")
+
+
+def test_a_student_is_not_tested_by_another_teacher(world: Path, tmp_path: Path) -> None:
+    """Of classes that it was not trained on it asks its teacher, and its features fit that one's class features alone."""
+    base = ("DATASET.SUBSAMPLE_CLASSES", "base")
+    quietly(arguments(world, out := tmp_path / "out", "PromptKD", *PROMPTKD, *base, "TEACHER.RUN", world / "base"))
+
+    def tested(name: str, *teacher: object) -> dict:
+        new = arguments(world, tmp_path / name, "PromptKD", *PROMPTKD, "DATASET.SUBSAMPLE_CLASSES", "new", *teacher)
+        return quietly(new._replace(eval_only=True, model_dir=str(out)))
+
+    result = tested("same", "TEACHER.RUN", world / "base")
+    assert result["teacher"]["trainer"] == "CoOp" and result["teacher"]["classnames"] == helpers.CLASSNAMES[:3]
+    for another in (ZERO_SHOT, ("TEACHER.RUN", world / "coop")):
+        with pytest.raises(InputError, match="TEACHER: expected the one that this student learned from, CoOp on .* got "):
+            tested("other", *another)
+    # nor once its run was made anew
+    shutil.copytree(world / "base", moved := tmp_path / "moved")
+    quietly(arguments(world, kd := tmp_path / "kd", "PromptKD", *PROMPTKD, *base, "TEACHER.RUN", moved))
+    content = torch.load(file := moved / "prompt_learner/model.pth.tar-2", weights_only=True)
+    content["state_dict"]["ctx"] += 0.1
+    torch.save(content, file)
+    with pytest.raises(InputError, match="another sha256"):
+        load_run(kd, ["okapi", "tea"])
+    assert load_run(kd, ["tea", "cat"])  # of which it knows what its teacher said
+
+
+def test_a_test_of_a_student_says_who_taught_it(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "coop", gone := tmp_path / "gone")
+    trained = quietly(arguments(world, out := tmp_path / "out", STUDENT, "TEACHER.RUN", gone))
+    shutil.rmtree(gone)
+    tested = arguments(world, tmp_path / "test", STUDENT)._replace(eval_only=True, model_dir=str(out))
+    assert quietly(tested)["teacher"] == trained["teacher"] != None  # noqa: E711
+    untrained = arguments(world, tmp_path / "untrained", STUDENT)._replace(eval_only=True)
+    assert quietly(untrained)["teacher"] is None
+
+
+def test_a_student_of_promptkd_teaches_by_what_its_own_teacher_said(world: Path, data: DataSplit, tmp_path: Path) -> None:
+    """That one may be gone; made anew it is another, which is not asked."""
+    shutil.copytree(world / "coop", own := tmp_path / "own")
+    quietly(arguments(world, out := tmp_path / "kd", "PromptKD", *PROMPTKD, "TEACHER.RUN", own))
+    images = pixels()
+    with torch.no_grad():
+        predicted = helpers.logits_of(load_run(out), {"img": images})
+    content = torch.load(file := own / "prompt_learner/model.pth.tar-2", weights_only=True)
+    content["state_dict"]["ctx"] += 0.1
+    torch.save(content, file)
+    student = teacher_of(data, "TEACHER.RUN", str(out), *KEPT)
+    torch.testing.assert_close(student.logits(student.encoder.encode(images)), predicted, rtol=0, atol=1e-5)
+    other = replace(data, classnames=["okapi", *data.classnames[1:]])
+    with pytest.raises(InputError, match="expected the one that this student learned from"):
+        _ = teacher_of(other, "TEACHER.RUN", str(out), *KEPT).class_features
+    content = torch.load(file := out / "VLPromptLearner/model.pth.tar-2", weights_only=True)
+    content["plpp_reg"]["said"]["class_features"] = content["plpp_reg"]["said"]["class_features"].flip(0)
+    torch.save(content, file)
+    flipped = teacher_of(data, "TEACHER.RUN", str(out), *KEPT).class_features
+    assert torch.equal(flipped, student.class_features.flip(0))
 
 
 def test_a_student_that_predicts_by_its_teacher_keeps_what_it_said(world: Path, tmp_path: Path) -> None:

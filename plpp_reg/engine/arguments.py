@@ -57,6 +57,8 @@ def resolve(args: RunArguments) -> tuple[CfgNode, type[Method]]:
     """
     requested = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     cls, plain, with_plpp = registry.find_trainer(args.trainer or requested.get("TRAINER.NAME", DEFAULT_TRAINER))
+    if ":" in (teacher := requested.get("TEACHER.TRAINER", "")):
+        registry.find_trainer(teacher)  # imported here, for the command line says so
     cfg = config.get_cfg_default(cls)
     files = [args.dataset_config_file or shipped_config("datasets", f"{DEFAULT_DATASET}.yaml")]
     if args.config_file:

@@ -21,6 +21,7 @@ import torch
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import write_atomically, write_text
 from plpp_reg.io.safe_reading import objects_as_data, read_tensors
+from plpp_reg.results.record import is_teacher
 
 BEST = "model-best.pth.tar"
 NEWEST = "checkpoint"
@@ -193,6 +194,7 @@ def _unlike_ours(extra: object) -> str | None:
         "seconds": is_number(extra.get("seconds", 0.0)),
         "best_val": extra.get("best_val") is None or is_number(extra["best_val"]),
         "same": isinstance(extra.get("same", {}), dict),
+        "teacher": is_teacher(extra.get("teacher")),
         "history": isinstance(history, list)
         and all(isinstance(row, dict) and all(map(is_number, row.values())) for row in history),
     }

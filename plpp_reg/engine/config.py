@@ -6,7 +6,7 @@ import ast
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -91,6 +91,9 @@ DEFAULTS = {
     "TRAINER": {"NAME": ""},
 }
 
+# A later file or a command line that names the one means not what an earlier file named of the others.
+REPLACED = {"TEACHER.TRAINER": ("RUN", "WEIGHTS", "OPTS"), "TEACHER.RUN": ("TRAINER", "BACKBONE", "WEIGHTS", "OPTS")}
+
 # Keys of earlier versions that changed no result: passed over in a file, such as a run's own.
 RETIRED = {"TRAINER.PLPP.CHUNK_SIZE"}  # now a bound in MiB, MEMORY_MIB
 
@@ -135,7 +138,9 @@ def merge_file(cfg: CfgNode, path: str | Path, above: tuple[Path, ...] = ()) -> 
         if not isinstance(base, str) or place in above:
             raise InputError(f"config file {str(path)!r}: _BASE_: expected another file's name, got {base!r}")
         merge_file(cfg, place.parent / base, (*above, place))
-    for key, value in _flat(loaded):
+    pairs = dict(_flat(loaded))
+    _give_way(cfg, pairs)
+    for key, value in pairs.items():
         if key in RETIRED:
             continue
         try:
@@ -148,8 +153,18 @@ def merge_list(cfg: CfgNode, opts: Sequence[str]) -> None:
     """Merge ``KEY VALUE KEY VALUE ...`` of a command line."""
     if len(opts) % 2:
         raise InputError(f"expected KEY VALUE pairs, got a key without a value: {opts[-1]!r}")
+    _give_way(cfg, dict(zip(opts[::2], opts[1::2], strict=True)))
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         set_value(cfg, key, text)
+
+
+def _give_way(cfg: CfgNode, pairs: Mapping[str, object]) -> None:
+    """Who names a teacher means that one: what a file before it said of another is forgotten. A run says everything; of a
+    method the weights and the settings are its own, while the backbone stays."""
+    for key, others in REPLACED.items():
+        if pairs.get(key):
+            for other in others:
+                cfg.TEACHER[other] = DEFAULTS["TEACHER"][other]
 
 
 def set_value(cfg: CfgNode, key: str, value: object) -> None:

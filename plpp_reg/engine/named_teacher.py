@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from yacs.config import CfgNode
 
-from plpp_reg.engine import checkpoint, config
+from plpp_reg.engine import checkpoint, config, registry
 from plpp_reg.engine.arguments import RunArguments, resolve
 from plpp_reg.engine.frozen import tensors_sha256
 from plpp_reg.engine.method import UNDECLARED, Method, Settings
@@ -63,10 +63,18 @@ def _check_method(cls: type[Method], cfg: CfgNode) -> None:
         raise InputError(f"TEACHER: expected a method that says what its logits are (not_exported), got {method_name(cfg)}")
 
 
+def _check_import(trainer: str) -> None:
+    """A command line imports one's own trainer (package.module:Class) as it is resolved; what a file names is not imported."""
+    if ":" in trainer:
+        registry.find_named_by_file(trainer, "TEACHER.TRAINER", "on a command line TEACHER.TRAINER")
+
+
 def of_run(node: CfgNode) -> Named:
     """Of a run's folder, whose configuration says everything."""
     folder = Path(node.RUN)
-    if beside := [key for key in ("WEIGHTS", "BACKBONE", "OPTS") if node[key]]:
+    beside = [key for key in ("WEIGHTS", "BACKBONE", "OPTS") if node[key]]
+    beside += ["TRAINER"] if node.TRAINER and ":" not in node.TRAINER else []  # package.module:Class, which no file may name
+    if beside:
         raise InputError(f"TEACHER.RUN: expected nothing beside it, which says everything, got TEACHER.{beside[0]} too")
     if not (folder / "config.yaml").is_file():
         raise InputError(f"TEACHER.RUN {node.RUN!r}: expected the folder of a run, with its config.yaml, got none")
@@ -75,7 +83,8 @@ def of_run(node: CfgNode) -> Named:
             f"TEACHER.RUN {node.RUN!r}: expected a finished run, got one without {RESULT} (a checkpoint of it: TEACHER.WEIGHTS "
             "FILE with TEACHER.TRAINER)"
         )
-    cfg, cls = config.of_run(folder, node.TRAINER if ":" in node.TRAINER else "")
+    _check_import(node.TRAINER)
+    cfg, cls = config.of_run(folder, node.TRAINER)
     _check_method(cls, cfg)
     if not cls.learns:
         return Named(cls, cfg, None, "", [])
@@ -91,6 +100,7 @@ def of_trainer(node: CfgNode, student: CfgNode) -> Named:
         if node.WEIGHTS:
             raise InputError("TEACHER.WEIGHTS: expected TEACHER.TRAINER beside it, the method that learned them")
         raise InputError(EXAMPLE)
+    _check_import(node.TRAINER)
     backbone, opts = node.BACKBONE or student.MODEL.BACKBONE.NAME, tuple(map(str, node.OPTS))
     try:
         cfg, cls = resolve(RunArguments(trainer=node.TRAINER, backbone=backbone, seed=student.SEED, opts=opts))
@@ -114,6 +124,9 @@ def of_trainer(node: CfgNode, student: CfgNode) -> Named:
 
 
 def _with_weights(cls: type[Method], cfg: CfgNode, path: Path, content: Mapping[str, Any]) -> Named:
-    trained_on = (content.get("plpp_reg") or {}).get("classnames")
+    extra = content.get("plpp_reg") or {}
     state = {name: t for name, t in content["state_dict"].items() if isinstance(t, Tensor)}
-    return Named(cls, cfg, path, tensors_sha256(state), trained_on)
+    if cls.predicts_by_teacher:  # what its own teacher said is of what it says
+        said = extra.get("said") or {}
+        state |= {f"said.{name}": t for name, t in said.items() if isinstance(t, Tensor)}
+    return Named(cls, cfg, path, tensors_sha256(state), extra.get("classnames"))

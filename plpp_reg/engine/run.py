@@ -21,7 +21,7 @@ from plpp_reg.engine.arguments import RunArguments, further_config, resolve
 from plpp_reg.engine.assessment import NOTHING, assess
 from plpp_reg.engine.learned import in_words, learned
 from plpp_reg.engine.log import RunLog
-from plpp_reg.engine.teacher import known_of
+from plpp_reg.engine.taught import known_of
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import clear_left_behind, locked, write_text
@@ -182,6 +182,12 @@ def _check_teacher(trainer: Trainer, tests: Mapping[str, Sequence[str]]) -> None
     label, shape = trainer.teacher.label, tuple(trainer.teacher.class_features.shape)
     trainer.log(f"Learning from {label}, whose class features are {shape}")
     cfg, encoders = trainer.cfg, trainer.method.inputs.of("train").values()
+    size = tuple(trainer.teacher.encoder.input["SIZE"])
+    if size != tuple(cfg.INPUT.SIZE) and "random_crop" in cfg.INPUT.TRANSFORMS:
+        raise InputError(
+            f"INPUT.TRANSFORMS: expected no random_crop, whose place depends on the size, with a teacher that sees {size}, got "
+            f"{list(cfg.INPUT.TRANSFORMS)}"
+        )
     widths = {json.dumps(encoder.described(), sort_keys=True): encoder.width for encoder in encoders}
     views = min(cfg.OPTIM.MAX_EPOCH, cfg.INPUT.VIEWS or cfg.OPTIM.MAX_EPOCH)
     gib = 4 * views * len(trainer.data.train) * sum(widths.values()) / 2**30
@@ -320,10 +326,22 @@ def record(trainer: Trainer, tested: Mapping[str, Any] = NOTHING, learned: dict[
         "versions": {**versions(), "device": trainer.device.type, "precision": trainer.precision},
         "files_sha256": trainer.data.sha256(),
         "pictures_sha256": trainer.pictures_sha256,
-        "teacher": trainer.teacher.identity if trainer.teacher is not None and state.history else None,
+        "teacher": _taught_by(trainer),
         "few_shot_sha256": trainer.data.sampled_sha256() if cfg.DATASET.NUM_SHOTS > 0 else None,
         "evaluation": tested["evaluation"],
     }
+
+
+def _taught_by(trainer: Trainer) -> dict[str, Any] | None:
+    """Who taught what the figures are of: in this run, or by the checkpoint that was tested; of one that does not say, who is
+    asked for its predictions."""
+    teacher = trainer.teacher
+    if teacher is None:
+        return None
+    if not trainer.state.history and trainer.saving.taught_by is not None:
+        return trainer.saving.taught_by
+    asked = trainer.method.predicts_by_teacher and teacher.known is None
+    return teacher.identity if trainer.state.history or asked else None
 
 
 def _check_places(folder: Path, model_name: str) -> None:

@@ -22,7 +22,8 @@ class Saving:
 
     ``same``: what must not change between a run and its resumption, beside the configuration. ``epochs`` and ``frequency``:
     OPTIM.MAX_EPOCH and TRAIN.CHECKPOINT_FREQ. ``other_classes``: whether the classes are known to be others than those trained
-    on, whatever a checkpoint says. ``output_dir``: the run's folder; None: nothing is written.
+    on, whatever a checkpoint says. ``output_dir``: the run's folder; None: nothing is written. ``taught_by``: who taught what
+    was loaded to predict with.
     """
 
     method: Method
@@ -36,6 +37,7 @@ class Saving:
     other_classes: bool
     say: Callable[[str], object]
     output_dir: Path | None = None
+    taught_by: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -122,15 +124,27 @@ class Saving:
         return True
 
     def load_model(self, folder: str | Path, epoch: int | None = None) -> Path:
-        """Weights alone, from a run's folder, ours or upstream's; the file that they came from."""
+        """Weights to predict with, from a run's folder, ours or upstream's; the file that they came from."""
         if not self.method.learns:
             raise InputError(f"--model-dir: {type(self.method).__name__} learns nothing, so there is nothing to load")
         path = checkpoint.find(folder, self.method.model_name, epoch)
-        self.load_weights(path)
+        self.load_to_predict(path)
         return path
 
+    def load_to_predict(self, path: Path) -> None:
+        """Weights to predict with, from a checkpoint; they stay with the teacher that they were learned from.
+
+        Raises:
+            InputError: they do not fit, belong to other classes, or their predictions would read another teacher.
+        """
+        self.load_weights(path)
+        extra = checkpoint.load(path).get("plpp_reg") or {}
+        self.taught_by = extra.get("teacher")
+        if self.method.predicts_by_teacher:
+            self.method.teacher.check_same(self.taught_by)
+
     def load_weights(self, path: Path) -> None:
-        """Weights alone, from a checkpoint.
+        """Weights alone, from a checkpoint, to start from.
 
         Raises:
             InputError: they do not fit, or belong to other classes.

@@ -8,20 +8,21 @@ known without loading it: once a store has them, the teacher is not loaded at al
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from plpp_reg.clip.load import load_clip, weights_file, without_autocast
+from plpp_reg.clip.load import OPEN_CLIP, load_clip, weights_file, without_autocast
 from plpp_reg.clip.text import TextTower
 from plpp_reg.clip.vision import ImageTower
-from plpp_reg.data import Datum
+from plpp_reg.data import Datum, template
 from plpp_reg.data.contents import contents_sha256
+from plpp_reg.data.templates import SEVEN, SIXTY
 from plpp_reg.engine import checkpoint, config
 from plpp_reg.engine.backbone import check_input, computing
 from plpp_reg.engine.distributed import Ranks
@@ -29,6 +30,7 @@ from plpp_reg.engine.features import arithmetic, feature_store
 from plpp_reg.engine.frozen import FrozenEncoder, code_sha256, normalize, tensors_sha256, weights_sha256
 from plpp_reg.engine.method import Backbone, Method
 from plpp_reg.engine.named_teacher import Named, method_name, of_run, of_trainer, settings_of_effect
+from plpp_reg.engine.taught import Known, apart_from_data, known_of, label_of
 from plpp_reg.errors import InputError
 
 VERSION = 1  # of the class features: raise it when the text tower changes by a bit
@@ -50,21 +52,6 @@ class Spoken(NamedTuple):
     scale: Tensor  # of its cosines: exp(logit_scale)
     encoder: dict[str, Any]  # as its image encoder describes itself
     input: dict[str, Any]  # keys of INPUT as its images have them
-
-
-class Known(NamedTuple):
-    """What a student's checkpoint keeps of its teacher, where its predictions read that."""
-
-    classnames: Sequence[str]
-    class_features: Tensor  # (C, E_t) normalised, float32
-    scale: Tensor
-
-    def of(self, classnames: Sequence[str]) -> Known | None:
-        """Of these classes; None where not all of them are among its own."""
-        rows = {name: row for row, name in reversed(list(enumerate(self.classnames)))}
-        if any(name not in rows for name in classnames):
-            return None
-        return Known(classnames, self.class_features[[rows[name] for name in classnames]], self.scale)
 
 
 class Teacher:
@@ -151,6 +138,25 @@ class Teacher:
         """:attr:`identity` in a few words, and its hash, as in ``PromptSRC on ViT-L/14 (0123456789ab)``."""
         return label_of(self.identity)
 
+    def check_same(self, taught_by: object) -> None:
+        """Whether it is the teacher that a student learned from whose predictions ask it.
+
+        Args:
+            taught_by: :attr:`identity` as the student's checkpoint has it; None: it does not say.
+
+        Raises:
+            InputError: it is another one, or has other weights now.
+        """
+        if self.known is not None or not isinstance(taught_by, dict):
+            return
+        before, now = (apart_from_data(who, self.named.cls.Config) for who in (taught_by, self.identity))
+        if before != now:
+            changed = ", ".join(key for key in now if before.get(key) != now[key])
+            raise InputError(
+                f"TEACHER: expected the one that this student learned from, {label_of(taught_by)}, of which it knows other "
+                f"classes than these, got {self.label} (another {changed})"
+            )
+
     def check_unseen(self, new: Sequence[str], every: Sequence[str]) -> None:
         """Whether classes that a protocol measures as new are new to the teacher.
 
@@ -166,10 +172,15 @@ class Teacher:
             self.say(
                 "TEACHER.WEIGHTS: unknown classes: the file does not say on which it was trained, new ones may be among them"
             )
-        elif set(trained_on) <= set(every) and (seen := [name for name in new if name in set(trained_on)]):
-            raise InputError(
-                f"TEACHER: expected one that was trained on the base classes alone, got one that has seen {len(seen)} of "
-                f"{len(new)} new ones ({seen[0]!r}, …)"
+        elif seen := [name for name in new if name in set(trained_on)]:
+            if set(trained_on) <= set(every):
+                raise InputError(
+                    f"TEACHER: expected one that was trained on the base classes alone, got one that has seen {len(seen)} of "
+                    f"{len(new)} new ones ({seen[0]!r}, …)"
+                )
+            self.say(
+                f"TEACHER: it was trained on other data, among whose classes are {len(seen)} of {len(new)} new ones "
+                f"({seen[0]!r}, …)"
             )
 
     # ---- what it says, kept --------------------------------------------------------------------------------------
@@ -201,6 +212,7 @@ class Teacher:
             "method": f"{named.cls.__module__}.{named.cls.__qualname__}",
             "code": [*code_sha256(named.cls, Method), *code_sha256(MethodEncoder, FrozenEncoder)],
             "settings": named.settings,
+            "templates": [template(named.cfg.DATASET.NAME, named.cfg.DATASET.TEMPLATE), *SEVEN, *SIXTY],
             "learned": named.learned_sha256,
             "backbone": backbone,
             "classnames": self.classnames,
@@ -214,7 +226,9 @@ class Teacher:
             return {"weights": weights_sha256(self.student)}
         if (file := weights_file(name)) is None:
             return None
-        return {"name": name, "file": contents_sha256([Datum(str(file), 0, "", "weights")])}
+        described = {"name": name, "file": contents_sha256([Datum(str(file), 0, "", "weights")])}
+        # which also says how a model of its names is built
+        return {**described, "open_clip": metadata.version("open_clip_torch")} if name.startswith(OPEN_CLIP) else described
 
     def _is_the_students(self, name: str) -> bool:
         return self.student is not None and name == self.cfg.MODEL.BACKBONE.NAME
@@ -247,14 +261,19 @@ class Teacher:
         try:
             model = self._backbone(cfg)
             towers = Backbone(model, TextTower(model, cfg.MODEL.TEXT_MEMORY_MIB), ImageTower(model))
-            own = Teacher(cfg, self.classnames, self.precision, self.device, model, self.say) if cls.distils else None
+            content = checkpoint.load(weights) if weights is not None else {}
+            own = None
+            if cls.distils:
+                at = self.precision, self.device, model, self.say
+                own = Teacher(cfg, self.classnames, *at, known=known_of(content) if cls.predicts_by_teacher else None)
+                if cls.predicts_by_teacher:
+                    own.check_same((content.get("plpp_reg") or {}).get("teacher"))
             method = cls(named.config, towers, self.classnames, teacher=own)
             method.ranks = Ranks()  # each process has all of it
             if weights is not None:
                 if trained_on not in (None, self.classnames) and (reason := method.bound_to_classes):
                     raise InputError(f"TEACHER: {reason}")
-                state = checkpoint.load(weights)["state_dict"]
-                checkpoint.load_weights(method.saved, state, weights, method.not_loaded, method.optional)
+                checkpoint.load_weights(method.saved, content["state_dict"], weights, method.not_loaded, method.optional)
         finally:
             checkpoint.restore_random_streams(streams)
         self.say(f"Teacher: {self.label}")
@@ -334,25 +353,6 @@ class MethodEncoder(FrozenEncoder):
             "settings": settings_of_effect(method.config),
             "learned": tensors_sha256(method.saved.state_dict()),
         }
-
-
-def known_of(content: Mapping[str, Any]) -> Known | None:
-    """Of a checkpoint, as :func:`plpp_reg.engine.checkpoint.load` gives it; None where it keeps nothing of a teacher."""
-    extra = content.get("plpp_reg") or {}
-    said, names = extra.get("said"), extra.get("classnames")
-    if not isinstance(said, dict) or not isinstance(names, list):
-        return None
-    features, scale = said.get("class_features"), said.get("scale")
-    fits = isinstance(features, Tensor) and features.is_floating_point() and features.dim() == 2 and len(features) == len(names)
-    if not fits or not features.isfinite().all() or not isinstance(scale, Tensor) or scale.numel() != 1:
-        return None
-    return Known(names, features.float(), scale.float().reshape(()))
-
-
-def label_of(identity: Mapping[str, Any]) -> str:
-    """:attr:`Teacher.label` of an identity that was recorded."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{identity['trainer']} on {identity['backbone']} ({digest})"
 
 
 def _as_input(kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,8 @@ from plpp_reg.engine.optim import build_lr_schedule, build_optimizer
 from plpp_reg.engine.plpp import ContextTerms, measured, readable, regularizer_for
 from plpp_reg.engine.saving import Saving
 from plpp_reg.engine.state import RunState
-from plpp_reg.engine.teacher import Known, Teacher
+from plpp_reg.engine.taught import Known
+from plpp_reg.engine.teacher import Teacher
 from plpp_reg.engine.zero_shot import zero_shot_classes
 from plpp_reg.errors import InputError
 from plpp_reg.loss.regularizer import Components, PerplexityRegularizer

@@ -18,7 +18,7 @@ from plpp_reg.engine import checkpoint, config, registry
 from plpp_reg.engine.arguments import shipped_config
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.method import Method
-from plpp_reg.engine.teacher import known_of
+from plpp_reg.engine.taught import known_of
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError
 from plpp_reg.prompts import contexts
@@ -82,7 +82,7 @@ def load_run(
     data = DataSplit([], [], [], list(classes or own_names))
     loaded = Trainer(cls, cfg, data, clip_model, RunLog(quiet=True), known=known)
     if path is not None:
-        loaded.saving.load_weights(path)
+        loaded.saving.load_to_predict(path)
     return loaded
 
 
@@ -157,6 +157,12 @@ def _of_upstream(
     """A configuration for what a checkpoint's tensors are, and the class names whose tokens it holds."""
     content = checkpoint.load(path)
     name = method_of(content, path)
+    if name == "PromptKD":
+        raise InputError(
+            f"checkpoint {str(path)!r}: expected prompts that predict by themselves, got a student of PromptKD, whose class "
+            "features are its teacher's: plpp train --trainer PromptKD --eval-only --model-dir FOLDER, with TEACHER, tests it, "
+            "and the folder of that test is taken here"
+        )
     cls, plain, _ = registry.find_trainer(trainer or name)
     if not backbone and clip_model is None:
         raise InputError(f"--backbone: expected the CLIP that {str(path)!r} was trained on, such as ViT-B/16, got none")
@@ -207,6 +213,8 @@ def method_of(content: dict[str, Any], path: Path) -> str:
     """
     state = checkpoint.plain_tensors(content)
     if not {"ctx", "prompt_learner.ctx"} & state.keys():
+        if any(name.startswith("VPT_image_trans.") for name in state):
+            return "PromptKD"
         if VPT.settings_of(state).get("n_ctx_vision"):
             return "VPT"
         raise InputError(f"checkpoint {str(path)!r}: expected what a prompt learner saved, got {', '.join(sorted(state)[:4])}")

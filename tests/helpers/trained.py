@@ -8,6 +8,8 @@ from plpp_reg.commands import cli
 
 from helpers import engine as helpers
 
+TAUGHT = ["TEACHER.TRAINER", "ZeroshotCLIP2", "TEACHER.OPTS", "['TRAINER.ZEROSHOT.TEMPLATES', 'sixty']"]
+
 
 def make_runs(folder: Path) -> Path:
     """A folder with pictures, a backbone and a trained run of several methods each."""
@@ -23,6 +25,8 @@ def make_runs(folder: Path) -> Path:
         TRAINER__VPT={"PREC": "fp32"},
         TRAINER__IVLP={"PROMPT_DEPTH_TEXT": 1, "PROMPT_DEPTH_VISION": 1, "PREC": "fp32"},
         TRAINER__PROMPTSRC={"PROMPT_DEPTH_TEXT": 1, "PROMPT_DEPTH_VISION": 1, "PREC": "fp32"},
+        TRAINER__PROMPTKD={"PROMPT_DEPTH_VISION": 1, "PREC": "fp32"},
+        TRAINER__FDBPL={"PREC": "fp32"},
     )
     dataset = folder / "dataset.yaml"
     dataset.write_text("DATASET:\n  NAME: tiny\n")
@@ -35,6 +39,9 @@ def make_runs(folder: Path) -> Path:
         ("IVLP", "IVLP_PLPP", []),
         ("VPT", "VPT", []),
         ("PromptSRC", "PromptSRC", []),
+        ("CoOp_KDPL", "CoOp_KDPL_PLPP", TAUGHT),
+        ("FDBPL", "FDBPL", TAUGHT),
+        ("PromptKD", "PromptKD", TAUGHT),
     ):
         out = ["--backbone", str(backbone), "--trainer", trainer, "--output-dir", str(folder / name)]
         assert cli.main(["train", *fixed, *out, *opts]) == 0
