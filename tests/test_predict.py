@@ -181,7 +181,7 @@ def test_upstreams_students_of_promptkd_predict_by_the_teacher_that_a_test_names
     state["VPT_image_trans.conv1.1.num_batches_tracked"] = torch.tensor(640)
     checkpoint.save(tmp_path / "theirs/VLPromptLearner", {"state_dict": state, "epoch": 20}, best=True)
     with pytest.raises(InputError, match="got a student of PromptKD, whose class features are its teacher's: plpp train"):
-        load_run(tmp_path / "theirs", helpers.CLASSNAMES, backbone=str(world / "clip.pt"))
+        load_run(tmp_path / "theirs/VLPromptLearner/model-best.pth.tar", backbone=str(world / "clip.pt"))
     fixed = ["--config-file", str(world / "recipe.yaml"), "--dataset-config-file", str(world / "dataset.yaml")]
     fixed += ["--root", str(world / "images"), "--backbone", str(world / "clip.pt"), "--trainer", "PromptKD"]
     test = ["--eval-only", "--model-dir", str(tmp_path / "theirs"), "--output-dir", str(tmp_path / "test")]
