@@ -249,8 +249,10 @@ def test_output_that_nobody_hears_ends_no_run(world: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-@pytest.mark.parametrize("command", ["train", "run", "run --workers 1"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("train", "SIGTERM"), ("train", "SIGHUP"), ("train", "SIGINT"), ("run", "SIGTERM"), ("run --workers 1", "SIGTERM")],
+)  # a sweep that is stopped by Ctrl-C: tests/test_workers.py
 def test_signals_end_a_run_with_a_line(name: str, command: str, tmp_path: Path) -> None:
     if command == "train":
         argv = ["train", "--trainer", "helpers.dying:NeverEnds", "--output-dir", "out", *SHORT]

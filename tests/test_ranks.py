@@ -58,6 +58,7 @@ CASES = {
 }
 TAUGHT = ("fdbpl", "kdpl", "promptsrc_kdpl")
 HALF = ("TRAIN.CHECKPOINT_FREQ", "1")
+BEST = ("TEST.FINAL_MODEL", "best_val")
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +101,7 @@ def runs(world: Path) -> Path:
     """Every case by one process and by two."""
     for processes in (1, 2):
         lines = [line(world, f"{case}-{processes}", trainer, *opts) for case, (trainer, opts) in CASES.items()]
-        if processes == 1:
-            lines.append(line(world, "half", "CoOp_PLPP", *HALF))
+        lines.append(line(world, "half", "CoOp_PLPP", *HALF) if processes == 1 else line(world, "best", "CoOp_PLPP", *BEST))
         done = start(world, processes, lines)
         assert done.returncode == 0, done.stderr[-3000:]
     return world
@@ -175,24 +175,22 @@ def test_a_run_goes_on_with_another_number_of_processes(runs: Path) -> None:
     torch.testing.assert_close(trained(half)["ctx"], trained(runs / "shared-1")["ctx"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["class-specific", "front"])
-def test_four_processes_for_five_classes(runs: Path, case: str) -> None:
+def test_four_processes_for_five_classes(world: Path) -> None:
     """One process has two classes, the others one: a mean over classes is not the mean of the processes' means."""
-    opts = {"class-specific": CASES["class-specific"][1], "front": ("TRAINER.COOP.CLASS_TOKEN_POSITION", "front")}[case]
+    cases = {"class-specific": CASES["class-specific"][1], "front": ("TRAINER.COOP.CLASS_TOKEN_POSITION", "front")}
     even = ("DATALOADER.TRAIN_X.BATCH_SIZE", "4")
-    for processes in (1, 4):
-        done = start(runs, processes, [line(runs, f"four-{case}-{processes}", "CoOp_PLPP", *opts, *even)])
+    for n in (1, 4):
+        done = start(world, n, [line(world, f"four-{case}-{n}", "CoOp_PLPP", *opts, *even) for case, opts in cases.items()])
         assert done.returncode == 0, done.stderr[-3000:]
-    one, four = (trained(runs / f"four-{case}-{processes}")["ctx"] for processes in (1, 4))
-    torch.testing.assert_close(four, one, rtol=1e-5, atol=1e-5)
+    for case in cases:
+        one, four = (trained(world / f"four-{case}-{n}")["ctx"] for n in (1, 4))
+        torch.testing.assert_close(four, one, rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_killed_before_its_test_goes_on_from_its_best(runs: Path) -> None:
-    best = line(runs, "best", "CoOp_PLPP", "TEST.FINAL_MODEL", "best_val")
-    assert start(runs, 2, [best]).returncode == 0
     first = (runs / "best" / "result.json").read_text()
     (runs / "best" / "result.json").unlink()
-    done = start(runs, 2, [best])
+    done = start(runs, 2, [line(runs, "best", "CoOp_PLPP", *BEST)])
     assert done.returncode == 0, done.stderr[-3000:]
     again = json.loads((runs / "best" / "result.json").read_text())
     assert again["metrics"] == pytest.approx(json.loads(first)["metrics"], rel=1e-5)

@@ -105,8 +105,11 @@ def assert_parity(
     return learner, tower, tree
 
 
-@pytest.mark.parametrize("width", [64, 128, 192])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(64, torch.float64), (128, torch.float32), (192, torch.float32), (64, torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("class_specific", [False, True], ids=["shared", "class-specific"])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("states", STATES)

@@ -200,7 +200,6 @@ STOPPED = [
     ("kill", "processes", 1),
     ("Ctrl-C", "ray", 1),
     ("SIGTERM", "ray", 1),
-    ("SIGHUP", "ray", 1),
 ]
 
 
