@@ -100,12 +100,22 @@ def test_the_interval_of_an_accuracy_is_wilsons(hits: int, images: int) -> None:
     assert evaluation.wilson(hits, images) == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=1e-9)
 
 
-def test_the_paired_interval_is_that_of_a_mean() -> None:
-    each = np.array([1] * 12 + [-1] * 5 + [0] * 83)
+def test_the_paired_interval_is_that_of_a_mean_with_half_an_image_more_of_each_kind() -> None:
     found = evaluation.paired_over_images(12, 5, 100)
-    assert found["mean"] == pytest.approx(100 * each.mean())
-    half = 100 * evaluation.Z * each.std() / 10
-    assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
+    difference = np.repeat([1.0, -1.0, 0.0], [25, 11, 168])  # (12.5, 5.5, 84) images, each twice
+    half = 100 * evaluation.Z * difference.std() / np.sqrt(102)
+    assert found["mean"] == 7
+    assert found["interval"] == pytest.approx([100 * difference.mean() - half, 100 * difference.mean() + half])
+
+
+def test_few_images_do_not_tell_a_prompt_from_zero_shot() -> None:
+    """No interval is a point, and none leaves the range that a difference has."""
+    for images in (1, 2, 3, 10):
+        low, high = evaluation.paired_over_images(0, 0, images)["interval"]
+        assert low == -high < -10
+        assert evaluation.paired_over_images(images, 0, images)["interval"][1] == 100
+        assert evaluation.paired_over_images(0, images, images)["interval"][0] == -100
+    assert evaluation.paired_over_images(2, 0, 2)["interval"][0] < 0 < evaluation.paired_over_images(8, 0, 8)["interval"][0]
 
 
 # ---- a run's record ------------------------------------------------------------------------------------------------------

@@ -40,15 +40,23 @@ def wilson(hits: int, images: int) -> list[float]:
 
 
 def paired_over_images(gained: int, lost: int, images: int) -> dict[str, Any]:
-    """Difference of two classifiers' accuracies on the same images, points, and its 95% interval (normal approximation).
+    """Difference of two classifiers' accuracies on the same images, points, and its 95% interval.
+
+    The interval is Agresti and Min's (2005): the normal approximation with half an image more of each of the four kinds, so
+    that it is none of width 0 where few images, or none, tell the two apart.
 
     Args:
         gained: images that the first alone has right.
         lost: images that the second alone has right.
+
+    >>> [round(bound, 1) for bound in paired_over_images(gained=0, lost=0, images=10)["interval"]]
+    [-16.3, 16.3]
     """
-    mean = (gained - lost) / images
-    half = Z * math.sqrt(max(0.0, (gained + lost) / images - mean * mean) / images)
-    return {"mean": 100 * mean, "interval": [100 * (mean - half), 100 * (mean + half)]}
+    more = images + 2
+    mean = (gained - lost) / more
+    half = Z * math.sqrt(max(0.0, (gained + lost + 1) / more - mean * mean) / more)
+    bounds = [100 * max(-1.0, mean - half), 100 * min(1.0, mean + half)]
+    return {"mean": 100 * (gained - lost) / images, "interval": bounds}
 
 
 class Mistake(NamedTuple):
