@@ -128,28 +128,31 @@ class Saving:
         if not self.method.learns:
             raise InputError(f"--model-dir: {type(self.method).__name__} learns nothing, so there is nothing to load")
         path = checkpoint.find(folder, self.method.model_name, epoch)
-        self.load_to_predict(path)
+        self.take_to_predict(checkpoint.load(path), path)
         return path
 
-    def load_to_predict(self, path: Path) -> None:
-        """Weights to predict with, from a checkpoint; they stay with the teacher that they were learned from.
+    def take_to_predict(self, content: dict[str, Any], path: Path) -> None:
+        """Weights to predict with, of a checkpoint that was read from ``path``; they stay with their teacher.
 
         Raises:
             InputError: they do not fit, belong to other classes, or their predictions would read another teacher.
         """
-        self.load_weights(path)
-        extra = checkpoint.load(path).get("plpp_reg") or {}
+        self.take_weights(content, path)
+        extra = content.get("plpp_reg") or {}
         self.taught_by = extra.get("teacher")
         if self.method.predicts_by_teacher:
             self.method.teacher.check_same(self.taught_by)
 
     def load_weights(self, path: Path) -> None:
-        """Weights alone, from a checkpoint, to start from.
+        """Weights alone, from a checkpoint's file, to start from; as :meth:`take_weights`."""
+        self.take_weights(checkpoint.load(path), path)
+
+    def take_weights(self, content: dict[str, Any], path: Path) -> None:
+        """Weights alone, of a checkpoint that was read from ``path``.
 
         Raises:
             InputError: they do not fit, or belong to other classes.
         """
-        content = checkpoint.load(path)
         extra = content.get("plpp_reg")
         self.check_classes(extra.get("classnames") if isinstance(extra, dict) else None)
         method = self.method

@@ -63,12 +63,14 @@ def load_run(
     run = place.parent.parent if place.is_file() else place
     if (run / "config.yaml").is_file():
         cfg, cls = config.of_run(run, trainer)
-        path, recorded = _of_ours(run, cfg, cls, place if place.is_file() else None, epoch)
-        own_names = recorded or _trained_on(path)
+        path, own_names = _of_ours(run, cfg, cls, place if place.is_file() else None, epoch)
+        content = None if path is None else checkpoint.load(path)
+        own_names = own_names or _trained_on(content)
         cfg.MODEL.BACKBONE.NAME = backbone or cfg.MODEL.BACKBONE.NAME
     else:
         path = _upstreams_file(place, epoch)
-        cfg, cls, clip_model, own_names = _of_upstream(path, backbone, position, clip_model, trainer)
+        content = checkpoint.load(path)
+        cfg, cls, clip_model, own_names = _of_upstream(content, path, backbone, position, clip_model, trainer)
     if not classes and not own_names:
         raise InputError(f"{str(folder)!r}: does not say its class names: give them with --classes")
     cfg.MODEL.INIT_WEIGHTS = ""
@@ -78,11 +80,11 @@ def load_run(
     if precision:
         config.set_value(cfg, cls.Config.key("prec"), precision)
     _choose_device(cfg, device)
-    known = known_of(checkpoint.load(path)) if cls.predicts_by_teacher and path is not None else None
+    known = known_of(content) if cls.predicts_by_teacher and content is not None else None
     data = DataSplit([], [], [], list(classes or own_names))
     loaded = Trainer(cls, cfg, data, clip_model, RunLog(quiet=True), known=known)
-    if path is not None:
-        loaded.saving.load_to_predict(path)
+    if content is not None:
+        loaded.saving.take_to_predict(content, path)
     return loaded
 
 
@@ -137,8 +139,8 @@ def _of_ours(run: Path, cfg: CfgNode, cls: type[Method], file: Path | None, epoc
     return Path(path), names
 
 
-def _trained_on(path: Path | None) -> list[str]:
-    return (checkpoint.load(path).get("plpp_reg") or {}).get("classnames") or [] if path is not None else []
+def _trained_on(content: dict[str, Any] | None) -> list[str]:
+    return ((content or {}).get("plpp_reg") or {}).get("classnames") or []
 
 
 # ---- upstream's --------------------------------------------------------------------------------------------------------
@@ -152,10 +154,9 @@ def _upstreams_file(place: Path, epoch: int | None) -> Path:
 
 
 def _of_upstream(
-    path: Path, backbone: str, position: str, clip_model: nn.Module | None, trainer: str
+    content: dict[str, Any], path: Path, backbone: str, position: str, clip_model: nn.Module | None, trainer: str
 ) -> tuple[CfgNode, type[Method], nn.Module, list[str]]:
     """A configuration for what a checkpoint's tensors are, and the class names whose tokens it holds."""
-    content = checkpoint.load(path)
     name = method_of(content, path)
     if name == "PromptKD":
         raise InputError(
