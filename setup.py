@@ -19,7 +19,7 @@ train = [
     "yacs",  # Dassl's configuration format
     "PyYAML",
     "numpy",
-    "pillow",
+    "pillow>=10.1",  # which says whether a picture has transparency
     "safetensors",  # the embedded weights: a format that cannot run code
     "filelock>=3.20.1",  # before, a link in place of .lock was followed, and what it leads to emptied
     "tqdm",

@@ -197,7 +197,46 @@ def test_upstreams_students_of_promptkd_predict_by_the_teacher_that_a_test_names
 def test_folders_and_files_in_order(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
-    assert [p.name for p in find_images([tmp_path, tmp_path / "notes.txt"])] == ["a.jpg", "b.PNG", "notes.txt"]
+    found = find_images([tmp_path, tmp_path / "notes.txt"])
+    assert [p.name for p in found.paths] == ["a.jpg", "b.PNG", "notes.txt"]
+    assert found.remarks == [f"not used in {str(tmp_path)!r}: 1 file (.txt 1)"]
+
+
+def test_what_is_passed_over_in_a_folder_is_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Files that are no pictures by their names, links to folders (which may be loops); not what is hidden."""
+    shots, elsewhere = tmp_path / "shots", tmp_path / "elsewhere"
+    (shots / "below").mkdir(parents=True)
+    elsewhere.mkdir()
+    for place in (shots / "a.png", shots / "below" / "b.png", elsewhere / "c.png"):
+        shutil.copy(pictures(world)[0], place)
+    for name in ("1.HEIC", "2.heic", "below/3.heic", "below/notes.txt", "._a.png", ".DS_Store"):
+        (shots / name).write_bytes(b"x")
+    (shots / "loop").symlink_to(shots)
+    (shots / "below" / "more").symlink_to(elsewhere)
+    capsys.readouterr()
+    for form in ([], ["--json"], ["--csv"]):
+        assert cli.main(["predict", str(world / "CoOp"), str(shots), *form]) == 0
+        out, err = capsys.readouterr()
+        assert out.count(".png") == 2
+        links = f"2 links to folders ({str(shots / 'below' / 'more')!r}, {str(shots / 'loop')!r})"
+        assert [line.removeprefix(f"plpp: not used in {str(shots)!r}: ") for line in err.splitlines()] == [
+            "4 files (.heic 3, .txt 1)",
+            links,
+        ]
+    for path in (shots / "a.png", shots / "below" / "b.png"):
+        path.unlink()
+    assert cli.main(["predict", str(world / "CoOp"), str(shots)]) == 2
+    assert f"got 4 files (.heic 3, .txt 1) and {links}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_read_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, load = [], checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda path: read.append(path) or load(path))
+    path = checkpoint.find(world / "CoOp", "prompt_learner", None)
+    for place, more in ((world / "CoOp", {}), (path, {}), (path, {"classes": ["owl", "bee"]})):
+        read.clear()
+        load_run(place, **more)
+        assert read == [path]
 
 
 def test_classes_of_one_name_are_told_apart(

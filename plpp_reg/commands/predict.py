@@ -44,8 +44,10 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--top: expected a number >= 1, got {args.top}")
     if args.workers is not None and not 0 <= args.workers <= MOST_WORKERS:
         raise InputError(f"--workers: expected a number, 0 to {MOST_WORKERS}, got {args.workers}")
-    images = find_images(args.images)
+    images, remarks = find_images(args.images)
     trainer = load_run(**flags.learned_from(args), device=args.device)
+    for remark in remarks:
+        print(f"plpp: {remark}", file=sys.stderr)
     temperature = 1.0
     if args.calibrated:
         from plpp_reg.prompts.calibration import calibrate

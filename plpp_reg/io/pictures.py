@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from plpp_reg.errors import InputError
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # Pillow's formats, each with the endings that its files have. A file is read as one of these, whatever it is called: some of
 # the other formats hand their files to another program (EPS to Ghostscript).
 FORMATS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),  # .mpo: several JPEGs in a file, of which the first is read
+    "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
     "BMP": (".bmp",),
     "GIF": (".gif",),
@@ -27,7 +27,17 @@ FORMATS = {
 }
 ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-READING = 1  # of one's own pictures: raise it when a pixel that open_picture gives changes, for features are kept by it
+READING = 2  # of one's own pictures: raise it when a pixel that open_picture gives changes, for features are kept by it
+BRANDS = {  # of a file that begins as a film does
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"): "a HEIC, which is to be saved as JPEG first",
+    (b"avif", b"avis"): "an AVIF, which is to be saved as JPEG first",
+}
+BEGINNINGS = {
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG",),
+    "GIF": (b"GIF8",),
+}
 ORIENTATION = 0x0112  # EXIF's tag, and how a picture is turned by its value; Pillow's own way also writes the EXIF anew
 TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -50,8 +60,16 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS and not is_hidden(path.name) and path.is_file()
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """The pictures in a folder and in those below it, sorted; what is hidden is passed over, links to folders too.
+class Below(NamedTuple):
+    """The files in a folder and in those below it, sorted: pictures, and what else is not hidden; links to folders."""
+
+    pictures: list[Path]
+    others: list[Path]
+    links: list[Path]
+
+
+def files_below(folder: Path) -> Below:
+    """What is hidden is passed over; links to folders are not followed.
 
     Raises:
         OSError: a folder cannot be read.
@@ -60,11 +78,13 @@ def pictures_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    found: list[Path] = []
+    found = Below([], [], [])
     for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        found += filter(is_picture, (Path(place, name) for name in files))
-    return sorted(found)
+        found.links.extend(path for name in folders if (path := Path(place, name)).is_symlink())
+        for path in (Path(place, name) for name in files if not is_hidden(name)):
+            (found.pictures if is_picture(path) else found.others).append(path)
+    return Below(*map(sorted, found))
 
 
 def picture_stat(path: str | Path) -> os.stat_result:
@@ -86,8 +106,9 @@ def picture_stat(path: str | Path) -> os.stat_result:
 def open_picture(path: str | Path) -> Image.Image:
     """One's own picture as a person sees it: decoded, upright, in three channels of 8 bits; of several frames the first.
 
-    It is turned as its EXIF orientation says. Whole numbers of 16 bits are divided by 257, fractions of 0 to 1 multiplied by
-    255; a float picture with values up to 255, and a TIFF of 32-bit whole numbers up to 255, is taken as it is.
+    It is turned as its EXIF orientation says, and what is transparent is white. Whole numbers of 16 bits are divided by 257,
+    fractions of 0 to 1 multiplied by 255; a float picture with values up to 255, and a TIFF of 32-bit whole numbers up to 255,
+    is taken as it is.
 
     Raises:
         InputError: it cannot be read as one of :data:`FORMATS`, or holds other numbers; the message names the file.
@@ -113,18 +134,36 @@ def _opened(path: str | Path, read: Callable[[Image.Image], Image.Image]) -> Ima
             return read(file)
     except UnidentifiedImageError as e:
         kinds = ", ".join(FORMATS)
-        raise InputError(f"image {path}: expected a readable picture ({kinds}), got something else") from e
+        raise InputError(f"image {path}: expected a readable picture ({kinds}), got {_kind_of(path)}") from e
     except InputError as e:
         raise InputError(f"image {path}: {e}") from e
     except Exception as e:  # what Pillow raises on a damaged file depends on the format: SyntaxError, struct.error, ...
         raise InputError(f"image {path}: expected a readable picture, got {e or type(e).__name__}") from e
 
 
+def _kind_of(path: str | Path) -> str:
+    """What a file is that Pillow does not know, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if not head:
+        return "an empty file"
+    if head[4:8] == b"ftyp":  # ISO 14496-12: the brand follows
+        return next((what for brands, what in BRANDS.items() if head[8:12] in brands), "a film or another such file")
+    kinds = [form for form, beginnings in BEGINNINGS.items() if head.startswith(beginnings)]
+    return f"a {kinds[0]} that Pillow cannot read" if kinds else "something else"
+
+
 def _as_seen(file: Image.Image) -> Image.Image:
     from PIL import Image
 
     file.load()  # Pillow turns a TIFF here, which has no orientation any more then
-    image = (_eight_bits(file) if file.mode.startswith(("I", "F")) else file).convert("RGB")
+    if file.mode.startswith(("I", "F")):
+        image = _eight_bits(file).convert("RGB")
+    elif file.has_transparency_data:
+        image = file.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    else:
+        image = file.convert("RGB")
     turn = None
     with contextlib.suppress(Exception):  # EXIF that cannot be read says nothing
         turn = TURNS.get(file.getexif().get(ORIENTATION))

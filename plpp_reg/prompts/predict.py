@@ -12,10 +12,11 @@ from torch import Tensor
 
 from plpp_reg.data.augmentation import build_transform
 from plpp_reg.data.loaders import ahead
+from plpp_reg.data.remarks import counted_endings, some
 from plpp_reg.engine.evaluation import Classifier
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError, line_of
-from plpp_reg.io.pictures import ENDINGS, open_picture, pictures_below
+from plpp_reg.io.pictures import ENDINGS, files_below, open_picture
 
 
 class Prediction(NamedTuple):
@@ -35,21 +36,32 @@ def class_titles(classnames: Sequence[str]) -> list[str]:
     return [f"{name} (class {i})" if count[name] > 1 else name for i, name in enumerate(classnames)]
 
 
-def find_images(places: Sequence[str | Path]) -> list[Path]:
+class Images(NamedTuple):
+    """What is to be predicted, and a line for each folder in which something was passed over."""
+
+    paths: list[Path]
+    remarks: list[str]
+
+
+def find_images(places: Sequence[str | Path]) -> Images:
     """Files as they are named, and the pictures in folders and below them, sorted.
 
     Raises:
         InputError: nothing is there, or a folder has no picture.
     """
-    found: list[Path] = []
+    found = Images([], [])
     for place in map(Path, places):
         if place.is_dir():
-            inside = pictures_below(place)
-            if not inside:
-                raise InputError(f"folder {str(place)!r}: expected pictures ({' '.join(ENDINGS)}), got none")
-            found += inside
+            inside = files_below(place)
+            others = [counted_endings(map(str, inside.others))] if inside.others else []
+            others += [some(list(map(str, inside.links)), "link to a folder", "links to folders")] if inside.links else []
+            if not inside.pictures:
+                got = " and ".join(others) or "none"
+                raise InputError(f"folder {str(place)!r}: expected pictures ({' '.join(ENDINGS)}), got {got}")
+            found.paths.extend(inside.pictures)
+            found.remarks.extend(f"not used in {str(place)!r}: {what}" for what in others)
         elif place.exists():
-            found.append(place)
+            found.paths.append(place)
         else:
             raise InputError(f"image {str(place)!r}: no such file or folder")
     return found
