@@ -98,7 +98,7 @@ def test_the_same_files_count_as_pictures_everywhere(tmp_path: Path, capsys: pyt
     data = load_dataset(name)
     assert data.classnames == ["cat.png", "red fox"]
     used = {d.impath for part in (data.train, data.val, data.test) for d in part}
-    assert used == set(map(str, find_images([tmp_path / "d"]))) and len(used) == 11 + len(ENDINGS)
+    assert used == set(map(str, find_images([tmp_path / "d"]).paths)) and len(used) == 11 + len(ENDINGS)
     status, out = checked(name, capsys)
     assert status == 0 and f"all {len(used)} images decode" in out
     assert "not used: 12 files (.png 6, .db 3, .txt 3)" in out

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from plpp_reg.data.own import check_shots, own_kind, read_own
+from plpp_reg.data.own import check_classes, check_shots, own_kind, read_own
 from plpp_reg.data.sampling import DataSplit, Datum, sample_few_shot, subsample_classes
 from plpp_reg.data.table import DATASETS, FALLBACK_TEMPLATE, DatasetEntry
 from plpp_reg.errors import InputError, unknown
@@ -111,10 +111,13 @@ def load_dataset(
         trains: whether its training images are read: testing needs no shots.
 
     Raises:
-        InputError: no such data set; its files are not there or not what they should be; a class of one's own data has fewer
-            training images than shots.
+        InputError: no such data set; its files are not there or not what they should be; of one's own data a class has fewer
+            training images than shots, or there is one class alone.
     """
     data = read_dataset(name, root)
     if own_kind(name) and trains:
         check_shots(data, shots, name)
-    return subsample_classes(sample_few_shot(data, shots, seed), subsample)
+    found = subsample_classes(sample_few_shot(data, shots, seed), subsample)
+    if own_kind(name):
+        check_classes(found.classnames, name, "" if subsample == "all" else f" in its {subsample} half")
+    return found

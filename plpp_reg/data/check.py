@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from plpp_reg.data import DATASETS, full_name, load_dataset, short_name
 from plpp_reg.data.contents import content
-from plpp_reg.data.own import own_kind, read_own
+from plpp_reg.data.own import check_classes, own_kind, read_own
 from plpp_reg.data.readers import as_data, read_own_files, split_data
 from plpp_reg.data.remarks import doubles, some
 from plpp_reg.data.sampling import PARTS, DataSplit, Datum
@@ -22,6 +22,7 @@ from plpp_reg.io.pictures import open_as_upstream, open_picture
 READY, DIFFERENT, MISSING, WRONG = "ready", "different", "missing", "wrong"
 CONTEXT_LENGTH = 77  # tokens of a prompt, of every CLIP of OpenAI's
 USUAL_N_CTX = 16  # context vectors: CoOp's
+MOST_ERRORS = 20  # images that cannot be read, each named
 FLAT = 20  # of 255: a picture whose values lie closer together shows nothing
 
 
@@ -40,7 +41,8 @@ def check(root: str | Path, datasets: Sequence[str] = (), every_image: bool = Fa
         Exit status: 1 where something is wrong, or a data set that was named is missing.
     """
     if not Path(os.path.expanduser(root)).is_dir():
-        raise InputError(f"{str(root)!r}: expected the folder of the data sets (ROOT), which holds caltech-101/, dtd/, …")
+        own = f"; data of your own: plpp data check . --datasets {root}" if own_kind(str(root)) else ""
+        raise InputError(f"{str(root)!r}: expected the folder of the data sets (ROOT), which holds caltech-101/, dtd/, …{own}")
     names = [full_name(name) for name in datasets] or [name for name, entry in DATASETS.items() if entry.layout]
     findings = []
     for name in names:
@@ -61,6 +63,7 @@ def look(name: str, root: str | Path, every_image: bool = False) -> Finding:
     if own_kind(name) or entry.layout is None:
         try:
             data = read_own(name) if own_kind(name) else load_dataset(name, root)
+            check_classes(data.classnames, name)
         except InputError as e:
             return Finding(name, WRONG, [str(e)])
         return _own(name, data) if own_kind(name) else _counted(name, data, [], every_image)
@@ -117,7 +120,7 @@ def _counted(name: str, data: DataSplit, notes: list[str], every_image: bool) ->
         except InputError as e:
             unreadable.append(str(e))
     if unreadable:
-        return Finding(name, WRONG, [*lines, _first_of(unreadable)])
+        return Finding(name, WRONG, [*lines, *_first_of(unreadable)])
     if items:
         lines.append(f"{f'all {len(items):,} images decode' if every_image else f'{items[-1].name} decodes'}")
     return Finding(name, state, lines)
@@ -136,7 +139,7 @@ def _own(name: str, data: DataSplit) -> Finding:
             if max(high - low for low, high in image.getextrema()) < FLAT:
                 flat.append(datum.name)
     if unreadable:
-        return Finding(name, WRONG, [_count_line(data), *data.remarks, _first_of(unreadable)])
+        return Finding(name, WRONG, [_count_line(data), *data.remarks, *_first_of(unreadable)])
     told_by_path = set(doubles(data))
     lines = [_count_line(data), *data.remarks]
     lines += [line for line in doubles(data, lambda datum: contents[datum.impath]) if line not in told_by_path]
@@ -183,8 +186,10 @@ def _items(data: DataSplit) -> list[Datum]:
     return [datum for part in PARTS for datum in getattr(data, part)]
 
 
-def _first_of(errors: Sequence[str]) -> str:
-    return f"{errors[0]}{f', and {len(errors) - 1:,} more' if len(errors) > 1 else ''}"
+def _first_of(errors: Sequence[str]) -> list[str]:
+    """A line each, of :data:`MOST_ERRORS` at most."""
+    more = len(errors) - MOST_ERRORS
+    return [*errors[:MOST_ERRORS], *([f"and {more:,} more such images"] if more > 0 else [])]
 
 
 def _watched(items: Sequence[Datum]) -> Iterable[Datum]:

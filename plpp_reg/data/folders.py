@@ -14,6 +14,7 @@ from plpp_reg.data.readers import Row
 from plpp_reg.data.remarks import counted_endings, some
 from plpp_reg.data.sampling import DataSplit
 from plpp_reg.errors import InputError
+from plpp_reg.io.paths import is_utf8
 from plpp_reg.io.pictures import is_hidden, is_picture
 
 Classes = dict[str, list[str]]  # class name -> pictures, relative to the data set's folder
@@ -28,11 +29,18 @@ class Inside(NamedTuple):
 
 
 def inside(folder: Path) -> Inside:
+    """
+    Raises:
+        InputError: a name that is not UTF-8.
+    """
     found = Inside([], [], [])
     for name in sorted(os.listdir(folder)):
         path = folder / name
-        if not is_hidden(name):
-            (found.folders if path.is_dir() else found.pictures if is_picture(path) else found.others).append(name)
+        if is_hidden(name):
+            continue
+        if not is_utf8(name):
+            raise InputError(f"{str(folder)!r}: expected names of files in UTF-8, got {name!r}: rename it")
+        (found.folders if path.is_dir() else found.pictures if is_picture(path) else found.others).append(name)
     return found
 
 

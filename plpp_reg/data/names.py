@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 from plpp_reg.errors import InputError
+
+NUMBER = re.compile(r"(n\d{8}|\d+)(?!\w)")  # what folders are numbered with: ImageNet's n01440764, 001. and the like
 
 
 def plain_name(text: str) -> str:
@@ -59,3 +62,15 @@ def both(first: str, second: str) -> str:
     same = unicodedata.normalize("NFC", first) == unicodedata.normalize("NFC", second) and first != second
     forms = " (the same letters in two forms of Unicode)" if same else ""
     return f"{first!r} and {second!r}{forms}, which CLIP reads as one"
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """What is said of classes whose names all begin with a number, or are one: it is a part of their prompts.
+
+    >>> numbered(["001.cardinal", "002.kiwi"])
+    ["class names begin with a number ('001.cardinal'), which CLIP reads too: a table (csv:) gives classes other names"]
+    """
+    if not names or not all(NUMBER.match(name) for name in names):
+        return []
+    what = "are numbers" if all(NUMBER.fullmatch(name) for name in names) else "begin with a number"
+    return [f"class names {what} ({names[0]!r}), which CLIP reads too: a table (csv:) gives classes other names"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from plpp_reg.data.sampling import DataSplit
@@ -36,6 +36,17 @@ def read_own(name: str) -> DataSplit:
     """``folder:PATH`` or ``csv:PATH``. Labels follow the sorted class names, or the numbers of a csv's column ``label``."""
     kind, _, path = name.partition(":")
     return READERS[kind](Path(os.path.expanduser(path)))
+
+
+def check_classes(classnames: Sequence[str], name: str, of: str = "") -> None:
+    """Of one class alone every picture is called right, and a prompt learns nothing.
+
+    Raises:
+        InputError: there are not two.
+    """
+    if len(classnames) < 2:
+        got = f"{classnames[0]!r} alone" if classnames else "none"
+        raise InputError(f"data set {name!r}: expected two classes or more to tell apart{of}, got {got}")
 
 
 def check_shots(data: DataSplit, shots: int, name: str) -> None:

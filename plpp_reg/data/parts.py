@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from plpp_reg.data.names import numbered
 from plpp_reg.data.readers import SPLIT_SEED, Parts, Row, split_three
 from plpp_reg.data.remarks import some
 from plpp_reg.data.sampling import DataSplit, Datum
@@ -67,4 +68,4 @@ def as_own_data(
     """Lists of pictures below ``folder`` (or absolute) as a data set. Any part may be empty."""
     prefix = str(folder)
     train, val, test = ([Datum(os.path.join(prefix, r.name), r.label, r.classname, r.name) for r in rows] for rows in parts)
-    return DataSplit(train, val, test, list(classnames), tuple(remarks))
+    return DataSplit(train, val, test, list(classnames), (*remarks, *numbered(classnames)))

@@ -22,6 +22,7 @@ from plpp_reg.data.sampling import PARTS, DataSplit, Datum
 from plpp_reg.data.table import Layout
 from plpp_reg.errors import InputError
 from plpp_reg.io.files import read_json, write_text
+from plpp_reg.io.paths import is_utf8
 
 SPLIT_SEED = 1  # upstream splits by the seed of whichever run came first; the papers' scripts begin with seed 1
 
@@ -115,7 +116,7 @@ def read_split(path: Path) -> Parts:
 
 
 def _is_row(row: object) -> bool:
-    if not isinstance(row, list) or len(row) != 3 or type(row[0]) is not str or type(row[2]) is not str:
+    if not isinstance(row, list) or len(row) != 3 or not all(type(text) is str and is_utf8(text) for text in row[::2]):
         return False
     return type(row[1]) is int or (type(row[1]) is str and re.fullmatch("[0-9]{1,9}", row[1]) is not None)
 

@@ -92,19 +92,30 @@ def _lines(path: Path, where: str) -> tuple[list[Line], bool, list[str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(DELIMITERS, key=header.count))
-            columns = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
+            delimiter = max(DELIMITERS, key=header.count)
+            reader = csv.DictReader(file, delimiter=delimiter)
+            head = [(name or "").strip().lower() for name in reader.fieldnames or ()]
+            columns = dict(zip(head, reader.fieldnames or (), strict=True))
             read = [(f"{where}, line {reader.line_num}", line) for line in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except UnicodeDecodeError as e:
+        raise InputError(f"{where}: expected a CSV file in UTF-8 (a spreadsheet's 'CSV UTF-8'), got {e}") from e
+    except (OSError, csv.Error) as e:
         raise InputError(f"{where}: expected a readable CSV file, got {e}") from e
     name_column = next((c for c in ("class", "classname", "label") if c in columns), "")
     if "path" not in columns or not name_column:
-        raise InputError(f"{where}: expected the columns path and class (or label), got {', '.join(columns) or 'none'}")
-    if not read:
-        raise InputError(f"{where}: expected a line an image below the header, got none")
+        got = ", ".join(map(repr, columns)) or "none"
+        raise InputError(f"{where}: expected a first line that names the columns path and class (or label), got {got}")
+    if twice := next((name for name in columns if name and head.count(name) > 1), None):
+        raise InputError(f"{where}: expected each column once, got {twice!r} {head.count(twice)} times")
     lines, given = [], []
     for at, line in read:
+        more = line.get(None) or []  # without a column
+        if any(cell.strip() for cell in more):
+            got = f"{len(head) + len(more)}; a name with {delimiter!r} in it stands in double quotes"
+            raise InputError(f"{at}: expected {len(head)} cells, as the first line has, got {got}")
         cell = {column: (line[name] or "").strip() for column, name in columns.items()}
+        if not any(cell.values()):  # a spreadsheet's empty line
+            continue
         name = as_here(cell["path"], path.parent)
         given.append(cell["path"])
         if not (path.parent / name).is_file():
@@ -115,6 +126,8 @@ def _lines(path: Path, where: str) -> tuple[list[Line], bool, list[str]]:
             raise InputError(f"{at}: expected split train, val or test, got {cell['split']!r}")
         number = _integer(cell["label"], at) if "label" in cell and name_column != "label" else None
         lines.append(Line(at, name, plain_name(cell[name_column]), number, part))
+    if not lines:
+        raise InputError(f"{where}: expected a line an image below the header, got none")
     return lines, "split" in columns, slashes(given, [line.name for line in lines])
 
 

@@ -141,7 +141,7 @@ def read_json(path: str | Path) -> object:
     try:
         if not path.is_file():  # a pipe in its place would be waited for
             raise InputError(f"{str(path)!r}: expected a file, got none")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' tools put a mark in front
     except (OSError, ValueError, RecursionError, MemoryError) as e:
         if isinstance(e, InputError):
             raise

@@ -9,6 +9,15 @@ from plpp_reg.errors import InputError
 SHOWN = 160  # characters of a path that a message shows
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a file's name can be written into files, which are UTF-8: out of an old archive it may be other bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def usable_path(text: str) -> str:
     """A path with ``~`` as the home folder. Whether anything is there is not asked, only whether anything can be.
 
