@@ -1,4 +1,4 @@
-"""Data of one's own that could be misread: class names that say nothing, one class alone, tables of spreadsheets, names of files."""
+"""Data of one's own that could be misread: names that say nothing, one class alone, tables of spreadsheets, names of files."""
 
 from __future__ import annotations
 

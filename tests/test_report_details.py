@@ -256,3 +256,28 @@ def test_the_page_in_a_browser(runs: Path, browser, width: int, scheme: str, scr
             boxes.first.fill(word)
             assert rows.filter(visible=True).count() == left
     context.close()
+
+
+def test_a_test_beside_a_training_run_hides_none_of_its_curves(runs: Path) -> None:
+    """Its number of shots is that of its configuration, and says nothing: a test takes none."""
+    tested = read_result(runs / "CoOp")
+    tested |= {"history": [], "losses": {}, "learned": None, "tested": {"checkpoint": "x", "classnames": []}}
+    shots = tested["config"]["DATASET.NUM_SHOTS"]
+    tested["config"]["DATASET.NUM_SHOTS"] = 10 * max(1, shots)
+    before = report_of(runs)
+    (runs / "CoOp" / "eval").mkdir()
+    (runs / "CoOp" / "eval" / "result.json").write_text(json.dumps(tested))
+    after = report_of(runs)
+    drawn = [
+        [attributes["aria-label"] for _, attributes, _ in page.elements if attributes.get("role") == "img"]
+        for page in (before, after)
+    ]
+    assert drawn[0] == drawn[1] != []
+    groups = [" ".join(text.split()) for _, text in after.of("tr", class_="group")]
+    assert not any(f"{10 * shots} shots" in group for group in groups)
+    titles = [" ".join(text.split()) for _, text in after.of("summary")]
+    method, dataset = tested["trainer"], tested["dataset"]
+    assert any(title.startswith(f"{method} on ") and title.endswith("seed 1, in CoOp/eval") for title in titles), (
+        titles,
+        dataset,
+    )

@@ -9,13 +9,22 @@ from plpp_reg.commands import flags
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
-    look = actions.add_parser("check", help="what is there, what is missing, where to get it")
-    look.add_argument("root", type=flags.path, metavar="ROOT", help="folder of the data sets")
-    look.add_argument("--datasets", nargs="+", default=[], help="these alone (also folder:PATH, csv:PATH)")
+    look = actions.add_parser(
+        "check", help="your own pictures, before a run; the papers' data sets: what is missing, where to get it"
+    )
+    look.add_argument(
+        "root", type=flags.path, metavar="ROOT", help="folder of the papers' data sets (with folder: and csv: alone: .)"
+    )
+    look.add_argument(
+        "--datasets",
+        nargs="+",
+        default=[],
+        help="these alone: folder:PATH and csv:PATH are your own, caltech101 and the like the papers'",
+    )
     look.add_argument(
         "--every-image",
         action="store_true",
-        help="decode every image (default: one of each of the papers' data sets, all of folder: and csv:)",
+        help="decode every image (default: all of folder: and csv:, one image of each of the papers' data sets)",
     )
     get = actions.add_parser("get", help="download data sets, check them, unpack them where they belong")
     get.add_argument("names", nargs="+", metavar="NAME", help="caltech101 dtd … (not imagenet)")

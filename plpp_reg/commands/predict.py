@@ -91,12 +91,16 @@ def as_text(prediction: Prediction, top: int) -> str:
 
 def as_json(predictions: Iterable[Prediction]) -> Iterator[str]:
     """A list with an object an image, as it comes; one that cannot be read has its error in place of probabilities."""
-    start = "["
+    yield "["
+    before = ""  # is printed once it is known whether a comma follows
     for p in predictions:
         row = {"image": p.image, "error": p.error} if p.error else {"image": p.image, "probabilities": p.probabilities}
-        yield f"{start}\n {json.dumps(row)}"
-        start = ","
-    yield "]" if start == "," else "[]"
+        if before:
+            yield f"{before},"
+        before = f" {json.dumps(row)}"
+    if before:
+        yield before
+    yield "]"
 
 
 def as_csv(predictions: Iterable[Prediction], classes: Sequence[str]) -> Iterator[str]:

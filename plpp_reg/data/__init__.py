@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from plpp_reg.data.own import check_classes, check_shots, own_kind, read_own
@@ -55,7 +55,15 @@ def full_name(name: str) -> str:
     for key, entry in DATASETS.items():
         if name.lower() in (key.lower(), entry.short.lower(), entry.paper.lower()):
             return key
-    raise unknown("data set", name, [entry.short or key for key, entry in DATASETS.items()] + ["folder:PATH", "csv:PATH"])
+    raise _unknown(name, [entry.short or key for key, entry in DATASETS.items()])
+
+
+def _unknown(name: str, known: Sequence[str]) -> InputError:
+    """One's own data may be meant: a folder or a table that is there."""
+    path = Path(os.path.expanduser(name))
+    if kind := "folder" if path.is_dir() else "csv" if path.is_file() else "":
+        return InputError(f"unknown data set {name!r}: did you mean '{kind}:{name}', which is here?")
+    return unknown("data set", name, [*known, "folder:PATH", "csv:PATH"])
 
 
 def short_name(name: str) -> str:
@@ -90,7 +98,7 @@ def read_dataset(name: str, root: str | Path = "") -> DataSplit:
     if own_kind(name):
         return read_own(name)
     if name not in DATASETS:
-        raise unknown("data set", name, [*DATASETS, "folder:PATH", "csv:PATH"])
+        raise _unknown(name, list(DATASETS))
     entry = DATASETS[name]
     module, _, function = entry.reader.partition(":")
     read: Callable[..., DataSplit] = getattr(importlib.import_module(module), function)

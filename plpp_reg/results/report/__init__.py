@@ -82,7 +82,7 @@ def write_report(
     path = Path(output) if output else Path(folder) / PAGE
     if path.is_dir():
         raise InputError(f"--output {str(path)!r}: expected the name of a file, got a folder")
-    say(f"{len(found)} runs in {folder}")
+    say(f"{len(found)} run{'s' * (len(found) != 1)} in {folder}")
     content = page(Path(folder), found, published, f"{path.stem}_files", Learned(reader))
     pictures = [p for s in content["sections"] for p in (*s.results, *(q for t in s.training for q in t.pictures))]
     html = render(content)

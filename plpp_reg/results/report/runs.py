@@ -75,8 +75,14 @@ def zero_shot_of(runs: Sequence[Run]) -> float | None:
 
 
 def title_of_run(folder: Path, run: Found) -> str:
-    """What was planned, or where it is."""
-    return run_label(run.note) if run.note else place_of(folder, run)
+    """What was planned; of a run of no protocol what it is, and where."""
+    if run.note:
+        return run_label(run.note)
+    place = place_of(folder, run)
+    if run.result is None:
+        return place
+    what = f"{_method(run)} on {title_of(str(run.result.get('dataset', '')))}, seed {run.result.get('seed', '')}"
+    return what if place == "." else f"{what}, in {place}"
 
 
 def place_of(folder: Path, run: Found) -> str:

@@ -43,12 +43,12 @@ def training(runs: Sequence[Run], name: str, learned: Learned) -> list[Training]
     parts = []
     pairs = pairs_of(runs)
     for dataset, of_dataset in _grouped(runs, lambda run: run.dataset).items():
-        most = max(run.shots for run in of_dataset)
+        most = _most_shots(of_dataset)
         histories: dict[Name, list[list[dict[str, float]]]] = {}
         ends: dict[Name, list[tuple[int, float, float]]] = {}
         without = []
         for run in of_dataset:
-            if run.shots != most or run.found.note.get("learns") is False:
+            if run.shots != most or not _learns(run):
                 continue
             try:
                 epochs, why = learned.history(run.found), "no figures of its epochs"
@@ -65,6 +65,16 @@ def training(runs: Sequence[Run], name: str, learned: Learned) -> list[Training]
         if pictures or without:
             parts.append(Training(title, pictures, without))
     return parts
+
+
+def _learns(run: Run) -> bool:
+    """Whether it trained: no zero-shot run of a protocol, no test."""
+    return run.found.note.get("learns") is not False and not run.found.result.get("tested")
+
+
+def _most_shots(runs: Sequence[Run]) -> int:
+    """Of those that trained; all images are more than any number."""
+    return max((run.shots for run in runs if _learns(run)), key=lambda shots: (shots < 1, shots), default=-1)
 
 
 def _perplexities(run: Run, epochs: int) -> list[tuple[int, float, float]]:
@@ -165,9 +175,9 @@ def words(runs: Sequence[Run], learned: Learned) -> list[tuple[str, list[Words]]
     """By data set, of each method the run with the lowest seed, at the most shots."""
     parts = []
     for dataset, of_dataset in _grouped(runs, lambda run: run.dataset).items():
-        most = max(run.shots for run in of_dataset)
+        most = _most_shots(of_dataset)
         shown = []
-        trained = [run for run in of_dataset if run.shots == most and run.found.note.get("learns") is not False]
+        trained = [run for run in of_dataset if run.shots == most and _learns(run)]
         for method, of_method in _grouped(trained, lambda run: run.method).items():
             run = min(of_method, key=lambda run: run.seed)
             label = f"{method}, seed {run.seed}"

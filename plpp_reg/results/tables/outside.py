@@ -31,7 +31,7 @@ class Outside(NamedTuple):
     found: Found
     dataset: str
     classes: str  # all, base or new
-    shots: int
+    shots: int  # -1: all images, or a test, which takes none
     method: Name
     seed: int
     settings: Settings
@@ -53,6 +53,8 @@ def _outside(found: Found) -> Outside:
     result = found.result
     config = result["config"] if isinstance(result["config"], dict) else {}
     shots, seed = (value if isinstance(value, int) else -1 for value in (config.get("DATASET.NUM_SHOTS"), result.get("seed")))
+    if result.get("tested"):  # a test takes none
+        shots = -1
     method = str(result.get("trainer", ""))
     learning = method.removesuffix(SUFFIX) not in UNTRAINED  # a trainer of one's own is taken to learn
     settings = relevant(result["config"], method, learning, result.get("teacher"))
