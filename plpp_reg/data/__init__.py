@@ -60,8 +60,8 @@ def full_name(name: str) -> str:
 
 def _unknown(name: str, known: Sequence[str]) -> InputError:
     """One's own data may be meant: a folder or a table that is there."""
-    path = Path(os.path.expanduser(name))
-    if kind := "folder" if path.is_dir() else "csv" if path.is_file() else "":
+    path = os.path.expanduser(name)
+    if kind := "folder" if os.path.isdir(path) else "csv" if os.path.isfile(path) else "":
         return InputError(f"unknown data set {name!r}: did you mean '{kind}:{name}', which is here?")
     return unknown("data set", name, [*known, "folder:PATH", "csv:PATH"])
 

@@ -42,6 +42,7 @@ class Grid(NamedTuple):
     columns: list[str]
     blocks: list[tuple[str, list[TableRow]]]
     has_source: bool = False
+    source: str = "reference"
 
 
 def full(table: Table) -> Grid:
@@ -51,7 +52,7 @@ def full(table: Table) -> Grid:
         cells = [_cell(row, row.cells.get(column)) for column in table.columns]
         blocks.setdefault(row.group, []).append(TableRow(row.label, row.kind, cells, row.n, row.source))
     columns = [*map(title_of, table.columns), "seeds"]
-    return Grid("Every figure", columns, list(blocks.items()), any(row.source for row in table.rows))
+    return Grid("Every figure", columns, list(blocks.items()), any(row.source for row in table.rows), table.source)
 
 
 def overview(table: Table, form: str) -> list[Grid]:

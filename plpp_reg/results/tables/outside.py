@@ -84,7 +84,7 @@ def _table(folder: Path, backbone: str, runs: Sequence[Outside]) -> Table:
         for row in rows
         if ZERO_SHOT in row.cells and "accuracy" in row.cells and row.cells["accuracy"].value < row.cells[ZERO_SHOT].value
     ]
-    return Table(TITLE, backbone, columns, rows, notes, LEGEND)
+    return Table(TITLE, backbone, columns, rows, notes, LEGEND, "folder")
 
 
 def _group(run: Outside) -> str:

@@ -41,7 +41,7 @@ def markdown(tables: Sequence[Table], missing: Sequence[str]) -> str:
     lines: list[str] = []
     for table in tables:
         lines += [f"## {table.protocol} ({table.backbone})", ""]
-        header = ["data set", "method", *(title_of(c) for c in table.columns), "seeds", "reference"]
+        header = ["data set", "method", *(title_of(c) for c in table.columns), "seeds", table.source]
         lines += [f"| {' | '.join(header)} |", "|" + "---|" * 2 + "---:|" * (len(table.columns) + 1) + "---|"]
         for row in table.rows:
             cells = [_cell(row, column, "") for column in table.columns]

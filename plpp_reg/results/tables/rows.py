@@ -44,7 +44,8 @@ def marked(row: Row, form: str, of_targets: Collection[Name]) -> Row:
 
 
 class Table(NamedTuple):
-    """``notes``: what a reader must know beside the figures, a sentence each; ``legend``: what the figures are."""
+    """``notes``: what a reader must know beside the figures, a sentence each; ``legend``: what the figures are; ``source``:
+    what a row's source is."""
 
     protocol: str
     backbone: str
@@ -52,6 +53,7 @@ class Table(NamedTuple):
     rows: Sequence[Row]
     notes: Sequence[str] = ()
     legend: str = ""
+    source: str = "reference"
 
 
 def title_of(dataset: str) -> str:
