@@ -316,7 +316,7 @@ def test_a_csv_file_without_split_is_split(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         (["path,class"], "a line an image below the header"),
-        (["file,class", "0.jpg,a"], "the columns path and class .* got file, class"),
+        (["file,class", "0.jpg,a"], "the columns path and class .* got 'file', 'class'"),
         (["path,class", "1.jpg,a"], "line 2: expected a picture's path, got '1.jpg'"),
         (["path,class", "0.jpg,"], "line 2: expected a class name"),
         (["path,class,split", "0.jpg,a,train", "0.jpg,a,tset"], "line 3: expected split train, val or test, got 'tset'"),
