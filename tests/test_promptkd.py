@@ -14,7 +14,6 @@ from plpp_reg.engine.evaluation import Classifier
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import NonFiniteLoss, Trainer
 from plpp_reg.errors import InputError
-from plpp_reg.prompts.loading import load_run
 from plpp_reg.trainers.promptkd import PromptKD
 
 from helpers import distilling as ds
@@ -170,13 +169,6 @@ def test_upstreams_students_load_by_their_names(tmp_path) -> None:
     assert set(loaded) == set(SHAPES)
     for name, value in loaded.items():
         assert value.equal(state[name]), name
-
-
-def test_plpp_predict_says_how_to_predict_with_upstreams_student(tmp_path) -> None:
-    """The class features that it is compared with are not in its file."""
-    torch.save({"state_dict": upstreams_file(build()), "epoch": 20}, tmp_path / "model.pth.tar-20")
-    with pytest.raises(InputError, match="got PromptKD's student, whose are its teacher's: test it with that .*--eval-only"):
-        load_run(tmp_path, ["cat", "dog"], backbone="embedded")
 
 
 def test_a_students_file_of_another_teachers_width_is_refused_with_both_shapes(tmp_path) -> None:
