@@ -26,7 +26,8 @@ def picture(counts: Sequence[Sequence[int]], names: Sequence[str], title: str) -
     classes = len(names)
     named = classes <= NAMED
     side = 2.2 + (0.28 * classes if classes <= COUNTED else 0.16 * classes if named else 6)
-    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    totals = [max(1, sum(row)) for row in counts]
+    shares = [[count / total for count in row] for row, total in zip(counts, totals, strict=True)]
     with style.settings():
         figure = style.figure(side, side)
         axes = figure.subplots()
