@@ -164,15 +164,31 @@ def test_the_cases_learn_something_of_their_own(runs: Path) -> None:
     assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(shared) for b in shared[:i])
 
 
-def test_a_run_goes_on_with_another_number_of_processes(runs: Path) -> None:
+@pytest.fixture(scope="module")
+def again(runs: Path) -> subprocess.CompletedProcess:
+    """Two processes that go on with two runs, and are given one that they cannot share."""
     half = runs / "half"  # as though it had been killed after its first epoch
     (half / "result.json").unlink()
     (half / "prompt_learner" / "checkpoint").write_text("model.pth.tar-1\n")
     (half / "prompt_learner" / "model.pth.tar-2").unlink()
-    done = start(runs, 2, [line(runs, "half", "CoOp_PLPP", *HALF)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Resumed from" in done.stdout
-    torch.testing.assert_close(trained(half)["ctx"], trained(runs / "shared-1")["ctx"], rtol=1e-5, atol=1e-5)
+    (runs / "best" / "result.json").rename(runs / "best.json")
+    odd = line(runs, "odd", "CoOp", "DATALOADER.TRAIN_X.BATCH_SIZE", "5")
+    return start(runs, 2, [line(runs, "half", "CoOp_PLPP", *HALF), line(runs, "best", "CoOp_PLPP", *BEST), odd])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(runs: Path, again: subprocess.CompletedProcess) -> None:
+    assert "Resumed from" in again.stdout and (runs / "half" / "result.json").is_file(), again.stderr[-3000:]
+    torch.testing.assert_close(trained(runs / "half")["ctx"], trained(runs / "shared-1")["ctx"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_killed_before_its_test_goes_on_from_its_best(runs: Path, again: subprocess.CompletedProcess) -> None:
+    first, then = (json.loads(path.read_text()) for path in (runs / "best.json", runs / "best" / "result.json"))
+    assert then["metrics"] == pytest.approx(first["metrics"], rel=1e-5)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(runs: Path, again: subprocess.CompletedProcess) -> None:
+    assert again.returncode != 0 and not (runs / "odd").exists()
+    assert "expected a batch that 2 processes can share equally, got 5 images" in again.stderr
 
 
 def test_four_processes_for_five_classes(world: Path) -> None:
@@ -185,31 +201,3 @@ def test_four_processes_for_five_classes(world: Path) -> None:
     for case in cases:
         one, four = (trained(world / f"four-{case}-{n}")["ctx"] for n in (1, 4))
         torch.testing.assert_close(four, one, rtol=1e-5, atol=1e-5)
-
-
-def test_a_run_killed_before_its_test_goes_on_from_its_best(runs: Path) -> None:
-    first = (runs / "best" / "result.json").read_text()
-    (runs / "best" / "result.json").unlink()
-    done = start(runs, 2, [line(runs, "best", "CoOp_PLPP", *BEST)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    again = json.loads((runs / "best" / "result.json").read_text())
-    assert again["metrics"] == pytest.approx(json.loads(first)["metrics"], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("trainer", "opts", "said"),
-    [
-        ("PromptKD", ("TRAINER.PROMPTKD.PREC", "fp32"), "PromptKD: expected one process, for batch norm is over a whole batch"),
-        ("CoOp_KDPL", ("TRAINER.KDPL.K_MAX", "3"), "TRAINER.KDPL.K_MAX: expected one process that sees the whole batch, got 2"),
-    ],
-)
-def test_what_needs_a_whole_batch_is_refused(world: Path, trainer: str, opts: tuple[str, ...], said: str) -> None:
-    done = start(world, 2, [line(world, f"whole-{trainer}", trainer, "TEACHER.TRAINER", "ZeroshotCLIP2", *opts)])
-    assert done.returncode != 0 and not (world / f"whole-{trainer}").exists()
-    assert said in done.stderr
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(world: Path) -> None:
-    done = start(world, 2, [line(world, "odd", "CoOp", "DATALOADER.TRAIN_X.BATCH_SIZE", "5")])
-    assert done.returncode != 0 and not (world / "odd").exists()
-    assert "expected a batch that 2 processes can share equally, got 5 images" in done.stderr
