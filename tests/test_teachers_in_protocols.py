@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from plpp_reg.commands import cli
 from plpp_reg.data import DATASETS, DatasetEntry
 from plpp_reg.engine.arguments import resolve
 from plpp_reg.errors import InputError
@@ -212,3 +213,4 @@ def test_students_of_targets_are_one_row_which_says_what_they_saw(bench: Bench, 
     assert row.split(" | ")[2].strip() == "" and all("±" in cell for cell in row.split(" | ")[3:6]) and " | 2 | " in row
     assert "trained on images and the names of the data sets that they are tested on, without labels" in text
     assert "is there twice" not in text and "different pictures" not in text
+    assert cli.main(["report", str(bench.output)]) == 0
