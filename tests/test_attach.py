@@ -152,7 +152,7 @@ def test_prompts_that_differ_behind_their_last_vector_are_one():
     shared = Layout(slot, torch.zeros(5, dtype=torch.long), yes, yes)
 
     def alike(prompts, layout):
-        rows = Layouts(nn.Module(), None, "own")._distinct(_values(prompts, layout, 6, None), prompts)
+        rows = Layouts(nn.Module(), None, "own")._distinct(_values(prompts, layout, 6, None), prompts, 0, True)
         assert rows.distinct == len(set(rows.alike.tolist()))
         return rows.alike.tolist()
 

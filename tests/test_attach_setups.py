@@ -209,8 +209,8 @@ def test_models_that_share_a_regularizer(clip_model, batch):
 class Shifted(LossInTrainer):
     """One context, and a shift of each class."""
 
-    def __init__(self, clip_model, size):
-        super().__init__(clip_model)
+    def __init__(self, clip_model, size, position):
+        super().__init__(clip_model, position=position)
         shift = torch.randn(len(NAMES), 4, 64, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
         self.prompt_learner.shift = nn.Parameter(size * shift)
 
@@ -220,16 +220,18 @@ class Shifted(LossInTrainer):
         return self.encode_image(images) @ texts.t()
 
 
+@pytest.mark.parametrize("position", ["end", "front"])
 @pytest.mark.parametrize("size", [0.0, 0.1])
-def test_prompts_of_equal_numbers_share_the_gradient(clip_model, batch, size):
+def test_prompts_of_equal_numbers_share_the_gradient(clip_model, batch, size, position):
     """What each class adds may begin at zero: their prompts are alike then, but not made of the same."""
     regularizer = make_regularizer(clip_model)
-    host, other = (frozen(Shifted(clip_model, size)).train() for _ in range(2))
+    host, other = (frozen(Shifted(clip_model, size, position)).train() for _ in range(2))
     attach(host, regularizer)
     host_loss(host, batch).backward()
     prompts = other.prompt_learner(other.prompt_learner.shift)
     hidden = states(other, prompts)
-    (host_loss(other, batch) + regularizer(prompts[:, 1:5], hidden[:, :4])).backward()
+    at, row = torch.tensor(places(4, position)), torch.arange(len(NAMES)).unsqueeze(1)
+    (host_loss(other, batch) + regularizer(prompts[row, at], hidden[row, at - 1])).backward()
     assert_close(gradients(host), gradients(other))
 
 

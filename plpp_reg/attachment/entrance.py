@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from plpp_reg.errors import InputError
 
@@ -185,18 +186,20 @@ def _below(tower: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 def _made_of(x: Tensor, source: Tensor) -> bool:
     """Whether ``source`` is among what ``x`` was made of, by the graph."""
-    if x is source:
+    if x is source or x.grad_fn is None:  # no graph: a checkpoint's first run
         return True
-    wanted, start = source.grad_fn, x.grad_fn
-    if start is None:  # no graph: a checkpoint's first run
-        return True
-    seen, ahead = {start}, deque([start])
+    wanted = source.grad_fn
+    return any(n is wanted or (wanted is None and getattr(n, "variable", None) is source) for n in graph_of(x))
+
+
+def graph_of(x: Tensor, beyond: Tensor | None = None) -> Iterator[Node]:
+    """The nodes of what ``x`` was made of, the nearest first; not those of what ``beyond`` was made of."""
+    stop = None if beyond is None else beyond.grad_fn
+    seen, ahead = {None, stop, x.grad_fn}, deque([x.grad_fn])
     while ahead:
         node = ahead.popleft()
-        if node is wanted or (wanted is None and getattr(node, "variable", None) is source):
-            return True
+        yield node
         for following, _ in node.next_functions:
-            if following is not None and following not in seen:
+            if following not in seen:
                 seen.add(following)
                 ahead.append(following)
-    return False

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from plpp_reg.attachment.entrance import graph_of
 from plpp_reg.errors import InputError
 
 POSITIONS = ("end", "middle", "front")
@@ -34,16 +35,14 @@ class Layout(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The prompts among N that read the context, on the prompts' device. Those that are alike count as one.
-
-    In half precision (autocast too) R is P, one of each: a share of a gradient may be less than what such numbers hold.
-    """
+    """The prompts among N that read the context, on the prompts' device. Those that are alike count as one."""
 
     row: Tensor  # (R,) which of the N
     slot: Tensor  # (R, M) positions of their context vectors
     alike: Tensor  # (R,) which of the P distinct ones each is
     distinct: int  # P
-    shared: bool  # all read one context, with equal vectors: one v serves them
+    shared: bool  # all read one context, with equal vectors made of the same: one v serves them
+    every: bool  # those that are alike are all named; else R is P
 
 
 class Layouts:
@@ -85,7 +84,9 @@ class Layouts:
             values = _values(prompts, layout, end, marks)
         self._length = end or None
         rounding = 0 if hidden is None else ROUNDING.get(hidden.dtype, 1e-5) * STEPS
-        return self._distinct(values, prompts, rounding)
+        # in half precision a share of a gradient may be less than what the numbers hold
+        half = prompts.element_size() < 4 or torch.is_autocast_enabled(prompts.device.type)
+        return self._distinct(values, prompts, rounding, not half and _has_others(prompts, context))
 
     def _compare(self, told: Layout, prompts: Tensor, context: Tensor) -> None:
         """Once: where the graph shows the positions too, they are those that were given."""
@@ -101,12 +102,12 @@ class Layouts:
                 f"{told.slot[n].tolist()}; None finds them"
             )
 
-    def _distinct(self, values: list[tuple], prompts: Tensor, rounding: float = 0) -> Rows | None:
+    def _distinct(self, values: list[tuple], prompts: Tensor, rounding: float, every: bool) -> Rows | None:
+        """``every``: prompts that are alike are named too."""
         known: dict[tuple, tuple[int, list[int]]] = {}  # of each distinct prompt: its number, the marks of its states
         reading: list[tuple[int, ...]] = []  # of each that reads the context: row, number, positions
         contexts = set()
         first = 0 if self.states == "own" else 1
-        half = prompts.element_size() < 4 or torch.is_autocast_enabled(prompts.device.type)
         for n, (slots, owner, reads, found, upto, vectors, *marks) in enumerate(values):
             if not reads:
                 continue
@@ -125,13 +126,13 @@ class Layouts:
             number, its = known.setdefault((owner, slots, upto), (new, marks))
             if max(abs(a - b) for a, b in zip(marks, its, strict=True)) > rounding:
                 number, _ = known.setdefault((owner, slots, upto, n), (new, marks))
-            if number == new or not half:
+            if number == new or every:
                 reading.append((n, number, *slots))
                 contexts.add((owner, vectors))
         if not reading:
             return None
         packed = torch.tensor(reading).to(prompts.device, non_blocking=True)
-        return Rows(packed[:, 0], packed[:, 2:], packed[:, 1], len(known), len(contexts) == 1)
+        return Rows(packed[:, 0], packed[:, 2:], packed[:, 1], len(known), len(contexts) == 1 and not every, every)
 
     def _told_layout(self, n: int, length: int, context: Tensor) -> Layout:
         m, yes = context.shape[-2], torch.ones(n, dtype=torch.bool)
@@ -162,27 +163,23 @@ def read_context(
 ) -> tuple[Tensor, Tensor]:
     """The vectors and the states before or at them, each distinct prompt once: v (1 or P, M, D), h (P, M, D).
 
-    ``positions`` (T, D) are taken off the vectors. Prompts that are alike need not be made of the same: each class may have a
-    shift of its own that is still zero. So each gets its share of the gradient.
+    ``positions`` (T, D) are taken off the vectors. Of prompts that are alike and not made of the same (each class may have a
+    shift of its own that is still zero) each gets its share of the gradient.
     """
     row, slot = rows.row.unsqueeze(1), rows.slot
-    count = 1 if rows.shared else rows.distinct
-    h = _means(hidden[row, slot - 1 if states == "preceding" else slot], rows.alike, rows.distinct)
-    v = _means(prompts[row, slot], rows.alike, count)
+    v = prompts[row, slot]  # (R, M, D)
     if positions is not None:
-        added = _means(positions.detach()[slot], rows.alike, count)
-        v = v.to(torch.promote_types(v.dtype, torch.float32)) - added
-    return v, h
+        v = v.to(torch.promote_types(v.dtype, torch.float32)) - positions.detach()[slot]
+    h = _means(hidden[row, slot - 1 if states == "preceding" else slot], rows)
+    return v[:1] if rows.shared else _means(v, rows), h
 
 
-def _means(x: Tensor, group: Tensor, count: int) -> Tensor:
-    """The mean of each of ``count`` groups of equal rows: x (R, M, D), group (R,) -> (count, M, D)."""
-    if count == len(x) or x.element_size() < 4:
-        return x[:count]
-    if count == 1:
-        return x.mean(0, keepdim=True)
-    sizes = x.new_zeros(count).index_add(0, group, x.new_ones(len(x)))
-    return x.new_zeros(count, *x.shape[1:]).index_add(0, group, x) / sizes.view(-1, 1, 1)
+def _means(x: Tensor, rows: Rows) -> Tensor:
+    """The mean of those that are alike: x (R, M, D) -> (P, M, D)."""
+    if not rows.every:
+        return x
+    sizes = x.new_zeros(rows.distinct).index_add(0, rows.alike, x.new_ones(len(x)))
+    return x.new_zeros(rows.distinct, *x.shape[1:]).index_add(0, rows.alike, x) / sizes.view(-1, 1, 1)
 
 
 def find_context(prompts: Tensor, context: Tensor) -> Layout | None:
@@ -238,6 +235,12 @@ def _without_hooks(tensor: Tensor) -> Iterator[None]:
         yield
     finally:
         hooks.update(kept)
+
+
+def _has_others(prompts: Tensor, context: Tensor) -> bool:
+    """Whether something else that is trained is in the prompts: then prompts that are alike need not be made of the same."""
+    leaves = (getattr(node, "variable", None) for node in graph_of(prompts, beyond=context))
+    return any(leaf is not None and leaf is not context for leaf in leaves)
 
 
 def _linked(prompts: Tensor, context: Tensor) -> bool:
