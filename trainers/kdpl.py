@@ -44,9 +44,8 @@ class WithoutLabels(Method):
 
     @property
     def inputs(self) -> Inputs:
-        own = super().inputs
-        ahead = {**own.training_features, "teacher_features": self.teacher.encoder}
-        return replace(own, labels=False, training_features=ahead)
+        own, teacher = super().inputs, {"teacher_features": self.teacher.encoder}
+        return replace(own, labels=False, training_features={**own.training_features, **teacher})
 
     def fit(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         teacher = self.cosines(batch["teacher_features"], self.teacher.class_features)
