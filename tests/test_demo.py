@@ -84,6 +84,13 @@ def test_an_unknown_method(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize("key", demo.DECIDED)
+def test_what_the_demo_decides_is_not_set(key, tmp_path, capsys):
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "demo"), key, "1"]) == 2
+    assert f"plpp demo: expected no {key}" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize("seeds", [["1", "1"], ["-2"], ["x"]])
 def test_bad_seeds(seeds, tmp_path, capsys):
     assert cli.main(["demo", "--output-dir", str(tmp_path / "demo"), "--seeds", *seeds]) == 2

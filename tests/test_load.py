@@ -246,6 +246,7 @@ NOT_CLIP = {
     "wrong shape": lambda s: {**s, "ln_final.bias": torch.zeros(3)},
     "projection of one dimension": lambda s: {**s, "text_projection": torch.zeros(3)},
     "scalar table": lambda s: {**s, "positional_embedding": torch.zeros(())},
+    "complex numbers": lambda s: {**s, "ln_final.bias": s["ln_final.bias"].to(torch.complex64)},
     "width below a head": lambda s: {**s, "ln_final.weight": torch.zeros(32)},
 }
 

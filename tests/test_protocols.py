@@ -13,7 +13,7 @@ from plpp_reg.engine import config
 from plpp_reg.engine.run import resolve
 from plpp_reg.errors import InputError
 from plpp_reg.experiments import jobs, protocols
-from plpp_reg.experiments.jobs import Choice, Job, plan
+from plpp_reg.experiments.jobs import DECIDED, Choice, Job, plan
 
 from helpers.bench import Bench
 
@@ -127,6 +127,10 @@ def test_rules_change_some_runs_alone(bench: Bench) -> None:
         ({"shots": [0]}, "--shots: expected integers >= 1"),
         ({"recipe": "few_shot_17"}, r"expected a recipe 'few_shot_17' in configs/trainers/.*there: .*few_shot_16"),
         ({"opts": ["OPTIM.LRR", "1"]}, "OPTIM.LRR"),
+        *(
+            ({"opts": [key, "1"]}, f"--set: expected no {key}, which is each run's own: {by} decides")
+            for key, by in DECIDED.items()
+        ),
     ],
 )
 def test_a_bad_choice_is_one_line(changes: dict, message: str, bench: Bench) -> None:
@@ -168,6 +172,10 @@ def test_a_bad_choice_is_one_line(changes: dict, message: str, bench: Bench) -> 
         ({"where": [{"method": ["CoOp"]}]}, "'method': did you mean 'methods'"),
         ({"where": [{"recipe": "base2new"}]}, "recipe: expected a list of text, got 'base2new'"),
         ({"test": "accuracy"}, "expected tests base and new for a table of halves"),
+        ({"set": {"SEED": 5}}, "protocol .*: expected no SEED, which is each run's own: --seeds decides it"),
+        ({"where": [{"set": {"RESUME": "a"}}]}, "expected no RESUME"),
+        ({"variants": {"a": {"DATASET.NAME": "dtd"}}}, "expected no DATASET.NAME"),
+        ({"vary": {"OUTPUT_DIR": ["a"]}}, "expected no OUTPUT_DIR"),
     ],
 )
 def test_a_bad_protocol_is_one_line(changes: dict, message: str, bench: Bench) -> None:

@@ -189,4 +189,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
         raise InputError(f"{path}: expected tensors by name, got {type(loaded).__name__}")
+    for name, tensor in loaded.items():
+        if tensor.is_complex():
+            raise InputError(f"{path}: expected real numbers, {name!r} holds {tensor.dtype}")
     return loaded

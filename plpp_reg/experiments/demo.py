@@ -16,6 +16,7 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, run
 from plpp_reg.engine.trainer import Trainer
 from plpp_reg.errors import InputError, unknown
+from plpp_reg.experiments.jobs import refuse_decided
 from plpp_reg.io.files import write_atomically, write_text
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results import numbers, style
@@ -25,6 +26,13 @@ from plpp_reg.trainers import TRAINERS
 
 PICTURE = "demo.png"
 SHOTS = 16
+DECIDED = {
+    "SEED": "--seeds",
+    "OUTPUT_DIR": "--output-dir",
+    "RESUME": "what is in its folder",
+    "TRAINER.NAME": "--methods",
+    "DATASET.SUBSAMPLE_CLASSES": "base to new",
+}
 
 
 class DemoRun(NamedTuple):
@@ -62,6 +70,7 @@ def demo(
     if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
         raise InputError(f"--seeds: expected different integers >= 0, got {' '.join(map(str, seeds))}")
     names = _with_and_without(methods)
+    refuse_decided(opts[::2], DECIDED, "plpp demo")
     bench = Bench(Path(output_dir), load_clip(), tuple(opts))
     folder = bench.folder
     zero_shot = [bench.evaluate("ZeroshotCLIP", half, seeds[0], folder / "ZeroshotCLIP" / half) for half in ("base", "new")]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,19 @@ from plpp_reg.experiments.protocols import TARGET, Protocol, as_folder, load_pro
 from plpp_reg.loss import SUFFIX
 from plpp_reg.results.job import run_label
 from plpp_reg.results.record import NOT_IN_THE_RESULT
+
+DECIDED = {  # keys that say which run it is, and what says so
+    "SEED": "--seeds",
+    "OUTPUT_DIR": "--output",
+    "RESUME": "what is in its folder",
+    "TRAINER.NAME": "--methods",
+    "MODEL.BACKBONE.NAME": "--backbone",
+    "DATASET.NAME": "--datasets",
+    "DATASET.ROOT": "--root",
+    "DATASET.NUM_SHOTS": "--shots",
+    "DATASET.SUBSAMPLE_CLASSES": "the protocol",
+}
+SET_BY_PROTOCOLS = ("DATASET.NUM_SHOTS", "DATASET.SUBSAMPLE_CLASSES")  # of one's own too
 
 
 class Choice(NamedTuple):
@@ -53,10 +67,25 @@ class Job(NamedTuple):
         return run_label(self.note)
 
 
+def refuse_decided(keys: Iterable[str], decided: Mapping[str, str], where: str) -> None:
+    """Raise InputError on a configuration key that would make every run another than its folder says."""
+    for key in keys:
+        if key in decided:
+            raise InputError(f"{where}: expected no {key}, which is each run's own: {decided[key]} decides it")
+
+
+def _keys_set(protocol: Protocol) -> Iterator[str]:
+    settings = [protocol.set, *(rule.get("set", {}) for rule in protocol.where), protocol.vary, *protocol.variants.values()]
+    return itertools.chain.from_iterable(settings)
+
+
 def choose(name: str, choice: Choice) -> Protocol:
     """A protocol as a command line has it. Without data folder and backbone it is its embedded form."""
     embedded = not choice.root and choice.backbone in ("", EMBEDDED)
     protocol = load_protocol(name, embedded)
+    refuse_decided(choice.opts[::2], DECIDED, "--set")
+    decided = {key: by for key, by in DECIDED.items() if key not in SET_BY_PROTOCOLS}
+    refuse_decided(_keys_set(protocol), decided, f"protocol {name!r}")
     chosen = {key: tuple(getattr(choice, key)) for key in ("methods", "datasets", "targets", "seeds", "shots")}
     changed: dict[str, Any] = {key: value for key, value in chosen.items() if value}
     if choice.recipe:
