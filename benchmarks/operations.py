@@ -59,14 +59,14 @@ def text_steps(case: str, sizes: Architecture, literal_sizes: Architecture) -> d
     """Forward and backward of the literal tower, of this package's, and of that with PLPP."""
     names, count, position, class_specific = TEXT[case]
 
-    def made(sizes: Architecture) -> tuple[nn.Module, PromptLearner]:
+    def made(sizes: Architecture, count: int = count) -> tuple[nn.Module, PromptLearner]:
         clip_model = random_clip(sizes)
         return clip_model, PromptLearner(clip_model, names(count), 16, position=position, class_specific=class_specific)
 
     clip_model, prompts = made(sizes)
     tower, regularizer = TextTower(clip_model), PerplexityRegularizer(clip_model.token_embedding)
     regularizer.nearest.remembers = False
-    narrow_model, narrow_prompts = made(literal_sizes)
+    narrow_model, narrow_prompts = made(literal_sizes, min(count, 100))  # no number of names changes its operations
     literal = LiteralText(narrow_model, narrow_prompts)
 
     def with_plpp() -> object:

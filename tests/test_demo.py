@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from PIL import Image
 from scipy import stats
 
 from plpp_reg.commands import cli
 from plpp_reg.experiments import demo
+from plpp_reg.results import style
 from plpp_reg.results.record import read_result
 
 
@@ -46,12 +49,22 @@ def test_demo_trains_prints_and_draws_and_goes_on(tmp_path, capsys):
 
 
 def test_several_methods_stand_in_one_table_each_beside_its_own_plain_one(tmp_path, capsys):
-    arguments = ["demo", "--methods", "VPT", "MaPLe", "IVLP", "--seeds", "1", "2", "--output-dir", str(tmp_path / "demo")]
+    arguments = ["demo", "--methods", "VPT", "IVLP", "--seeds", "1", "2", "--output-dir", str(tmp_path / "demo")]
     assert cli.main([*arguments, "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "1"]) == 0
     lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
     first = [line.split()[0] for line in lines[2:-1]]
-    assert first == ["zero-shot", "VPT", "MaPLe", "MaPLe_PLPP", "difference", "IVLP", "IVLP_PLPP", "difference"]
-    with Image.open(tmp_path / "demo" / "demo.png") as picture:
+    assert first == ["zero-shot", "VPT", "IVLP", "IVLP_PLPP", "difference"]
+    assert (tmp_path / "demo" / "demo.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["VPT"], ["VPT", "PromptKD"], ["CoOp", "CoOp_PLPP"], ["VPT", "IVLP", "IVLP_PLPP"], ["A", "A_PLPP", "B", "B_PLPP", "C"]],
+)
+def test_any_methods_have_one_picture(names):
+    """One pair or none: accuracies by method; more: what PLPP changes in each."""
+    runs = {name: [demo.DemoRun(50.0 + seed, 40.0, [9.0, 3.0], ["a"]) for seed in range(2)] for name in names}
+    with Image.open(io.BytesIO(demo.draw(runs, [1, 2]))) as picture:
         assert min(picture.size) >= 250
 
 
@@ -96,3 +109,16 @@ def test_bad_seeds(seeds, tmp_path, capsys):
     assert cli.main(["demo", "--output-dir", str(tmp_path / "demo"), "--seeds", *seeds]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(("low", "high", "shown"), [(80, 12_000, {"100", "1,000", "10,000"}), (31, 78, {"40", "60"})])
+def test_logarithmic_axes_have_plain_numbers(low, high, shown):
+    """Text is not read as mathematics, so that names are safe; matplotlib's own labels would be."""
+    with style.settings():
+        figure = style.figure(4, 4)
+        axes = figure.subplots()
+        axes.plot([low, high])
+        style.logarithmic(axes)
+        style.png(figure)
+        labels = {text.get_text() for text in (*axes.get_yticklabels(), *axes.get_yticklabels(minor=True))}
+    assert shown <= labels and not any("$" in text for text in labels)

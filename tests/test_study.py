@@ -14,6 +14,8 @@ from plpp_reg.clip.load import load_clip
 from plpp_reg.clip.prompts import encode_texts
 from plpp_reg.clip.text import TextTower
 from plpp_reg.engine.frozen import normalize
+from plpp_reg.engine.run import RunArguments, resolve
+from plpp_reg.experiments.parallel_seeds import read_images
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -101,9 +103,11 @@ def test_the_rule_takes_the_best_score_and_of_close_ones_the_cheapest(tmp_path: 
     assert curve_of(PLPP[1])[0].opts["TRAINER.PLPP.INVERSE_WEIGHT"] == pytest.approx(0.1)
 
 
-def test_one_setting_is_measured(tmp_path: Path) -> None:
+def test_one_setting_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real one, on the embedded model: what a row says can be run by ``plpp train``."""
     bench = Bench(Rows(tmp_path / "rows.jsonl"))
+    few, _ = resolve(RunArguments(trainer="CoOp", opts=("DATASET.NUM_SHOTS", "1")))
+    monkeypatch.setattr(bench, "images", lambda split: read_images(few, bench.clip_model, [1, 2], split))  # not all of them
     short = plpp("inverse, k 50:", 0.5, 50)
     short.opts["OPTIM.MAX_EPOCH"] = 4
     bench.measure([short], [Case(4, 1)], "val", [1, 2])

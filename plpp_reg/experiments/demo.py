@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -203,19 +204,24 @@ def draw(runs: dict[str, list[DemoRun]], seeds: Sequence[int], shots: int = SHOT
         return style.png(figure, title, dpi=120)
 
 
-def _colour(name: str) -> str:
-    return style.SERIES[0] if name.endswith(SUFFIX) else style.LIGHT["grid"]
+def _colours(runs: dict[str, list[DemoRun]]) -> dict[str, str]:
+    """A method with PLPP stands out from its plain one; those that have none differ from both."""
+    of_pair = {name: style.SERIES[0] if name.endswith(SUFFIX) else style.LIGHT["grid"] for name in runs}
+    alone = [name for name in runs if not name.endswith(SUFFIX) and name + SUFFIX not in runs and len(runs) > 1]
+    return of_pair | dict(zip(alone, itertools.cycle(style.SERIES[1:]), strict=False))
 
 
 def _draw_accuracies(axes: Any, runs: dict[str, list[DemoRun]], seeds: Sequence[int], shots: int) -> None:
-    sides = dict(zip(runs, (-0.15, 0.15), strict=False))
+    between = 0.3 / max(1, len(runs) - 1)
+    sides = {name: (k - (len(runs) - 1) / 2) * between for k, name in enumerate(runs)}
+    colours = _colours(runs)
     for i, value in enumerate(ACCURACIES.values()):
         places = [i + side for side in sides.values()]
         for each in zip(*runs.values(), strict=True):
             axes.plot(places, [value(r) for r in each], color=style.LIGHT["grid"], linewidth=1, zorder=1)
         for name, done in runs.items():
             places, label = [i + sides[name]] * len(done), name if i == 0 else None
-            axes.scatter(places, [value(r) for r in done], color=_colour(name), zorder=2, label=label)
+            axes.scatter(places, [value(r) for r in done], color=colours[name], zorder=2, label=label)
     axes.set_xticks(range(len(ACCURACIES)), list(ACCURACIES))
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(f"{_images(shots)}, {len(seeds)} seeds, one line a seed")
@@ -223,11 +229,13 @@ def _draw_accuracies(axes: Any, runs: dict[str, list[DemoRun]], seeds: Sequence[
 
 
 def _draw_perplexity(axes: Any, runs: dict[str, list[DemoRun]]) -> None:
+    colours = _colours(runs)
     for name, done in runs.items():
         for i, r in enumerate(done):
-            axes.plot(r.perplexity, color=_colour(name), linewidth=1.2, label=name if i == 0 else None)
-    axes.set_yscale("log")
+            axes.plot(r.perplexity, color=colours[name], linewidth=1.2, label=name if i == 0 else None)
+    style.logarithmic(axes)
     axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("perplexity of the context vectors")
     axes.set_title("lower: CLIP's text tower expects these words")
 

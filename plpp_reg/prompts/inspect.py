@@ -217,8 +217,9 @@ def draw(found: Inspection, path: Path) -> None:
         if logged:
             axes.plot(*zip(*logged, strict=True), color=style.SERIES[0], linewidth=1.2, label="in training, epoch mean")
         axes.plot(*zip(*measured, strict=True), "o", color=style.SERIES[1], label="of the checkpoints (0: before)")
-        axes.set_yscale("log")
+        style.logarithmic(axes)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("perplexity of the context vectors")
         axes.set_title(style.readable(f"{found.trainer} on {found.backbone}"))
         axes.legend(frameon=False)

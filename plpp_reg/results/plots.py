@@ -107,9 +107,7 @@ def curves(
     if log_x:
         axes.set_xscale("log", base=2)
     if log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        style.logarithmic(axes)
     if ticks:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()

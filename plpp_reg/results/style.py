@@ -51,6 +51,19 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def logarithmic(axes: Any) -> None:
+    """Set the y axis to powers of ten, with its numbers written out: matplotlib's own labels are mathematics."""
+    from matplotlib.ticker import LogFormatter
+
+    class Numbers(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return (f"{x:,.0f}" if x >= 1 else f"{x:g}") if super().__call__(x, pos) else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(Numbers())
+    axes.yaxis.set_minor_formatter(Numbers())
+
+
 def finish(made: Any) -> None:
     """The axes' frames and letters."""
     for axes in made.axes:
