@@ -37,7 +37,9 @@ def draw(rows: Rows, path: Path) -> None:
                 plain.mean_new + difference(point, control, "new").mean,
             )
 
+        seeds = {len(plain.base)}
         for family, (over, curve) in curves(rows, case).items():
+            seeds.add(len(over))
             xy = [place(p, over) for p in sorted(curve, key=lambda p: p.strength)]
             a.plot(*zip(*xy, strict=True), "o-", color=colours[family], markersize=4, linewidth=1.2, label=family)
         mine = [s for s in curve_of(choice) if fresh(rows, s, case)]
@@ -59,7 +61,7 @@ def draw(rows: Rows, path: Path) -> None:
         a.plot(plain.mean_base, plain.mean_new, "k*", markersize=13, label="CoOp as it is", zorder=5)
         a.set_xlabel("base accuracy (%)")
         a.set_ylabel("new accuracy (%)")
-        a.set_title(f"{case}, {len(plain.base)} seeds")
+        a.set_title(f"{case}, {min(seeds)} to {max(seeds)} seeds a point")
         a.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=9, loc="lower left")
     figure.savefig(path, dpi=130)
