@@ -132,6 +132,41 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "trained", trained.make_runs)
 
 
+@pytest.fixture(scope="session")
+def resumable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted, in ``whole``, and what it was made of."""
+    from helpers import resume
+    from helpers.shared import made_once
+
+    return made_once(tmp_path_factory, "resumable", resume.make_world)
+
+
+@pytest.fixture
+def tiny_and_noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``resumable``'s run was made: data set ``tiny``, and losses that read the random stream."""
+    from helpers import resume
+
+    resume.make_tiny_and_noisy(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that teach, and what a student of theirs is made of."""
+    from helpers import teaching
+    from helpers.shared import made_once
+
+    return made_once(tmp_path_factory, "taught", teaching.make_world)
+
+
+@pytest.fixture
+def kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data set ``tiny`` exists, and the cache is the test's own."""
+    from plpp_reg.data import DATASETS, DatasetEntry
+
+    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
+    monkeypatch.setenv("PLPP_REG_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The test stands in its own folder, where a default output folder would appear; data set ``tiny`` exists."""

@@ -11,17 +11,14 @@ import torch
 
 from plpp_reg.commands import cli
 
-from helpers.resume import EPOCHS, command, make_tiny_and_noisy, make_world
+from helpers.resume import EPOCHS, command
+
+pytestmark = pytest.mark.usefixtures("tiny_and_noisy")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def tiny_and_noisy(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_tiny_and_noisy(monkeypatch)
+def world(resumable: Path) -> Path:
+    return resumable
 
 
 class Malicious:

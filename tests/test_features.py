@@ -27,6 +27,7 @@ from plpp_reg.trainers.ivlp import IVLP
 from plpp_reg.trainers.promptsrc import PromptSRC
 
 from helpers import engine as helpers
+from helpers.engine import Doubled
 from helpers.resume import Killed
 
 
@@ -120,15 +121,6 @@ def overriding(hook: str) -> type[CoOp]:
     }
     setattr(Changed, hook, hooks[hook])
     return Changed
-
-
-class Doubled(FrozenEncoder):
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return normalize(super().encode(images) + 1)
-
-    @property
-    def key(self) -> dict[str, object]:
-        return super().key
 
 
 HOOKS = ["build", "inputs", "split", "end_epoch", "encode_classes", "losses", "fit", "logits", "image_features", "gradients"]

@@ -17,17 +17,14 @@ from plpp_reg.io import files
 
 from helpers import engine as helpers
 from helpers.engine import quietly
-from helpers.resume import EPOCHS, Killed, arguments, command, make_tiny_and_noisy, make_world
+from helpers.resume import EPOCHS, Killed, arguments, command
+
+pytestmark = pytest.mark.usefixtures("tiny_and_noisy")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def tiny_and_noisy(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_tiny_and_noisy(monkeypatch)
+def world(resumable: Path) -> Path:
+    return resumable
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), Killed()], ids=repr)

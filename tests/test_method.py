@@ -25,6 +25,7 @@ from plpp_reg.trainers.coop import CoOp
 from plpp_reg.trainers.ivlp import IVLP
 
 from helpers import engine as helpers
+from helpers.engine import Doubled
 
 ROOT = Path(__file__).parents[1]
 PLPP = ("TRAINER.PLPP.ENABLED", True, "TRAINER.PLPP.WEIGHT", 0.3, "TRAINER.PLPP.INVERSE_WEIGHT", 0.7)
@@ -218,17 +219,6 @@ def test_states_are_computed_where_plpp_reads_them_alone(data: DataSplit) -> Non
 
 
 # ---- frozen encoders -------------------------------------------------------------------------------------------------
-
-
-class Doubled(FrozenEncoder):
-    """Another encoder, for the same images."""
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return normalize(super().encode(images) + 1)
-
-    @property
-    def key(self) -> dict[str, object]:
-        return super().key
 
 
 class SeesDoubled(CoOp):

@@ -31,19 +31,14 @@ from helpers.resume import (
     command,
     final,
     kill_at,
-    make_tiny_and_noisy,
-    make_world,
 )
+
+pytestmark = pytest.mark.usefixtures("tiny_and_noisy")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def tiny_and_noisy(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_tiny_and_noisy(monkeypatch)
+def world(resumable: Path) -> Path:
+    return resumable
 
 
 # Ten moments drawn by a seeded generator: in a step, or at one of the renames of config.yaml, checkpoints, pointers, result.

@@ -20,22 +20,19 @@ from plpp_reg.prompts.loading import load_run
 
 from helpers import engine as helpers
 from helpers.engine import quietly
-from helpers.teaching import KEPT, PROMPTKD, STUDENT, ZERO_SHOT, arguments, keep_apart, make_world, pixels, teacher_of
+from helpers.teaching import KEPT, PROMPTKD, STUDENT, ZERO_SHOT, arguments, pixels, teacher_of
+
+pytestmark = pytest.mark.usefixtures("kept_apart")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_apart(tmp_path, monkeypatch)
+def world(taught: Path) -> Path:
+    return taught
 
 
 @pytest.fixture
-def data(world: Path) -> DataSplit:
-    return helpers.read_tiny(world / "data")
+def data(taught: Path) -> DataSplit:
+    return helpers.read_tiny(taught / "data")
 
 
 def test_a_record_and_a_checkpoint_say_who_taught(world: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from plpp_reg.clip.load import freeze, openai_clip
 from plpp_reg.data import DATASETS, DatasetEntry, DataSplit, Datum
 from plpp_reg.engine import config
 from plpp_reg.engine.evaluation import Classifier
+from plpp_reg.engine.frozen import FrozenEncoder, normalize
 from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.method import Classes, Method
 from plpp_reg.engine.run import RunArguments, run
@@ -178,6 +179,17 @@ def losses_of(trainer: Trainer, batch: dict[str, torch.Tensor]) -> dict[str, tor
     method = trainer.method
     images = method.image_features(batch) if method.classes_depend_on_image else None
     return method.losses(batch, method.encode_classes(images))
+
+
+class Doubled(FrozenEncoder):
+    """Another encoder, for the same images."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return normalize(super().encode(images) + 1)
+
+    @property
+    def key(self) -> dict[str, object]:
+        return super().key
 
 
 def noisy_losses(self: CoOp, batch: dict[str, torch.Tensor], classes: Classes) -> dict[str, torch.Tensor]:

@@ -55,12 +55,6 @@ def make_world(world: Path) -> Path:
     return world
 
 
-def keep_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data set ``tiny`` by its name, and a cache of the test's own."""
-    monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
-    monkeypatch.setenv("PLPP_REG_CACHE", str(tmp_path / "cache"))
-
-
 def arguments(world: Path, out: str | Path, trainer: str = STUDENT, *opts: object, backbone: str = "tiny.pt") -> RunArguments:
     return RunArguments(
         trainer=trainer,
