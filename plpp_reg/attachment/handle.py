@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 import weakref
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.amp.grad_scaler
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from plpp_reg.attachment.callers import in_backward, in_checkpoint, stepping_scaler
 from plpp_reg.attachment.discovery import Context, is_causal
 from plpp_reg.attachment.entrance import ONE_DEVICE, Entrance, Prompts, upright
 from plpp_reg.attachment.gradient_join import Group, Join, TextPass, riding
@@ -129,7 +126,7 @@ class Handle:
     def _before_model(self, module: nn.Module, args: Any) -> None:
         if not torch.is_grad_enabled() or not self.context.requires_grad:
             return
-        if _in_backward():  # the second run of a checkpoint around the whole model
+        if in_backward():  # the second run of a checkpoint around the whole model
             self._group = Group()
             self._group.in_backward = True
             return
@@ -150,7 +147,7 @@ class Handle:
                 "cannot join: torch.autograd.grad does it, through torch.func.functional_call too"
             )
         prompts = self._entrance.take(output, self.regularizer.source)
-        again = _in_backward()  # a checkpoint runs the tower once more
+        again = in_backward()  # a checkpoint runs the tower once more
         if prompts is None:
             self._refuse_second_call(output, again)
             return None
@@ -163,7 +160,7 @@ class Handle:
         if not torch.is_grad_enabled():
             if prompts.with_grad:
                 raise InputError(_NO_GRADIENT)
-            if not again and _in_checkpoint():  # a reentrant one's first run: its second run makes the graph
+            if not again and in_checkpoint():  # a reentrant one's first run: its second run makes the graph
                 group = self._next_pass(TextPass(rows, prompts.root))
                 if group not in self._awaiting:
                     self._awaiting.append(group)
@@ -210,7 +207,7 @@ class Handle:
             )
         self._refuse_unjoined()
         self._joined = False
-        if not _in_backward():
+        if not in_backward():
             self._came_by = {}  # of a backward pass that did not reach the context: an attack on the images
             self._awaiting = [group for group in self._awaiting if not group.backward_passes]
         self._group = Group()
@@ -327,7 +324,7 @@ class Handle:
                 self._refuse_unjoined()
 
     def _refuse_unscaled(self) -> None:
-        scaler = _stepping_scaler()
+        scaler = stepping_scaler()
         if self._joined and scaler is not None and scaler is not self.scaler:
             got = "another one" if self.scaler else repr(self.scaler)
             raise InputError(
@@ -390,28 +387,3 @@ def _mean(figures: Sequence[Tensor], group: Group) -> Tensor:
 def _perplexity(regularizer: PerplexityRegularizer, parts: Components, v: Tensor, h: Tensor) -> Tensor:
     """The figure where the losses had it at hand, else by one more look at the vocabulary."""
     return parts.perplexity if parts.perplexity.isfinite() else regularizer.components(v, h).perplexity
-
-
-def _in_checkpoint() -> bool:
-    """Whether this forward pass is a checkpoint's; other passes without gradients (a teacher's) have no second run."""
-    return _caller_from(torch.utils.checkpoint.__file__) is not None
-
-
-def _stepping_scaler() -> torch.amp.GradScaler | None:
-    """The gradient scaler whose step this is; None where the optimizer steps by itself."""
-    frame = _caller_from(torch.amp.grad_scaler.__file__)
-    scaler = frame.f_locals.get("self") if frame is not None else None
-    return scaler if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() else None
-
-
-def _caller_from(file: str | None) -> FrameType | None:
-    """The nearest caller whose code stands in ``file``."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != file:
-        frame = frame.f_back
-    return frame
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread: then a forward pass is a checkpoint's second run."""
-    return torch._C._current_graph_task_id() != -1
