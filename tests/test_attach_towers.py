@@ -1,4 +1,4 @@
-"""attach on text towers of other shapes: called inline, whole CLIPs, open_clip's, Hugging Face's; and what cannot work."""
+"""attach on text towers of other shapes: called inline, whole CLIPs, open_clip's, Hugging Face's."""
 
 from __future__ import annotations
 
@@ -7,91 +7,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from plpp_reg import PerplexityRegularizer, attach
 from plpp_reg.attachment import attached
 from plpp_reg.errors import InputError
-from plpp_reg.loss import functional as PF
-from plpp_reg.loss.nearest import NearestWords
 
-from counting import Waits
-from helpers.attach import assert_close, gradients, host_loss, make_host, make_regularizer
-
-N, M, WIDTH = 5, 4, 64
-
-
-class Inline(nn.Module):
-    """Holds a whole CLIP and calls its text tower itself; names of N classes stand before, behind or around the context.
-
-    ``tower``: prompts (N, T, D) -> states (N, T, D); ``shift``: a meta-net's, so that the vectors go in shifted.
-    """
-
-    def __init__(self, clip: nn.Module, words: Tensor, after: int = 0, shift: bool = False, leaf: str = "ctx") -> None:
-        super().__init__()
-        self.clip, self.after, self.leaf = clip, after, leaf
-        start = torch.randn(M, words.shape[2], generator=torch.Generator().manual_seed(1), dtype=words.dtype) * 0.5
-        clip.requires_grad_(False)
-        setattr(self, leaf, nn.Parameter(start))
-        self.bias = nn.Parameter(torch.full((words.shape[2],), 0.1, dtype=words.dtype)) if shift else None
-        self.register_buffer("words", words)
-
-    def prompts(self) -> Tensor:
-        v = getattr(self, self.leaf)
-        v = (v if self.bias is None else v + self.bias).expand(len(self.words), -1, -1)
-        at = 1 + self.after
-        return torch.cat([self.words[:, :at], v, self.words[:, at + M :]], 1)
-
-    def tower(self, prompts: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self) -> Tensor:
-        return self.tower(self.prompts())[:, -1].sin().sum()
-
-    def with_term(self, regularizer: PerplexityRegularizer, own: bool = False, each: bool = False) -> Tensor:
-        """The loss and the term, added. ``each``: prompts of one context have states of their own."""
-        prompts = self.prompts()
-        hidden = self.tower(prompts)
-        at = 1 + self.after
-        count = len(prompts) if each or self.after else 1
-        h = hidden[:count, at : at + M] if own else hidden[:count, at - 1 : at + M - 1]
-        return hidden[:, -1].sin().sum() + regularizer(prompts[:count, at : at + M], h)
-
-
-class OpenAI(Inline):
-    def tower(self, prompts):
-        x = prompts + self.clip.positional_embedding[: prompts.shape[1]]
-        x = self.clip.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
-        return self.clip.ln_final(x)
-
-
-class OpenAILayers(Inline):
-    def tower(self, prompts):
-        x = (prompts + self.clip.positional_embedding).permute(1, 0, 2)
-        for block in self.clip.transformer.resblocks:
-            x = block(x)
-        return self.clip.ln_final(x.permute(1, 0, 2))
-
-
-class OpenCLIP(Inline):
-    def tower(self, prompts):
-        text = getattr(self.clip, "text", self.clip)
-        x = text.transformer(prompts + text.positional_embedding, attn_mask=text.attn_mask)
-        return text.ln_final(x)
-
-
-class HuggingFace(Inline):
-    def tower(self, prompts):
-        text = self.clip.text_model
-        x = text.embeddings(inputs_embeds=prompts)
-        return text.final_layer_norm(text.encoder(inputs_embeds=x, attention_mask=None, is_causal=True).last_hidden_state)
-
-
-def words_of(embedding: Tensor, length: int = 77, n: int = N) -> Tensor:
-    """(N, T, D): one start token, then names that differ."""
-    ids = torch.randint(1, len(embedding) - 1, (n, length), generator=torch.Generator().manual_seed(2))
-    ids[:, 0] = len(embedding) - 2
-    return embedding.detach()[ids]
+from helpers.attach import assert_close, gradients, make_regularizer
+from helpers.inline import WIDTH, HuggingFace, Inline, M, N, OpenAI, OpenAILayers, OpenCLIP, words_of
 
 
 def open_clip_model(custom: bool, **text: object) -> nn.Module:
@@ -313,111 +235,3 @@ def test_as_many_prompts_as_positions(clip_model):
     host().backward()
     other.with_term(regularizer).backward()
     assert_close(gradients(host), gradients(other), 1e-9)
-
-
-# ---- where it cannot work, it says so --------------------------------------------------------------------------------
-
-
-class Functional(OpenAI):
-    """The last norm's weights are used, the module is never called."""
-
-    def tower(self, prompts):
-        x = self.clip.transformer((prompts + self.clip.positional_embedding).permute(1, 0, 2)).permute(1, 0, 2)
-        return F.layer_norm(x, (WIDTH,), self.clip.ln_final.weight, self.clip.ln_final.bias)
-
-
-def test_a_term_that_never_joins_stops_the_first_backward_pass(clip_model):
-    host = Functional(clip_model, words_of(clip_model.token_embedding.weight)).train()
-    attach(host, make_regularizer(clip_model))
-    loss = host()
-    with pytest.raises(InputError, match="^model: a gradient reached ctx that the term did not join: .*got no such text pass"):
-        loss.backward()
-
-
-def test_a_loss_beside_the_text_features_stops_the_optimizer(clip_model):
-    host = OpenAI(clip_model, words_of(clip_model.token_embedding.weight)).train()
-    attach(host, make_regularizer(clip_model))
-    optimizer = torch.optim.SGD([host.ctx], 0.1)
-    host().backward()
-    host.ctx.square().sum().backward()  # beside a loss that has the term it is no matter
-    optimizer.step()
-    before = host.ctx.detach().clone()
-    host().detach()
-    host.ctx.square().sum().backward()
-    with pytest.raises(InputError, match="got such text passes that it did not come from"):
-        optimizer.step()
-    assert torch.equal(host.ctx, before)
-    elsewhere = nn.Parameter(torch.ones(1, requires_grad=True))
-    elsewhere.sum().backward()
-    torch.optim.SGD([elsewhere], 0.1).step()
-
-
-def test_training_in_evaluation_mode_stops_the_optimizer(clip_model):
-    """Hugging Face's from_pretrained gives a model in evaluation mode."""
-    host = OpenAI(clip_model, words_of(clip_model.token_embedding.weight)).eval()
-    handle = attach(host, make_regularizer(clip_model))
-    optimizer = torch.optim.SGD([host.ctx], 0.1)
-    host().backward()
-    with pytest.raises(InputError, match="^prompt_learner: expected OpenAI in training mode where ctx is trained, got eval"):
-        optimizer.step()
-    host.train()
-    host().backward()
-    optimizer.step()
-    host.eval()
-    handle.remove()
-    host().backward()
-    optimizer.step()
-
-
-def test_a_second_call_of_the_last_norm_is_refused(clip_model):
-    class Intermediates(OpenAILayers):
-        def tower(self, prompts):
-            x, states = (prompts + self.clip.positional_embedding).permute(1, 0, 2), []
-            for block in self.clip.transformer.resblocks:
-                x = block(x)
-                states.append(self.clip.ln_final(x.permute(1, 0, 2)))
-            return states[-1]
-
-    host = Intermediates(clip_model, words_of(clip_model.token_embedding.weight)).train()
-    attach(host, make_regularizer(clip_model))
-    with pytest.raises(InputError, match="^final_norm: expected one call for each pass through the tower"):
-        host()
-
-
-def test_a_model_that_was_compiled_before(clip_model):
-    """What was compiled knows of no hooks: it is made anew."""
-    host, other = (OpenAI(clip_model, words_of(clip_model.token_embedding.weight)).train() for _ in range(2))
-    regularizer = make_regularizer(clip_model)
-    compiled = torch.compile(host, backend="aot_eager")
-    compiled().backward()
-    host.zero_grad()
-    attach(compiled, regularizer)
-    compiled().backward()
-    other.with_term(regularizer).backward()
-    assert_close(gradients(host), gradients(other), 1e-9)
-
-
-# ---- a GPU is not waited for -----------------------------------------------------------------------------------------
-
-
-class Anew(NearestWords):
-    """An accelerator's way."""
-
-    def __call__(self, *arguments):
-        return PF.search_all(*arguments)
-
-
-@pytest.mark.parametrize("position", ["end", "front"])
-def test_a_text_pass_waits_for_the_device_once(clip_model, batch, position):
-    host = make_host(clip_model, position=position)
-    counts = []
-    for plain in (True, False):
-        if not plain:
-            regularizer = make_regularizer(clip_model)
-            regularizer.nearest = Anew()
-            attach(host, regularizer)
-        host_loss(host, batch).backward()
-        with Waits() as waits:
-            host_loss(host, batch).backward()
-        counts.append(waits.by_name)
-    assert counts[1] - counts[0] == {"tolist": 1}, counts
