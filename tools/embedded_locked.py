@@ -37,7 +37,7 @@ class Locked(Stage):
     def __init__(self, args: argparse.Namespace, corpus: Corpus, image_tower: nn.Module) -> None:
         torch.manual_seed(args.seed)
         text = Text(corpus.emoji, args.seed, plain_caption)
-        model = new_clip(len(text.ids))
+        model = new_clip(len(text.ids), args.text_width)
         model.visual = image_tower.requires_grad_(False)
         nn.init.constant_(model.ln_final.weight, HEAD_GAIN)
         super().__init__(args, args.text_steps, corpus, text, model)

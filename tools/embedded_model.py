@@ -15,10 +15,10 @@ PATCH, CONTEXT = 8, 77
 VISION_WIDTH, VISION_LAYERS, TEXT_WIDTH, TEXT_LAYERS, EMBED = 192, 6, 128, 4, 128
 
 
-def new_clip(vocabulary: int) -> CLIP:
+def new_clip(vocabulary: int, text_width: int = TEXT_WIDTH) -> CLIP:
     """A CLIP of the embedded size with random weights, in a compact vocabulary of `vocabulary` tokens."""
     vision = (RESOLUTION, VISION_LAYERS, VISION_WIDTH, PATCH)
-    return CLIP(EMBED, *vision, CONTEXT, vocabulary, TEXT_WIDTH, TEXT_WIDTH // 64, TEXT_LAYERS)
+    return CLIP(EMBED, *vision, CONTEXT, vocabulary, text_width, text_width // 64, TEXT_LAYERS)
 
 
 def attend(block: nn.Module, x: Tensor, causal: bool, first_only: bool = False, dropout: float = 0.0) -> Tensor:

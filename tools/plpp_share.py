@@ -2,9 +2,10 @@
 
     python tools/plpp_share.py
 
-Scale c times token and positional embeddings and every map that writes to the residual stream, and each layer norm sees what it
-saw before (but for its epsilon): the same function, with vectors c times as long. Each number is |gradient of a PLPP loss at
-weight 1| / |gradient of the cross-entropy|, on the context, of two seeds together: at the start, and after ten epochs of CoOp.
+Scale c times token and positional embeddings and every map that writes to the residual stream, and c^2 times every layer norm's
+epsilon, and each norm gives what it gave before: the same function, with vectors c times as long. Each number is |gradient of a
+PLPP loss at weight 1| / |gradient of the cross-entropy|, on the context, of two seeds together: at the start, and after ten
+epochs of CoOp.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def rescaled(clip_model: nn.Module, scale: float) -> nn.Module:
     writers = [layer for block in model.transformer.resblocks for layer in (block.attn.out_proj, block.mlp.c_proj)]
     for tensor in (model.token_embedding.weight, model.positional_embedding, *(p for w in writers for p in w.parameters())):
         tensor.mul_(scale)
+    norms = [norm for block in model.transformer.resblocks for norm in (block.ln_1, block.ln_2)]
+    for norm in (*norms, model.ln_final):
+        norm.eps *= scale**2
     return model
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from study.bench import Bench
 from study.figure import draw
-from study.rows import Rows
+from study.rows import Rows, between
 from study.rule import confirm, validate
 from study.tables import END, START, tables
 
@@ -29,9 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = Rows(args.rows)
     if args.docs:
-        page = args.docs / "study.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition(START)
-        page.write_text(f"{before}{START}\n\n{tables(rows)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        between(args.docs / "study.md", START, END, tables(rows))
         draw(rows, args.docs / "images" / "frontier.png")
     if args.tables:
         print(tables(rows))

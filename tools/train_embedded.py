@@ -20,6 +20,7 @@ from embedded_data import Corpus
 from embedded_export import evaluate_openmoji, export, exported_image_tower
 from embedded_joint import Joint
 from embedded_locked import Locked
+from embedded_model import TEXT_WIDTH
 from embedded_stage import ROOT
 from embedded_text import REGROUP
 from torch import nn
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "plpp_reg/clip/embedded.safetensors")
     parser.add_argument("--steps", type=int, default=3200, help="of the first stage")
     parser.add_argument("--text-steps", type=int, default=1500, help="of the second")
+    parser.add_argument("--text-width", type=int, default=TEXT_WIDTH, help="of the second stage's tower: a multiple of 64")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep-image-tower", action="store_true", help="the embedded file's stands for the first stage's")

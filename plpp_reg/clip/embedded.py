@@ -23,13 +23,16 @@ FORMAT = "1"
 _ONE = 1 << 20  # fixed point: sums of squares of a row stay exact in 64-bit integers and in float64
 
 
-def embedded_state_dict() -> dict[str, torch.Tensor]:
+def embedded_state_dict(file: Path | None = None) -> dict[str, torch.Tensor]:
     """The embedded model's whole state dict, as `clip.model.build_model` takes it, in float16 on the CPU.
+
+    Args:
+        file: another weight file of the same format, as `tools/train_embedded.py --out` writes it; None: the package's.
 
     Raises:
         InputError: the weight file is not beside this module, or of another format version; no package `safetensors`.
     """
-    tensors, metadata = _read()
+    tensors, metadata = _read(file or FILE)
     rows = tensors.pop("token_embedding.trained")
     ids = tensors.pop("token_embedding.trained_ids").long()
     neighbours = tensors.pop("token_embedding.neighbours")
@@ -44,15 +47,15 @@ def embedded_state_dict() -> dict[str, torch.Tensor]:
     return {**tensors, "token_embedding.weight": table}
 
 
-def trained_token_ids() -> torch.Tensor:
-    """The ids of the word vectors that training reached: sorted, int64."""
-    tensors, _ = _read("token_embedding.trained_ids")
+def trained_token_ids(file: Path | None = None) -> torch.Tensor:
+    """The ids of the word vectors that training reached: sorted, int64; `file` as above."""
+    tensors, _ = _read(file or FILE, "token_embedding.trained_ids")
     return tensors["token_embedding.trained_ids"].long()
 
 
 def embedded_metadata() -> dict[str, str]:
     """What the weight file's header says of its making: seed, steps, held-out vendor, sources and so on."""
-    return _read("logit_scale")[1]
+    return _read(FILE, "logit_scale")[1]
 
 
 def fill_untrained(rows: np.ndarray, tokens: np.ndarray, neighbours: np.ndarray, spread: float, lean: float) -> np.ndarray:
@@ -106,18 +109,18 @@ def _hash(x: np.ndarray) -> np.ndarray:
     return mixed(x + np.uint64(STEP))
 
 
-def _read(*names: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(path: Path, *names: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The named tensors of the weight file (all, if none is named) and its metadata."""
     try:
         from safetensors import safe_open
     except ModuleNotFoundError as error:
         raise InputError("the embedded backbone is read with the package safetensors: pip install safetensors") from error
-    if not FILE.is_file():
-        raise InputError(f"the embedded backbone's weights are missing: {FILE}")
+    if not path.is_file():
+        raise InputError(f"the embedded backbone's weights are missing: {path}")
     file: Any
-    with safe_open(str(FILE), framework="pt") as file:
+    with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
-            raise InputError(f"{FILE.name} has format {found!r}, this version reads {FORMAT!r}")
+            raise InputError(f"{path.name} has format {found!r}, this version reads {FORMAT!r}")
         return {name: file.get_tensor(name) for name in names or file.keys()}, metadata

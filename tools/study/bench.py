@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
 from plpp_reg.clip.load import load_clip
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.experiments.parallel_seeds import HALVES, Images, ParallelSeeds, read_images
@@ -17,11 +19,16 @@ AT_ONCE = 20  # seeds
 
 
 class Bench:
-    """Runs what is not in the rows yet."""
+    """Runs what is not in the rows yet.
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows, self.clip_model = rows, load_clip()
+    ``clip_model``: another text tower beside the embedded model's image tower; ``scale``: how long its vectors are, for the
+    same function. Starting vectors are that much longer too, and SGD's rate and weight decay such that CoOp goes the same way.
+    """
+
+    def __init__(self, rows: Rows, clip_model: nn.Module | None = None, scale: float = 1.0) -> None:
+        self.rows, self.clip_model, self.scale = rows, clip_model or load_clip(), scale
         self._images: dict[str, Images] = {}
+        self.contexts: list[Tensor] = []  # (G, M, D) of the last run, after each quarter
 
     def images(self, split: str) -> Images:
         if split not in self._images:
@@ -37,18 +44,29 @@ class Bench:
                 for first in range(0, len(missing), AT_ONCE):
                     self.rows.add(self.run(setting, case, split, missing[first : first + AT_ONCE]))
 
-    def run(self, setting: Setting, case: Case, split: str, seeds: Sequence[int]) -> dict[str, Any]:
+    def started(self, setting: Setting, case: Case, images: Images, seeds: Sequence[int]) -> ParallelSeeds:
+        """The seeds before their first step."""
         opts = {"TRAINER.COOP.N_CTX": case.n_ctx, "DATASET.NUM_SHOTS": case.shots, **setting.opts}
         words = tuple(str(word) for pair in opts.items() for word in pair)
         cfg, method = resolve(RunArguments(trainer=setting.trainer, config_file=RECIPE, opts=words))
-        start, wall, images = time.process_time(), time.perf_counter(), self.images(split)
-        epochs = cfg.OPTIM.MAX_EPOCH
-        factor = SCHEDULES[setting.schedule]
+        optim, square = cfg.OPTIM, self.scale**2
+        optim.LR, optim.WARMUP_CONS_LR = optim.LR * square, optim.WARMUP_CONS_LR * square
+        optim.WEIGHT_DECAY /= square
+        factor, epochs = SCHEDULES[setting.schedule], optim.MAX_EPOCH
         runs = ParallelSeeds(method, cfg, self.clip_model, images, seeds, lambda epoch: factor((epoch + 0.5) / epochs))
+        runs.context.data.mul_(self.scale)
+        return runs
+
+    def run(self, setting: Setting, case: Case, split: str, seeds: Sequence[int]) -> dict[str, Any]:
+        start, wall, images = time.process_time(), time.perf_counter(), self.images(split)
+        runs = self.started(setting, case, images, seeds)
+        epochs = runs.cfg.OPTIM.MAX_EPOCH
         quarters, ends = [], [round(epochs * share / 4) for share in (1, 2, 3, 4)]
+        self.contexts = []
 
         def measure(epoch: int) -> None:
             if epoch in ends:
+                self.contexts.append(runs.context.detach().clone())
                 found = runs.measure()
                 quarters.append({"base": found.base, "new": found.new, "perplexity": [round(p, 1) for p in found.perplexity]})
 

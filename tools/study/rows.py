@@ -14,13 +14,15 @@ from study.settings import Case, Setting
 
 
 class Rows:
-    """The file of rows, and what it says of a setting."""
+    """The file of rows, and what it says of a setting; of a file that has several text towers, of one of them."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    def __init__(self, path: Path, tower: str | None = None) -> None:
+        self.path, self.tower = path, tower
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        self.rows = [row for row in rows if row.get("tower") == tower]
 
     def add(self, row: dict[str, Any]) -> None:
+        row = row if self.tower is None else {"tower": self.tower, **row}
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
@@ -43,3 +45,9 @@ class Rows:
     def point(self, setting: Setting, case: Case, split: str, seeds: Sequence[int], quarter: int = 4) -> Point:
         base, new = (self.figures(setting.name, case, split, half, seeds, quarter) for half in HALVES)
         return Point(setting.strength, base, new)
+
+
+def between(page: Path, start: str, end: str, text: str) -> None:
+    """Put ``text`` between two marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    page.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")

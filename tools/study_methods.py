@@ -1,0 +1,150 @@
+"""The chosen setting on other methods and other tests than base to new: cross-dataset, domains.
+
+    python tools/study_methods.py --work build/study --rows benchmarks/results/study-methods.jsonl   # runs what is missing
+    python tools/study_methods.py --rows benchmarks/results/study-methods.jsonl --docs docs    # the tables of docs/study.md
+
+`plpp run` of the shipped protocols on the embedded default, 16 shots, each method as its recipe has it, with and without PLPP
+as tools/study/rule.py chose it for CoOp: nothing is chosen here. CoOp has 16 vectors and 40 epochs, as in the study; CoOp with
+fewer epochs is the control. A row is one run: accuracy on what it learned from (source, base), and on each other test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plpp_reg.results.frontier import Point, difference, gap_at_equal_base
+from plpp_reg.results.record import read_result, summary
+
+from study.rows import between
+
+CHOSEN = "TRAINER.PLPP.WEIGHT 0 TRAINER.PLPP.INVERSE_WEIGHT 0.3 TRAINER.PLPP.TOP_K 1000".split()
+EPOCHS = (10, 20, 30)
+TESTS = {"cross_dataset": "other classes", "domain_generalization": "changed pictures"}
+PROMPTS = ["CoOp", "KgCoOp"]  # on those
+OTHERS = ["ProGrad", "MaPLe", "PromptSRC", "CoCoOp", "KgCoOp", "CoOp_KDPL"]  # base to new; CoOp's is the study itself
+FEW, MANY = range(201, 211), range(201, 221)
+START, END = "<!-- other methods -->", "<!-- end of other methods -->"
+
+
+class Sweep(NamedTuple):
+    """One `plpp run`; ``name`` is that of its folder."""
+
+    name: str
+    protocol: str
+    methods: Sequence[str]
+    settings: Sequence[str]
+    seeds: Sequence[int]
+
+
+def with_plpp(methods: Sequence[str]) -> list[str]:
+    return [name for method in methods for name in (method, f"{method}_PLPP")]
+
+
+def sweeps() -> list[Sweep]:
+    found = []
+    for seeds in (FEW, MANY):
+        for protocol in TESTS:
+            found.append(Sweep("chosen", protocol, with_plpp(PROMPTS), ["OPTIM.MAX_EPOCH", "40", *CHOSEN], seeds))
+            found += [Sweep(f"epochs {e}", protocol, ["CoOp"], ["OPTIM.MAX_EPOCH", str(e)], seeds) for e in EPOCHS]
+        if seeds is FEW:
+            found.append(Sweep("chosen", "base_to_new", with_plpp(OTHERS), CHOSEN, seeds))
+    return found
+
+
+def run(sweep: Sweep, work: Path) -> None:
+    """What is there is not run again."""
+    output = work / sweep.name.replace(" ", "")
+    command = [sys.executable, "-m", "plpp_reg", "run", sweep.protocol, "--methods", *sweep.methods, "--output", str(output)]
+    subprocess.run([*command, "--seeds", *map(str, sweep.seeds), "--set", *sweep.settings], check=True)
+
+
+def collect(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row a finished run."""
+    rows = []
+    for name in names:
+        for protocol in (*TESTS, "base_to_new"):
+            for file in sorted((work / name.replace(" ", "") / protocol).rglob("result.json")):
+                found, of = read_result(file.parent), {"sweep": name, "protocol": protocol}
+                if found["trainer"] != "ZeroshotCLIP":
+                    tests = {test: round(record["metrics"]["accuracy"], 3) for test, record in found["tests"].items()}
+                    source = round(found["metrics"]["accuracy"], 3)
+                    rows.append({**of, "method": found["trainer"], "seed": found["seed"], "source": source, "tests": tests})
+    return rows
+
+
+class Rows(NamedTuple):
+    rows: Sequence[dict[str, Any]]
+
+    def seeds(self, sweep: str, protocol: str, method: str) -> list[int]:
+        key = (sweep, protocol, method)
+        return sorted(r["seed"] for r in self.rows if (r["sweep"], r["protocol"], r["method"]) == key)
+
+    def point(self, sweep: str, protocol: str, method: str, seeds: Sequence[int], strength: float = 0) -> Point:
+        """Base is the source, new the mean of the other tests."""
+        found = {r["seed"]: r for r in self.rows if (r["sweep"], r["protocol"], r["method"]) == (sweep, protocol, method)}
+        return Point(
+            strength, [found[s]["source"] for s in seeds], [statistics.fmean(found[s]["tests"].values()) for s in seeds]
+        )
+
+
+def transfer(rows: Rows, protocol: str) -> str:
+    """Markdown: CoOp, its epochs and PLPP; KgCoOp and PLPP."""
+    lines = [f"| {protocol} | seeds | source | {TESTS[protocol]} |", "|---|---|---|---|"]
+    seeds = rows.seeds("chosen", protocol, "CoOp")
+    plain, treated = (rows.point("chosen", protocol, m, seeds, 40) for m in ("CoOp", "CoOp_PLPP"))
+    curve = [rows.point(f"epochs {e}", protocol, "CoOp", seeds, e) for e in EPOCHS]
+    lines.append(_means("CoOp, 40 epochs", plain))
+    lines += [_differences(f"the same with {e} epochs", point, plain) for e, point in zip(EPOCHS, curve, strict=True)]
+    lines.append(_differences("CoOp_PLPP", treated, plain))
+    gap = gap_at_equal_base(treated, [*curve, plain]) or "not reached"
+    lines.append(f"| CoOp_PLPP above the epochs' curve at equal source accuracy | {len(seeds)} | | {gap} |")
+    seeds = rows.seeds("chosen", protocol, "KgCoOp")
+    plain, treated = (rows.point("chosen", protocol, m, seeds) for m in ("KgCoOp", "KgCoOp_PLPP"))
+    return "\n".join([*lines, _means("KgCoOp", plain), _differences("KgCoOp_PLPP", treated, plain)])
+
+
+def _means(name: str, point: Point) -> str:
+    return f"| {name} | {len(point.base)} | {summary(point.base).mean:.1f} | {summary(point.new).mean:.1f} |"
+
+
+def _differences(name: str, point: Point, plain: Point) -> str:
+    return f"| {name} | {len(point.base)} | {' | '.join(str(difference(point, plain, figure)) for figure in ('base', 'new'))} |"
+
+
+def base_to_new(rows: Rows) -> str:
+    """Markdown: every method, and what PLPP does to it."""
+    lines = ["| base to new | seeds | base | new | H | with PLPP: base | new | H |", "|---|---|---|---|---|---|---|---|"]
+    for method in OTHERS:
+        seeds = rows.seeds("chosen", "base_to_new", method)
+        plain, treated = (rows.point("chosen", "base_to_new", m, seeds) for m in (method, f"{method}_PLPP"))
+        cells = [f"{summary(values).mean:.1f}" for values in (plain.base, plain.new, plain.h)]
+        cells += [str(difference(treated, plain, figure)) for figure in ("base", "new", "h")]
+        lines.append(f"| {method} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines, of all finished runs in --work")
+    parser.add_argument("--work", type=Path, default=Path("build/study"), help="the runs; what is there is not run again")
+    parser.add_argument("--docs", type=Path, metavar="DIR", help="write the tables into DIR/study.md; run nothing")
+    args = parser.parse_args()
+    if args.docs:
+        rows = Rows([json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()])
+        text = "\n\n".join([*(transfer(rows, protocol) for protocol in TESTS), base_to_new(rows)])
+        return between(args.docs / "study.md", START, END, text)
+    for sweep in sweeps():
+        run(sweep, args.work)
+        found = collect(args.work, list(dict.fromkeys(s.name for s in sweeps())))
+        args.rows.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
