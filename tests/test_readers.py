@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from plpp_reg.data import DATASETS, DataSplit, load_dataset
+from plpp_reg.data import DATASETS, DataSplit, load_dataset, matlab
 from plpp_reg.data.readers import as_data, read_own_files, read_split, split_data
 from plpp_reg.errors import InputError
 
@@ -48,10 +49,18 @@ def edited(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
 
 
 def cut(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
-    """Cut short, or something else altogether: inside a .mat file that is not compressed, scipy trusts what it reads."""
+    """Cut short, or something else altogether: inside a .mat file, scipy trusts what it reads."""
     if len(edits) > 2:
         return b"".join(piece * gone for _, gone, piece in edits)
     return content[: round(edits[0][0] * len(content))] if edits else content
+
+
+@contextlib.contextmanager
+def in_this_process() -> Iterator[None]:
+    """A .mat file is read without a process a time, which is what thirty examples would wait for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matlab, "read", lambda files: [matlab.plain(str(path), key) for path, key in files])
+        yield
 
 
 def assert_whole(data: DataSplit) -> None:
@@ -82,8 +91,7 @@ def test_any_list_of_the_papers_data_is_read_or_refused(name: str, file: str, ro
     whole = path.read_bytes()
     path.write_bytes(edited(whole, edits) if path.suffix != ".mat" else cut(whole, edits))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scipy's, of what it finds in a .mat file
+        with in_this_process():
             assert_whole(as_data(root / layout.folder / layout.images, *read_own_files(root / layout.folder, layout)))
     except InputError as e:
         assert_a_line(e)
@@ -121,3 +129,29 @@ def test_any_table_is_read_or_refused(tmp_path_factory, columns: list[str], used
         assert_whole(load_dataset(f"csv:{folder / 't.csv'}"))
     except InputError as e:
         assert_a_line(e)
+
+
+def test_a_mat_file_is_read_to_plain_values(root: Path) -> None:
+    folder = root / DATASETS["StanfordCars"].layout.folder
+    files = [(folder / "devkit" / "cars_meta.mat", "class_names"), (folder / "devkit" / "cars_train_annos.mat", "annotations")]
+    assert matlab.read(files) == [matlab.plain(str(path), key) for path, key in files]
+    (names,), (cars,) = matlab.read(files)
+    assert all(isinstance(name, str) for (name,) in names) and len(names) > 1
+    assert isinstance(cars[0]["fname"][0], str) and isinstance(cars[0]["class"][0][0], int)
+
+
+def test_a_mat_file_that_ends_its_reader_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file on which scipy crashes is a matter of scipy's version; a reader that is ended stands for all of them."""
+    program = tmp_path / "crash.py"
+    program.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr(matlab, "__file__", str(program))
+    layout = DATASETS["OxfordFlowers"].layout
+    with pytest.raises(InputError, match="imagelabels.mat: scipy ended with SIGSEGV while it read a damaged file"):
+        read_own_files(root / layout.folder, layout)
+
+
+def test_of_a_damaged_mat_file_scipy_s_word_is_said(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.mat").write_bytes(b"MATLAB 5.0" + bytes(300))
+    with pytest.raises(ValueError, match="^x.mat: ValueError: Unknown mat file type") as caught:
+        matlab.read([(tmp_path / "x.mat", "labels")])
+    assert "\n" not in str(caught.value)

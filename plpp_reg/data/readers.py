@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from plpp_reg.data import matlab
 from plpp_reg.data.names import as_read, both
 from plpp_reg.data.remarks import as_here, doubles, slashes
 from plpp_reg.data.sampling import PARTS, DataSplit, Datum
@@ -243,37 +244,32 @@ def _pets(folder: Path, layout: Layout) -> Parts:
 
 
 def _cars(folder: Path, layout: Layout) -> Parts:
-    names = [str(name[0]) for name in _mat(folder / "devkit" / "cars_meta.mat", "class_names")]
+    devkit = folder / "devkit"
+    test = folder / "cars_test_annos_withlabels.mat"
+    files = [(devkit / "cars_meta.mat", "class_names"), (devkit / "cars_train_annos.mat", "annotations"), (test, "annotations")]
+    (named,), *annotated = matlab.read(files)
+    names = [str(name[0]) for name in named]
 
-    def rows(images: str, file: Path) -> list[Row]:
+    def rows(images: str, cars: Sequence[Mapping]) -> list[Row]:
         found = []
-        for car in _mat(file, "annotations"):
-            label = int(car["class"][0, 0]) - 1
+        for car in cars:
+            label = int(car["class"][0][0]) - 1
             make_and_model, _, year = names[label].rpartition(" ")
             found.append(Row(f"{images}/{car['fname'][0]}", label, f"{year} {make_and_model}"))
         return found
 
-    trainval = rows("cars_train", folder / "devkit" / "cars_train_annos.mat")
-    return _train_val_test(trainval, rows("cars_test", folder / "cars_test_annos_withlabels.mat"))
+    (train,), (test_cars,) = annotated
+    return _train_val_test(rows("cars_train", train), rows("cars_test", test_cars))
 
 
 def _flowers(folder: Path, layout: Layout) -> Parts:
     classnames = read_json(folder / "cat_to_name.json")
     groups: dict[int, list[str]] = {}
-    for index, label in enumerate(_mat(folder / "imagelabels.mat", "labels"), start=1):
+    ((labels,),) = matlab.read([(folder / "imagelabels.mat", "labels")])
+    for index, label in enumerate(labels, start=1):
         groups.setdefault(int(label), []).append(f"image_{index:05d}.jpg")
     rows = ((label - 1, classnames[str(label)], names) for label, names in groups.items())
     return split_three(rows, random.Random(SPLIT_SEED))
-
-
-def _mat(path: Path, key: str) -> Sequence:
-    from scipy.io import loadmat
-
-    try:
-        content = loadmat(str(path))
-    except Exception as e:  # of a damaged file scipy raises whatever it runs into
-        raise ValueError(f"{path.name}: {e}") from e
-    return content[key][0]
 
 
 def _aircraft(folder: Path, layout: Layout) -> Parts:
