@@ -48,14 +48,16 @@ def with_plpp(methods: Sequence[str]) -> list[str]:
 
 
 def sweeps() -> list[Sweep]:
-    found = []
-    for seeds in (FEW, MANY):
-        for protocol in TESTS:
-            found.append(Sweep("chosen", protocol, with_plpp(PROMPTS), ["OPTIM.MAX_EPOCH", "40", *CHOSEN], seeds))
-            found += [Sweep(f"epochs {e}", protocol, ["CoOp"], ["OPTIM.MAX_EPOCH", str(e)], seeds) for e in EPOCHS]
-        if seeds is FEW:
-            found.append(Sweep("chosen", "base_to_new", with_plpp(OTHERS), CHOSEN, seeds))
-    return found
+    return [
+        *(sweep for protocol in TESTS for sweep in transfers(protocol, FEW)),
+        Sweep("chosen", "base_to_new", with_plpp(OTHERS), CHOSEN, FEW),
+        *transfers("cross_dataset", MANY),
+    ]
+
+
+def transfers(protocol: str, seeds: Sequence[int]) -> list[Sweep]:
+    controls = [Sweep(f"epochs {e}", protocol, ["CoOp"], ["OPTIM.MAX_EPOCH", str(e)], seeds) for e in EPOCHS]
+    return [Sweep("chosen", protocol, with_plpp(PROMPTS), ["OPTIM.MAX_EPOCH", "40", *CHOSEN], seeds), *controls]
 
 
 def run(sweep: Sweep, work: Path) -> None:
