@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,13 @@ from plpp_reg.results.record import read_result
 
 from helpers import engine as helpers
 from helpers.bench import Bench
-from helpers.resume import Killed, arguments, kill_at, make_tiny_and_noisy, make_world
+from helpers.resume import Killed, arguments, kill_at
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is old after some ticks of the clock by which files are dated."""
+    monkeypatch.setattr(contents, "JUST_NOW", 50 * 10**6)
 
 
 @pytest.fixture
@@ -48,9 +53,13 @@ def repaint(path: Path) -> None:
         Image.new("RGB", image.size, "white").save(path)
 
 
-def test_files_are_read_once_and_again_when_one_changes(tmp_path: Path, cache: Path, reads: list[str]) -> None:
+def test_files_are_read_once_and_again_when_one_changes(
+    tmp_path: Path, cache: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = helpers.read_tiny(helpers.make_images(tmp_path / "images"))
-    first = contents.contents_sha256(data.val)
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "JUST_NOW", 3600 * 10**9)
+        first = contents.contents_sha256(data.val)
     assert len(reads) == len(data.val) and not cache.exists()  # just written: they may change within a tick of the clock
     aged(tmp_path / "images")
     assert contents.contents_sha256(data.val) == first and len(reads) == 2 * len(data.val)
@@ -124,10 +133,27 @@ def test_clearing_the_cache_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ---- runs ----------------------------------------------------------------------------------------------------------------
 
 
+METHODS = ["CoOp", "CoOp_PLPP"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A bench whose sweep has run; tests work on copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
+        made = Bench(tmp_path_factory.mktemp("bench"))
+        assert len(ran(made)[0]) == 4
+    return made
+
+
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(done: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """The finished one beside pictures of its own with the same content. Its model is that of ``done``: a path that counts."""
     monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
-    yield Bench(tmp_path)
+    copy = Bench(tmp_path)
+    copy.backbone = done.backbone
+    shutil.copytree(done.output, copy.output)
+    return copy
 
 
 def ran(bench: Bench) -> tuple[list[str], list[str]]:
@@ -139,13 +165,13 @@ def ran(bench: Bench) -> tuple[list[str], list[str]]:
         seen.extend(job.label for job in left)
         return sweep.one_after_another(left)
 
-    assert sweep.sweep(bench.plan(methods=["CoOp", "CoOp_PLPP"]), say=said.append, runner=runner) == []
+    assert sweep.sweep(bench.plan(methods=METHODS), say=said.append, runner=runner) == []
     return seen, said
 
 
 def test_other_pictures_under_the_same_names_are_run_anew(bench: Bench) -> None:
-    jobs, _ = ran(bench)
-    assert len(jobs) == 4 and ran(bench)[0] == []
+    jobs = [job.label for job in bench.plan(methods=METHODS)]
+    assert ran(bench)[0] == []
     for job in bench.plan(methods=["CoOp"]):
         assert set(read_result(job.folder)["pictures_sha256"]) == {"train", "test"}
         assert set(read_result(job.folder)["tests"]["new"]["pictures_sha256"]) == {"test"}
@@ -167,7 +193,6 @@ def test_other_pictures_under_the_same_names_are_run_anew(bench: Bench) -> None:
 
 
 def test_runs_made_before_keep_counting_with_a_word(bench: Bench) -> None:
-    ran(bench)
     for job in bench.plan(methods=["CoOp"]):
         result = read_result(job.folder)
         for part in (result, *result["tests"].values()):
@@ -180,7 +205,6 @@ def test_runs_made_before_keep_counting_with_a_word(bench: Bench) -> None:
 
 
 def test_a_table_says_which_runs_saw_other_pictures(bench: Bench) -> None:
-    ran(bench)
     assert "pictures" not in bench.tables()["markdown"]
     jobs = bench.plan(methods=["CoOp_PLPP"])
     for job, names in zip(jobs, (["test"], ["train", "new"]), strict=True):
@@ -199,17 +223,11 @@ def test_a_table_says_which_runs_saw_other_pictures(bench: Bench) -> None:
     assert "Runs of CoOp (" not in table
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.mark.parametrize("old", [False, True])
 def test_a_killed_run_does_not_go_on_with_other_pictures(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, old: bool
+    resumable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_and_noisy: None, old: bool
 ) -> None:
-    make_tiny_and_noisy(monkeypatch)
-    shutil.copytree(world, tmp_path / "world")
+    shutil.copytree(resumable, tmp_path / "world")
     mine, out = tmp_path / "world", tmp_path / "out"
     with monkeypatch.context() as patch:
         kill_at(patch, "step", 6)

@@ -19,11 +19,11 @@ import torch
 from plpp_reg.errors import InputError
 
 from helpers import engine as engine_helpers
+from helpers import processes
 
 HERE = Path(__file__).parent
 HOSTS, CHECKOUT = HERE / "hosts", HERE / "hosts" / "checkout"
 sys.path.insert(0, str(HOSTS))
-import processes
 
 # what runpy does before the module runs: the package is imported, with these words
 MODULE = "import sys; words = sys.argv; sys.argv = ['-m']; sys.orig_argv = ['python', '-m', 'plpp_reg.dassl']\n"
@@ -32,10 +32,10 @@ NEW_NUMPY = not hasattr(numpy, "int")
 NEW_TORCH = "verbose" not in torch.optim.lr_scheduler.LRScheduler.__init__.__code__.co_varnames
 
 
-def launch(*arguments: str) -> processes.Done:
+def launch(*arguments: str) -> subprocess.CompletedProcess:
     """``python -m plpp_reg.dassl …`` in the checkout, from where the module begins to run."""
     code = "import sys\nfrom plpp_reg.dassl.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-    return processes.python(MODULE + code, *arguments, path=[HOSTS], cwd=CHECKOUT)
+    return processes.run(MODULE + code, *arguments, path=[HOSTS], cwd=CHECKOUT, package=False)
 
 
 def command(*words: str, cwd: Path = CHECKOUT, path: str = str(HOSTS)) -> subprocess.CompletedProcess:
@@ -46,7 +46,7 @@ def command(*words: str, cwd: Path = CHECKOUT, path: str = str(HOSTS)) -> subpro
 
 def in_process(code: str) -> Any:
     """What a fresh interpreter prints as JSON on its last line."""
-    done = processes.python(code, path=[HOSTS, CHECKOUT, HERE])
+    done = processes.run(code, path=[HOSTS, CHECKOUT, HERE], package=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -120,7 +120,7 @@ def test_what_is_broken_is_said_and_mended(runs):
     assert "FutureWarning" not in done["plpp"].stderr
     code = "import runpy, sys; runpy.run_path('train.py', run_name='__main__')"
     words = ["--trainer", "MiniCoOp", "--output-dir", str(folder / "unmended")]
-    plain = processes.python(code, *words, path=[HOSTS], cwd=CHECKOUT)
+    plain = processes.run(code, *words, path=[HOSTS], cwd=CHECKOUT, package=False)
     assert plain.returncode == 1 and "TypeError" in plain.stderr  # the stand-in has the fault
 
 
@@ -255,7 +255,7 @@ print(json.dumps([type(trainer).__name__, again.test(), trainer.trainer.plpp_act
 """
     results = {}
     for name in ("CoOp", "CoOp_PLPP", "CoOp_KDPL"):
-        done = processes.python(code, name, path=[HOSTS, HERE])
+        done = processes.run(code, name, path=[HOSTS, HERE], package=False)
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout.splitlines()[-1])
         result = json.loads((tmp_path / name / "result.json").read_text())

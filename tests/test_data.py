@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import subprocess
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from plpp_reg.data.sampling import sample_few_shot, subsample_classes
 from plpp_reg.errors import InputError
 
 from helpers import engine as helpers
+from helpers import processes
 
 
 def make_split(labels: list[int], val_labels: list[int] | None = None) -> DataSplit:
@@ -214,7 +214,7 @@ emoji.rasterise(sys.argv[1:])
     with mock.patch.dict(os.environ, PLPP_REG_CACHE=str(whole)):
         expected = drawn(emoji.rasterise(CODES))
     with mock.patch.dict(os.environ, PLPP_REG_CACHE=str(cut)):
-        subprocess.run(**helpers.python(code, *CODES), check=False, timeout=120)
+        processes.run(code, *CODES)
         (folder,) = cut.iterdir()
         (half,) = folder.glob(".*.tmp")
         assert len(list(folder.glob("*.png"))) == 4

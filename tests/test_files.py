@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -16,6 +16,7 @@ from plpp_reg.errors import InputError
 from plpp_reg.io import files
 
 from helpers import engine as helpers
+from helpers import processes
 from helpers.engine import quietly
 from helpers.resume import EPOCHS, Killed, arguments, command
 
@@ -65,19 +66,15 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="files that are being written
 @POSIX
 def test_what_a_killed_process_left_is_told_from_what_another_one_writes(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    assert subprocess.run(**helpers.python(KILLED, str(path))).returncode == -signal.SIGKILL
+    assert processes.run(KILLED, str(path)).returncode == -signal.SIGKILL
     assert helpers.files_below(tmp_path) == [".file.tmp"] and files.left_behind(tmp_path) == [tmp_path / ".file.tmp"]
     files.write_text(path, "whole")  # written over by the next
     assert helpers.files_below(tmp_path) == ["file"]
-    writer = subprocess.Popen(**helpers.python(KILLED, str(path), "wait", stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-    try:
+    with processes.started(KILLED, str(path), "wait", stdin=PIPE, stdout=PIPE) as writer:
         busy = Path(writer.stdout.readline().strip())
         assert files.left_behind(tmp_path) == [] and files.clear_left_behind(tmp_path) == 0
         files.write_text(path, "in between")  # under another name, and without waiting
         assert busy.read_text() == "half" and path.read_text() == "in between"
-    finally:
-        writer.kill()
-        writer.communicate()
     assert files.clear_left_behind(tmp_path) == 1 and helpers.files_below(tmp_path) == ["file"]
 
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pytest
 import torch
+import yaml
 
 from plpp_reg.commands import cli
 from plpp_reg.engine import checkpoint
 from plpp_reg.errors import line_of
 from plpp_reg.io.files import write_text
 
-from helpers import engine as helpers
+from helpers import processes
 from helpers.cli import line, refused
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
@@ -178,6 +180,9 @@ def test_no_shared_memory_is_a_line(said: str) -> None:
     assert "/dev/shm" in text and "NUM_WORKERS 0" in text and "\n" not in text
 
 
+CLONE_NEWNS = 0x20000  # linux/sched.h: mounts of one's own
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a small /dev/shm")
 def test_a_small_dev_shm_is_a_line(world: Path, tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]
@@ -185,10 +190,13 @@ def test_a_small_dev_shm_is_a_line(world: Path, tmp_path: Path) -> None:
         pytest.skip("no mount")
     keys = ["DATASET.NAME", f"folder:{world / 'data'}", "DATASET.NUM_SHOTS", "2", "DATALOADER.NUM_WORKERS", "2"]
     argv = [*line(world, tmp_path / "out", trainer="VPT"), *keys]  # a method that sees pixels
-    code = "import sys; from plpp_reg.commands.cli import main; sys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    words = ["unshare", "-m", "sh", "-c", f'{" ".join(mount)} && exec "$@"', "sh", sys.executable, "-c", code, *argv]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    code = f"""
+import ctypes, subprocess
+assert ctypes.CDLL(None).unshare({CLONE_NEWNS}) == 0
+for words in (["--make-rprivate", "/"], {mount[1:]}):
+    subprocess.run(["mount", *words], check=True)
+"""
+    done = processes.run(code + processes.PLPP, *argv)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "/dev/shm" in done.stderr and "NUM_WORKERS 0" in done.stderr
 
@@ -212,37 +220,36 @@ def test_a_terminal_without_the_letters_of_a_class(
         assert (tmp_path / f"日本語 {encoding}" / "result.json").is_file()
 
 
-def plpp(*argv: str, **options: object) -> subprocess.Popen:
-    """The command line in a process of its own, where ``tiny`` is not known."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(helpers.ROOT / "tests"), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    words = [sys.executable, "-c", "import sys; from plpp_reg.commands.cli import main; sys.exit(main())", *argv]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment, **options)
-
-
 SHORT = ["OPTIM.MAX_EPOCH", "2", "DATASET.NUM_SHOTS", "1", "TRAINER.COOP.N_CTX", "4"]
+# as Python has it where standard output is closed when it starts
+CLOSED = "import os, sys; os.close(1); sys.stdout = sys.__stdout__ = None; "
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_output_that_nobody_hears_ends_no_run(world: Path, tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        runs = [plpp("train", "--output-dir", "full", *SHORT, stdout=full), plpp("table", "absent", stdout=full)]
-        listing = plpp("inspect", str(world / "done"), "--backbone", str(world / "tiny.pt"), stdout=full)
-    closed = plpp("train", "--output-dir", "closed", *SHORT, stdout=subprocess.PIPE)
-    closed.stdout.close()
-    none = plpp("train", "--output-dir", "none", *SHORT, preexec_fn=lambda: os.close(1))
-    for run, name in ((runs[0], "full"), (closed, "closed"), (none, "none")):
-        assert (run.wait(), run.stderr.read()) == (0, "")
-        assert (tmp_path / name / "result.json").is_file()
-        assert "Deploy the last-epoch model" in (tmp_path / name / "log.txt").read_text()
-    assert runs[1].wait() == 2 and runs[1].stderr.read().count("\n") == 1
-    assert listing.wait() == 2  # there the output is what was asked for
-    assert listing.stderr.read() == (
-        "plpp: expected room on the disk, got none: free some, and the same command goes on from what is there\n"
-    )
+    def train(name: str) -> list[str]:
+        return line(world, tmp_path / name, "DATASET.NAME", f"folder:{world / 'data'}", *SHORT)
+
+    def ended(process: processes.Process) -> tuple[int, str]:
+        return process.wait(), process.stderr.read()
+
+    started = functools.partial(processes.started, stderr=PIPE)
+    with open("/dev/full", "w") as full, contextlib.ExitStack() as at_once:
+        heard = at_once.enter_context(started(processes.PLPP, *train("full"), stdout=full))
+        table = at_once.enter_context(started(processes.PLPP, "table", "absent", stdout=full))
+        words = ["inspect", str(world / "done"), "--backbone", str(world / "tiny.pt")]
+        listing = at_once.enter_context(started(processes.PLPP, *words, stdout=full))
+        closed = at_once.enter_context(started(processes.PLPP, *train("closed"), stdout=PIPE))
+        closed.stdout.close()
+        none = at_once.enter_context(started(CLOSED + processes.PLPP, *train("none")))
+        for run, name in ((heard, "full"), (closed, "closed"), (none, "none")):
+            assert ended(run) == (0, "")
+            assert (tmp_path / name / "result.json").is_file()
+            assert "Deploy the last-epoch model" in (tmp_path / name / "log.txt").read_text()
+        status, error = ended(table)
+        assert status == 2 and error.count("\n") == 1
+        no_room = "plpp: expected room on the disk, got none: free some, and the same command goes on from what is there\n"
+        assert ended(listing) == (2, no_room)  # there the output is what was asked for
 
 
 # ---- signals ----------------------------------------------------------------------------------------------------------
@@ -253,41 +260,26 @@ def test_output_that_nobody_hears_ends_no_run(world: Path, tmp_path: Path) -> No
     ("command", "name"),
     [("train", "SIGTERM"), ("train", "SIGHUP"), ("train", "SIGINT"), ("run", "SIGTERM"), ("run --workers 1", "SIGTERM")],
 )  # a sweep that is stopped by Ctrl-C: tests/test_workers.py
-def test_signals_end_a_run_with_a_line(name: str, command: str, tmp_path: Path) -> None:
+def test_signals_end_a_run_with_a_line(name: str, command: str, world: Path, tmp_path: Path) -> None:
+    data, trainer = f"folder:{world / 'data'}", "helpers.dying:NeverEnds"
     if command == "train":
-        argv = ["train", "--trainer", "helpers.dying:NeverEnds", "--output-dir", "out", *SHORT]
-        argv[5:5] = ["--config-file", str(helpers.ROOT / "configs/trainers/CoOp/embedded.yaml")]
+        argv = line(world, "out", "DATASET.NAME", data, *SHORT, trainer=trainer)
     else:
-        recipe = helpers.ROOT / "configs/trainers/CoOp/embedded.yaml"
-        argv = [
-            "run",
-            "few_shot",
-            "--methods",
-            "helpers.dying:NeverEnds",
-            "--recipe",
-            str(recipe),
-            "--seeds",
-            "1",
-            "--shots",
-            "1",
-        ]
-        argv += ["--output", "out", *command.split()[1:], "--set", "OPTIM.MAX_EPOCH", "2", "TRAINER.COOP.N_CTX", "4"]
-    process = plpp(*argv, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (pids := list((tmp_path / "out").rglob("pid"))):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.05)
-    while not pids[0].read_text():
-        time.sleep(0.01)
-    worker = int(pids[0].read_text())
-    process.send_signal(getattr(signal, name))
-    assert process.wait(60) == 128 + getattr(signal, name)
-    by = "" if name == "SIGINT" else f" by {name}"
-    assert process.stderr.read() == f"plpp: stopped{by}; the same command goes on from what is there\n"
-    while worker != process.pid and os.path.exists(f"/proc/{worker}"):  # no orphan
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    folder = pids[0].parent
+        plan = {"table": "shots", "methods": ["CoOp"], "datasets": [data], "seeds": [1], "shots": [1], "test": "accuracy"}
+        Path("one.yaml").write_text(yaml.safe_dump({**plan, "recipe": [str(world / "recipe.yaml")]}))
+        argv = ["run", "one.yaml", "--methods", trainer, "--root", str(world / "data"), "--backbone", str(world / "tiny.pt")]
+        argv += ["--output", "out", *command.split()[1:]]
+    with processes.started(processes.PLPP, *argv, stdout=DEVNULL, stderr=PIPE) as process:
+        processes.until(lambda: process.poll() is not None or any(p.read_text() for p in (tmp_path / "out").rglob("pid")))
+        assert process.poll() is None, process.stderr.read()
+        (said,) = (tmp_path / "out").rglob("pid")
+        worker = int(said.read_text())
+        process.send_signal(getattr(signal, name))
+        assert process.wait(60) == 128 + getattr(signal, name)
+        by = "" if name == "SIGINT" else f" by {name}"
+        assert process.stderr.read() == f"plpp: stopped{by}; the same command goes on from what is there\n"
+        processes.until(lambda: worker == process.pid or not os.path.exists(f"/proc/{worker}"), 120)  # no orphan
+    folder = said.parent
     assert checkpoint.newest(folder / "prompt_learner").name == "model.pth.tar-1" and not (folder / "result.json").exists()
 
 

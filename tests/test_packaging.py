@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import plpp_reg
 
 from helpers import engine as helpers
+from helpers import processes
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ sys.exit(status)
 def test_the_installed_wheel_trains_on_the_embedded_default(installed: Path, tmp_path: Path) -> None:
     short = ["DATASET.NUM_SHOTS", "1", "OPTIM.MAX_EPOCH", "2", "TEST.SPLIT", "val"]
     argv = [str(installed), str(helpers.ROOT), "train", "--output-dir", str(tmp_path / "out"), *short]
-    done = subprocess.run(**helpers.python(TRAIN, *argv, path=[installed], cwd=tmp_path, capture_output=True, timeout=300))
+    done = processes.run(TRAIN, *argv, path=[installed], cwd=tmp_path, package=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["trainer"], result["dataset"], result["backbone"]) == ("CoOp_PLPP", "emoji", "embedded")
@@ -186,7 +188,8 @@ else:
 
 
 def test_import_needs_torch_alone(installed: Path, tmp_path: Path) -> None:
-    done = subprocess.run(**helpers.python(TORCH_ALONE, path=[installed], cwd=tmp_path, capture_output=True, timeout=120))
+    words, env = [sys.executable, "-c", TORCH_ALONE], {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

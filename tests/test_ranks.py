@@ -1,12 +1,15 @@
-"""One run over two processes gives what one process gives: gloo on the CPU, as torchrun starts them."""
+"""One run over two processes gives what one process gives: gloo on the CPU, in some tests as torchrun starts them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import DEVNULL
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import torch
 from plpp_reg.engine import checkpoint
 
 from helpers import engine as helpers
+from helpers import processes
 
 HERE = Path(__file__).parent
 RUN = """
@@ -77,7 +81,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         TRAINER__PLPP={"NORMALIZE_OVER": "vocabulary"},
     )
     (folder / "dataset.yaml").write_text("DATASET:\n  NAME: tiny\n")
-    (folder / "run.py").write_text(RUN)
     return folder
 
 
@@ -87,23 +90,40 @@ def line(world: Path, name: str, trainer: str, *opts: str) -> list[str]:
     return [*out, "--output-dir", str(world / name), "USE_CUDA", "False", *opts]
 
 
-def start(world: Path, processes: int, lines: list[list[str]]) -> subprocess.CompletedProcess:
-    """Run command lines one after another in a process of their own, or in several of torchrun's."""
-    (world / f"lines-{processes}.json").write_text(json.dumps(lines))
-    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *starter, str(world / "run.py"), str(world / f"lines-{processes}.json")]
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PLPP_REG_CACHE": str(world / f"cache-{processes}")}
+def start(world: Path, n: int, lines: list[list[str]]) -> None:
+    """Run command lines one after another in a process of their own, or in several with the variables that torchrun sets."""
+    (world / f"lines-{n}.json").write_text(json.dumps(lines))
+    with socket.socket() as free, contextlib.ExitStack() as together:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        common |= {"TORCHELASTIC_RUN_ID": "test"} if n > 1 else {}
+        free.close()
+        errors, ranks = (world / f"errors-{n}.txt").open("w+"), []
+        for rank in map(str, range(n)):
+            env = {**common, "RANK": rank, "LOCAL_RANK": rank, "PLPP_REG_CACHE": str(world / f"cache-{n}")}
+            process = processes.started(RUN, str(world / f"lines-{n}.json"), env=env, stdout=DEVNULL, stderr=errors)
+            ranks.append(together.enter_context(process))
+        processes.until(lambda: any(rank.poll() for rank in ranks) or all(rank.poll() == 0 for rank in ranks))
+        assert not any(rank.poll() for rank in ranks), (world / f"errors-{n}.txt").read_text()[-3000:]
+
+
+def torchrun(world: Path, lines: list[list[str]]) -> subprocess.CompletedProcess:
+    """As a user starts two."""
+    (world / "run.py").write_text(RUN)
+    (world / "lines.json").write_text(json.dumps(lines))
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *starter, str(world / "run.py"), str(world / "lines.json")]
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PLPP_REG_CACHE": str(world / "cache-2")}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
 def runs(world: Path) -> Path:
     """Every case by one process and by two."""
-    for processes in (1, 2):
-        lines = [line(world, f"{case}-{processes}", trainer, *opts) for case, (trainer, opts) in CASES.items()]
-        lines.append(line(world, "half", "CoOp_PLPP", *HALF) if processes == 1 else line(world, "best", "CoOp_PLPP", *BEST))
-        done = start(world, processes, lines)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for n in (1, 2):
+        lines = [line(world, f"{case}-{n}", trainer, *opts) for case, (trainer, opts) in CASES.items()]
+        lines.append(line(world, "half", "CoOp_PLPP", *HALF) if n == 1 else line(world, "best", "CoOp_PLPP", *BEST))
+        start(world, n, lines)
     return world
 
 
@@ -173,7 +193,7 @@ def again(runs: Path) -> subprocess.CompletedProcess:
     (half / "prompt_learner" / "model.pth.tar-2").unlink()
     (runs / "best" / "result.json").rename(runs / "best.json")
     odd = line(runs, "odd", "CoOp", "DATALOADER.TRAIN_X.BATCH_SIZE", "5")
-    return start(runs, 2, [line(runs, "half", "CoOp_PLPP", *HALF), line(runs, "best", "CoOp_PLPP", *BEST), odd])
+    return torchrun(runs, [line(runs, "half", "CoOp_PLPP", *HALF), line(runs, "best", "CoOp_PLPP", *BEST), odd])
 
 
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, again: subprocess.CompletedProcess) -> None:
@@ -196,8 +216,7 @@ def test_four_processes_for_five_classes(world: Path) -> None:
     cases = {"class-specific": CASES["class-specific"][1], "front": ("TRAINER.COOP.CLASS_TOKEN_POSITION", "front")}
     even = ("DATALOADER.TRAIN_X.BATCH_SIZE", "4")
     for n in (1, 4):
-        done = start(world, n, [line(world, f"four-{case}-{n}", "CoOp_PLPP", *opts, *even) for case, opts in cases.items()])
-        assert done.returncode == 0, done.stderr[-3000:]
+        start(world, n, [line(world, f"four-{case}-{n}", "CoOp_PLPP", *opts, *even) for case, opts in cases.items()])
     for case in cases:
         one, four = (trained(world / f"four-{case}-{n}")["ctx"] for n in (1, 4))
         torch.testing.assert_close(four, one, rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from plpp_reg.engine.trainer import Trainer
 from plpp_reg.results import record as results
 
 from helpers import engine as helpers
+from helpers import processes
 from helpers.engine import quietly
 from helpers.resume import (
     EPOCHS,
@@ -100,10 +102,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_a_process_killed_by_the_system_is_resumed_by_another(world: Path, tmp_path: Path) -> None:
-    path = [helpers.HERE, helpers.ROOT]
-    died = subprocess.run(
-        **helpers.python(DRIVER, "11", *command(world, tmp_path / "out"), path=path, capture_output=True, timeout=120)
-    )
+    died = processes.run(DRIVER, "11", *command(world, tmp_path / "out"))
     assert died.returncode == (signal.SIGTERM if os.name == "nt" else -signal.SIGKILL), died.stderr
     assert not (tmp_path / "out" / "result.json").exists()
     # The dead process's lock does not stand in the way.
@@ -198,18 +197,12 @@ with FileLock(sys.argv[1]):
 def test_the_second_process_on_a_folder_stops(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copytree(world / "whole", tmp_path / "out")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    holder = subprocess.Popen(
-        **helpers.python(HOLDER, str(tmp_path / "out" / ".lock"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    )
-    try:
+    with processes.started(HOLDER, str(tmp_path / "out" / ".lock"), stdin=PIPE, stdout=PIPE) as holder:
         assert holder.stdout.readline() == "held\n"
         assert cli.main(command(world, tmp_path / "out")) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "another process" in error and str(tmp_path / "out") in error
         assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
-    finally:
-        holder.kill()
-        holder.communicate()
     assert cli.main(command(world, tmp_path / "out")) == 0  # the lock died with its holder
 
 

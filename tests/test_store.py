@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ import torch
 from plpp_reg.errors import InputError
 from plpp_reg.io import files
 from plpp_reg.io.store import TensorStore
+
+from helpers import processes
 
 
 class Counting:
@@ -78,7 +79,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 got = TensorStore(sys.argv[1], 1).get({{"large": 1}}, lambda: {{"features": torch.ones(2**18)}})
 print("went on with", got["features"].sum().item())
 """
-    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+    return processes.run(code, str(folder))
 
 
 def test_what_a_killed_writer_left_is_counted_and_cleared(tmp_path: Path) -> None:
@@ -183,20 +184,17 @@ def test_clear(tmp_path: Path) -> None:
     assert store.clear() == 3 and store.entries() == []
 
 
-def _ask(folder: Path, out) -> None:
-    torch.set_num_threads(1)
-    store = TensorStore(folder, 1)
-    out.put([store.get({"i": i}, Counting(i, 20_000))["features"].double().sum().item() for i in range(5)])
-
-
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    workers = [context.Process(target=_ask, args=(tmp_path, out)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    answers = [out.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert answers[0] == answers[1] == [80_000.0 * i for i in range(5)]
+    code = """
+import sys, torch
+from pathlib import Path
+from plpp_reg.io.store import TensorStore
+store = TensorStore(Path(sys.argv[1]), 1)
+computed = [lambda i=i: {"features": torch.full((20_000, 4), float(i))} for i in range(5)]
+print([store.get({"i": i}, compute)["features"].double().sum().item() for i, compute in enumerate(computed)])
+"""
+    with contextlib.ExitStack() as both:
+        asking = [both.enter_context(processes.started(code, str(tmp_path), stdout=subprocess.PIPE)) for _ in range(2)]
+        answers = [process.stdout.read() for process in asking]
+    assert answers[0] == answers[1] == f"{[80_000.0 * i for i in range(5)]}\n"
     assert len(list(tmp_path.iterdir())) == 5  # no temporary file stays

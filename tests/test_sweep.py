@@ -30,6 +30,7 @@ from plpp_reg.results.record import read_result
 from plpp_reg.trainers.coop import CoOp
 
 from helpers import engine as helpers
+from helpers import processes
 from helpers.bench import Bench
 
 
@@ -208,18 +209,15 @@ with locked(sys.argv[1]):
 
 
 @contextlib.contextmanager
-def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen]:
+def held_elsewhere(folder: Path) -> Iterator[processes.Process | subprocess.Popen]:
     """Another process works in a folder."""
-    holder = subprocess.Popen(**helpers.python(HOLDER, str(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-    try:
+    with processes.started(HOLDER, str(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "held\n"
         yield holder
-    finally:
-        holder.kill()
-        holder.communicate()
 
 
-def test_a_folder_that_another_process_works_in_is_left_alone(copy: Bench) -> None:
+def test_a_folder_that_another_process_works_in_is_left_alone(copy: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "DYING", 0.1)
     job = copy.plan(opts=["OPTIM.LR", "0.01"])[1]
     before = helpers.files_below(job.folder)
     with held_elsewhere(job.folder):
@@ -232,6 +230,7 @@ def test_a_folder_that_another_process_works_in_is_left_alone(copy: Bench) -> No
 
 @pytest.mark.parametrize("finishes", [True, False])
 def test_what_another_process_is_running_is_waited_for(copy: Bench, monkeypatch: pytest.MonkeyPatch, finishes: bool) -> None:
+    monkeypatch.setattr(sweep, "POLL", 0.02)
     jobs = copy.plan(methods=["CoOp"])
     result = (jobs[0].folder / "result.json").read_bytes()
     for job in jobs:

@@ -6,13 +6,11 @@ import contextlib
 import io
 import json
 import os
-import re
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import NamedTuple
 
 import pytest
@@ -26,6 +24,8 @@ from plpp_reg.experiments.jobs import Job
 from plpp_reg.results import tables
 
 from helpers import engine as helpers
+from helpers import processes
+from helpers.processes import until
 
 METHODS = ["CoOp", "CoOp_PLPP"]
 DYING = ["helpers.dying:DiesOnce", "helpers.dying:AlwaysDies"]
@@ -100,12 +100,29 @@ def two(place: Place) -> Swept:
     return swept(place, "two", "--methods", *METHODS, *DYING, "--workers", "2")
 
 
+CLUSTER = """
+import sys
+from plpp_reg.experiments import executors
+ray = executors._connected("", 2)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+NO_CLUSTER = {"RAY_ADDRESS": None, "RAY_task_oom_retries": None}
+
+
 @pytest.fixture(scope="module")
-def ray(place: Place) -> Iterator[Swept]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("PYTHONPATH", str(helpers.HERE))  # where the dying trainers are
-        yield swept(place, "ray", "--methods", *METHODS, *DYING, "--executor", "ray", "--workers", "2")
+def cluster() -> Iterator[str]:
+    """The address of a Ray of two CPUs that is there already, and stays."""
+    with processes.started(CLUSTER, env=NO_CLUSTER, stdin=PIPE, stdout=PIPE) as process:
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def ray(place: Place, cluster: str) -> Swept:
+    return swept(place, "ray", "--methods", *METHODS, *DYING, "--executor", "ray", "--address", cluster)
 
 
 @pytest.fixture(params=["two", "ray"])
@@ -180,13 +197,6 @@ def test_a_worker_that_dies_with_nothing_to_do_is_replaced(monkeypatch: pytest.M
 # ---- stopping ----------------------------------------------------------------------------------------------------------
 
 
-def until(true: Callable[[], bool], seconds: float = 300) -> None:  # a bound for what never happens: a busy machine takes long
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -196,45 +206,42 @@ def alive(pid: int) -> bool:
 
 
 STOPPED = [
-    ("Ctrl-C", "processes", 2),
-    ("kill", "processes", 1),
-    ("Ctrl-C", "ray", 1),
-    ("SIGTERM", "ray", 1),
+    ("Ctrl-C", ["--workers", "2"], 2),
+    ("kill", ["--workers", "1"], 1),
+    ("Ctrl-C", ["--executor", "ray", "--workers", "1"], 1),
+    ("SIGTERM", ["--executor", "ray", "--threads", "2", "--address"], 1),  # of two CPUs: one run at once
 ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
-@pytest.mark.parametrize(("how", "executor", "n"), STOPPED)
-def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, executor: str, n: int, monkeypatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    output = place.folder / f"{how}-{executor}"
-    flags = ["--executor", executor, "--workers", str(n), "--threads", "1", "--methods", "helpers.dying:NeverEnds"]
-    argv = place.argv(output.name, *flags)
-    # a background job of a shell, as this test may be, is started with Ctrl-C ignored
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from plpp_reg.commands.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = helpers.python(code, *argv, path=[helpers.HERE], stderr=subprocess.PIPE, start_new_session=True)
-    process = subprocess.Popen(**command)
-    try:
-        until(lambda: len(list(output.rglob("pid"))) == n)
-        pids = [int(path.read_text()) for path in output.rglob("pid")]
-        assert process.pid not in pids and all(map(alive, pids))
-        if how == "Ctrl-C":
-            os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to everybody
-            assert process.wait(30) == 130 and "plpp: stopped" in process.stderr.read()
-        elif how.startswith("SIG"):
-            number = signal.Signals[how]
-            process.send_signal(number)
-            assert process.wait(60) == 128 + number
-            assert process.stderr.read() == f"plpp: stopped by {how}; the same command goes on from what is there\n"
-        else:
-            process.kill()
-            process.wait(30)
-        until(lambda: not any(map(alive, pids)), 10)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.stderr.close()
+@pytest.mark.parametrize(("how", "flags", "n"), STOPPED)
+def test_stopped_nothing_goes_on_and_nothing_counts(
+    place: Place, how: str, flags: list[str], n: int, request: pytest.FixtureRequest
+) -> None:
+    if flags[-1] == "--address":
+        flags = [*flags, request.getfixturevalue("cluster")]
+    output = place.folder / f"{how}-{len(flags)}"
+    argv = place.argv(output.name, "--threads", "1", *flags, "--methods", "helpers.dying:NeverEnds")
+    with processes.started(processes.PLPP, *argv, env=NO_CLUSTER, stderr=PIPE, start_new_session=True) as process:
+        try:
+            until(lambda: len([path for path in output.rglob("pid") if path.read_text()]) == n)
+            pids = [int(path.read_text()) for path in output.rglob("pid")]
+            assert process.pid not in pids and all(map(alive, pids))
+            if how == "Ctrl-C":
+                os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to everybody
+                assert process.wait(30) == 130 and "plpp: stopped" in process.stderr.read()
+            elif how.startswith("SIG"):
+                number = signal.Signals[how]
+                process.send_signal(number)
+                assert process.wait(60) == 128 + number
+                assert process.stderr.read() == f"plpp: stopped by {how}; the same command goes on from what is there\n"
+            else:
+                process.kill()
+                process.wait(30)
+            until(lambda: not any(map(alive, pids)), 10)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert not list(output.rglob("result.json")) and not list(output.rglob("failed.json"))
     assert "Missing" in tables.tables_text(output, "markdown")
 
@@ -258,11 +265,9 @@ def test_what_cannot_be_is_refused(place: Place, flags: list[str], message: str,
     assert not (place.folder / "refused").exists()
 
 
-def test_more_threads_than_any_node_has_are_refused(place: Place, monkeypatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert main(place.argv("wide", "--executor", "ray", "--threads", "1024")) == 2
-    error = capsys.readouterr().err
-    assert re.search(r"--threads 1024: expected at most \d+, the CPUs of Ray's largest node, got 1024\n", error)
+def test_more_threads_than_any_node_has_are_refused(place: Place, cluster: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(place.argv("wide", "--executor", "ray", "--address", cluster, "--threads", "3")) == 2
+    assert "--threads 3: expected at most 2, the CPUs of Ray's largest node, got 3\n" in capsys.readouterr().err
     assert not list((place.folder / "wide").rglob("config.yaml"))  # nothing was started
 
 
@@ -280,11 +285,9 @@ try:
 except ray.exceptions.OutOfMemoryError:
     print("out of memory")
 """
-    command = helpers.python(code, capture_output=True, timeout=120)
-    command["env"]["RAY_memory_usage_threshold"] = "0.0001"  # whatever runs is too much
-    for name in ("RAY_ADDRESS", "RAY_task_oom_retries"):
-        command["env"].pop(name, None)
-    assert "out of memory" in subprocess.run(**command).stdout
+    too_much = {"RAY_memory_usage_threshold": "0.0001"}  # whatever runs is that
+    done = processes.run(code, env={**NO_CLUSTER, **too_much})
+    assert "out of memory" in done.stdout, done.stderr[-3000:]
 
 
 def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ from plpp_reg.io.signals import kept
 EXECUTORS = ("processes", "ray")
 MOST = 1024  # processes or threads: more is a slip of the hand, which a machine would not survive
 TRIES = 2  # of a job whose worker dies
+IMPORTED = ["torch", "torchvision.transforms"]  # once for all workers
 
 
 class WorkerDied(RuntimeError):
@@ -122,8 +125,7 @@ class _Slot:
         self.start()
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # CUDA and OpenMP do not survive a fork
-        self.pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(self.gpu, self.watched))
+        self.pool = ProcessPoolExecutor(1, _context(), initializer=_begin, initargs=(self.gpu, self.watched))
 
     def submit(self, job: Job, threads: int) -> Future[Outcome]:
         try:
@@ -131,6 +133,15 @@ class _Slot:
         except BrokenProcessPool:  # it died with nothing to do
             self.start()
             return self.pool.submit(_execute, job, threads, os.getcwd())
+
+
+def _context() -> BaseContext:
+    """CUDA and OpenMP do not survive a fork of a process that has used them: workers are forks of one that only imports."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
 
 
 def _begin(gpu: str | None, watched: Connection) -> None:

@@ -6,10 +6,7 @@ Also importable in a subprocess (``sys.path`` with this folder), where ``registe
 from __future__ import annotations
 
 import functools
-import os
 import random
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +218,3 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 def files_below(folder: Path) -> list[str]:
     """Every file and folder, for a look before and after."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
-
-
-def python(code: str, *args: str, path: Sequence[str | Path] = (), **options: Any) -> dict[str, Any]:
-    """Arguments of ``subprocess.run`` for a fresh interpreter that runs ``code``."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
-    return {"args": [sys.executable, "-c", code, *args], "env": env, "text": True, **options}

@@ -7,10 +7,11 @@ say is treated as text: the template escapes it, and the page forbids scripts an
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plpp_reg import __version__
 from plpp_reg.errors import InputError
@@ -37,6 +38,9 @@ from plpp_reg.results.tables.outside import TITLE, outside_tables
 from plpp_reg.results.tables.records import Found
 from plpp_reg.results.tables.rendering import legend_of
 from plpp_reg.results.tables.rows import Table
+
+if TYPE_CHECKING:
+    import jinja2
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -99,11 +103,16 @@ def write_report(
 
 def render(content: Mapping[str, Any]) -> str:
     """The page. What is no character (half a surrogate pair in a name) is replaced."""
+    return _template().render(content).encode("utf-8", "replace").decode()
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files("plpp_reg.results").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(template).render(content).encode("utf-8", "replace").decode()
+    text = resources.files("plpp_reg.results").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(text)
 
 
 def page(folder: Path, found: Sequence[Found], published: bool, files: str, learned: Learned) -> dict[str, Any]:

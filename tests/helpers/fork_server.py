@@ -1,0 +1,103 @@
+"""A process that has imported what takes long to import, and forks when it is asked for a process: see ``processes.py``.
+
+    python fork_server.py MODULE…
+
+Its standard input is the socket on which it is asked, for another server too, which imports more. It has imported modules, and
+used none: no thread runs and nothing was differentiated when it forks. It ends with the process that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import types
+import warnings
+from typing import Any
+
+LARGEST = 2**20  # bytes that are received at once
+INSTALLED = sys.path[1:]  # without this file's folder
+
+
+def asked(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """A line, and the files that came with it: standard input, output and error, and where the status is to be written."""
+    line, files, *_ = socket.recv_fds(channel, LARGEST, 4)
+    while line and not line.endswith(b"\n"):
+        line += channel.recv(LARGEST)
+    return line, files
+
+
+def new_process(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Returns in each new process: what was asked for, and its standard files.
+
+    A process in between waits for it: it writes the process's number, and how it ended.
+    """
+    while True:
+        line, files = asked(channel)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not line:
+            os._exit(0)
+        if not os.fork():
+            *standard, status = files
+            process = os.fork()
+            if not process:
+                os.close(status)
+                channel.detach()
+                return json.loads(line), standard
+            for file in standard:
+                os.close(file)
+            try:
+                os.write(status, b"%d\n" % process)
+                os.write(status, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+            finally:
+                os._exit(0)
+        for file in files:
+            os.close(file)
+
+
+def become(wanted: dict[str, Any], standard: list[int]) -> None:
+    """Be as a Python that has just been started so."""
+    for number, file in enumerate(standard):
+        os.dup2(file, number)
+        os.close(file)
+    if wanted["start_new_session"]:
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(wanted["env"])
+    os.chdir(wanted["cwd"])
+    sys.path[:] = ["", *wanted["path"], *INSTALLED]
+    sys.argv[:] = ["-c", *wanted["argv"]]
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+
+
+def main(modules: list[str]) -> None:
+    sys.path[:] = INSTALLED
+    sys.dont_write_bytecode = True  # a test looks at what stands in the folders
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in modules:
+                importlib.import_module(name)
+        gc.collect()
+        gc.freeze()
+        wanted, standard = new_process(socket.socket(fileno=0))
+        signal.signal(signal.SIGINT, signal.SIG_IGN if wanted["modules"] else signal.default_int_handler)
+        become(wanted, standard)
+        if not (modules := wanted["modules"]):
+            break
+    exec(compile(wanted["code"], "<string>", "exec"), sys.modules["__main__"].__dict__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
