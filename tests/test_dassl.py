@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,16 @@ NEW_NUMPY = not hasattr(numpy, "int")
 NEW_TORCH = "verbose" not in torch.optim.lr_scheduler.LRScheduler.__init__.__code__.co_varnames
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess:
+def launch(*arguments: str, cwd: Path = CHECKOUT, path: Sequence[Path] = (HOSTS,)) -> subprocess.CompletedProcess:
     """``python -m plpp_reg.dassl …`` in the checkout, from where the module begins to run."""
     code = "import sys\nfrom plpp_reg.dassl.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-    return processes.run(MODULE + code, *arguments, path=[HOSTS], cwd=CHECKOUT, package=False)
+    return processes.run(MODULE + code, *arguments, path=path, cwd=cwd, package=False)
 
 
-def command(*words: str, cwd: Path = CHECKOUT, path: str = str(HOSTS)) -> subprocess.CompletedProcess:
+def command(*words: str) -> subprocess.CompletedProcess:
     """A command line as a user gives it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOSTS), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, *words], cwd=CHECKOUT, env=env, capture_output=True, text=True)
 
 
 def in_process(code: str) -> Any:
@@ -151,7 +152,7 @@ def test_errors_are_one_line_and_status_2(tmp_path):
 
 def test_without_dassl(tmp_path):
     (tmp_path / "train.py").write_text("import plpp_reg.dassl\n")
-    done = command("-m", "plpp_reg.dassl", "train.py", cwd=tmp_path, path="")
+    done = launch("train.py", cwd=tmp_path, path=[])
     assert done.returncode == 2 and "expected Dassl to be importable, got: No module named 'dassl'" in done.stderr
 
 

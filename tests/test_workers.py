@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -100,29 +101,12 @@ def two(place: Place) -> Swept:
     return swept(place, "two", "--methods", *METHODS, *DYING, "--workers", "2")
 
 
-CLUSTER = """
-import sys
-from plpp_reg.experiments import executors
-ray = executors._connected("", 2)
-print(ray.get_runtime_context().gcs_address, flush=True)
-sys.stdin.read()
-ray.shutdown()
-"""
-NO_CLUSTER = {"RAY_ADDRESS": None, "RAY_task_oom_retries": None}
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a Ray of two CPUs that is there already, and stays."""
-    with processes.started(CLUSTER, env=NO_CLUSTER, stdin=PIPE, stdout=PIPE) as process:
-        yield process.stdout.readline().strip()
-        process.stdin.close()
-        process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def ray(place: Place, cluster: str) -> Swept:
-    return swept(place, "ray", "--methods", *METHODS, *DYING, "--executor", "ray", "--address", cluster)
+def ray(place: Place) -> Iterator[Swept]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", str(helpers.HERE))  # where the dying trainers are
+        yield swept(place, "ray", "--methods", *METHODS, *DYING, "--executor", "ray", "--workers", "2")
 
 
 @pytest.fixture(params=["two", "ray"])
@@ -209,20 +193,17 @@ STOPPED = [
     ("Ctrl-C", ["--workers", "2"], 2),
     ("kill", ["--workers", "1"], 1),
     ("Ctrl-C", ["--executor", "ray", "--workers", "1"], 1),
-    ("SIGTERM", ["--executor", "ray", "--threads", "2", "--address"], 1),  # of two CPUs: one run at once
+    ("SIGTERM", ["--executor", "ray", "--workers", "1"], 1),
 ]
+OWN_RAY = {"RAY_ADDRESS": None, "RAY_task_oom_retries": None}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
 @pytest.mark.parametrize(("how", "flags", "n"), STOPPED)
-def test_stopped_nothing_goes_on_and_nothing_counts(
-    place: Place, how: str, flags: list[str], n: int, request: pytest.FixtureRequest
-) -> None:
-    if flags[-1] == "--address":
-        flags = [*flags, request.getfixturevalue("cluster")]
+def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, flags: list[str], n: int) -> None:
     output = place.folder / f"{how}-{len(flags)}"
     argv = place.argv(output.name, "--threads", "1", *flags, "--methods", "helpers.dying:NeverEnds")
-    with processes.started(processes.PLPP, *argv, env=NO_CLUSTER, stderr=PIPE, start_new_session=True) as process:
+    with processes.started(processes.PLPP, *argv, env=OWN_RAY, stderr=PIPE, start_new_session=True) as process:
         try:
             until(lambda: len([path for path in output.rglob("pid") if path.read_text()]) == n)
             pids = [int(path.read_text()) for path in output.rglob("pid")]
@@ -265,8 +246,11 @@ def test_what_cannot_be_is_refused(place: Place, flags: list[str], message: str,
     assert not (place.folder / "refused").exists()
 
 
-def test_more_threads_than_any_node_has_are_refused(place: Place, cluster: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(place.argv("wide", "--executor", "ray", "--address", cluster, "--threads", "3")) == 2
+def test_more_threads_than_any_node_has_are_refused(place: Place, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    nodes = [{"Alive": alive, "Resources": {"CPU": count}} for alive, count in ((True, 1.0), (True, 2.0), (False, 8.0))]
+    there = SimpleNamespace(nodes=lambda: nodes, shutdown=lambda: None)
+    monkeypatch.setattr(executors, "_connected", lambda address, cpus: there)
+    assert main(place.argv("wide", "--executor", "ray", "--threads", "3")) == 2
     assert "--threads 3: expected at most 2, the CPUs of Ray's largest node, got 3\n" in capsys.readouterr().err
     assert not list((place.folder / "wide").rglob("config.yaml"))  # nothing was started
 
@@ -286,7 +270,7 @@ except ray.exceptions.OutOfMemoryError:
     print("out of memory")
 """
     too_much = {"RAY_memory_usage_threshold": "0.0001"}  # whatever runs is that
-    done = processes.run(code, env={**NO_CLUSTER, **too_much})
+    done = processes.run(code, env={**OWN_RAY, **too_much})
     assert "out of memory" in done.stdout, done.stderr[-3000:]
 
 
