@@ -7,6 +7,7 @@ so whatever they become, and methods that somebody else wrote, are read as they 
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections import Counter
@@ -80,6 +81,14 @@ class Passes(NamedTuple):
     plpp: list[tuple[torch.Size, torch.Size]]
 
 
+class Known(NamedTuple):
+    """A call that was made before. ``result``: the shapes of what it gives, where that is new tensors without numbers, each in
+    memory of its own: torch is not asked again, whose functions that find shapes take longer than all else here."""
+
+    operation: Operation
+    result: Any
+
+
 class Tracer(TorchDispatchMode):
     """Notes in ``work`` what is asked of torch while it is entered."""
 
@@ -89,6 +98,7 @@ class Tracer(TorchDispatchMode):
         self.alive: dict[int, tuple[str, int]] = {}  # storages that were made here: of which tower, and how large
         self.bytes: Counter[str] = Counter()
         self.nodes: set[object] = set()
+        self.known: dict[tuple, Known] = {}
 
     def __enter__(self) -> Tracer:
         F.scaled_dot_product_attention = _attend  # not by a TorchFunctionMode, which is not there in backward
@@ -99,25 +109,31 @@ class Tracer(TorchDispatchMode):
         F.scaled_dot_product_attention = REAL_ATTENTION
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        called = func, self._frozen(args), tuple((name, self._frozen(value)) for name, value in kwargs.items())
-        out = func(*args, **kwargs)
-        formula = FORMULAS.get(func.overloadpacket)
-        flops = formula(*args, **kwargs, out_val=out) if formula else 0
-        self.work.operations[self.tower, Operation(*called, flops)] += 1
-        given = {_storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for storage in {_storage(t) for t in tree_leaves(out) if isinstance(t, Tensor)}:
+        kwargs, given = kwargs or {}, set()
+        called = func, self._frozen(args, given), tuple((name, self._frozen(v, given)) for name, v in kwargs.items())
+        known = self.known.get(called)
+        if known is None:
+            out = func(*args, **kwargs)
+            formula = FORMULAS.get(func.overloadpacket)
+            operation = Operation(*called, formula(*args, **kwargs, out_val=out) if formula else 0)
+            known = self.known[called] = Known(operation, _new(out, given))
+        else:
+            out = func(*args, **kwargs) if known.result is None else _made(known.result)
+        self.work.operations[self.tower, known.operation] += 1
+        for storage in {_storage(t) for t in ([out] if isinstance(out, Tensor) else tree_leaves(out)) if isinstance(t, Tensor)}:
             if storage._cdata not in given and storage._cdata not in self.alive:
                 self.alive[storage._cdata] = self.tower, storage.nbytes()
                 self._add(self.tower, storage.nbytes())
                 weakref.finalize(storage, self._freed, storage._cdata)
         return out
 
-    def _frozen(self, value: Any) -> Any:
-        """An operation's argument, fit to be a key."""
+    def _frozen(self, value: Any, given: set[int]) -> Any:
+        """An operation's argument, fit to be a key; the storages of its tensors join those that are ``given``."""
         if isinstance(value, Tensor):
-            return Shape(tuple(value.shape), value.stride(), value.dtype, _storage(value)._cdata not in self.alive)
-        return tuple(map(self._frozen, value)) if isinstance(value, (list, tuple)) else value
+            storage = _storage(value)._cdata
+            given.add(storage)
+            return Shape(tuple(value.shape), value.stride(), value.dtype, storage not in self.alive)
+        return tuple(self._frozen(v, given) for v in value) if isinstance(value, (list, tuple)) else value
 
     def _freed(self, key: int) -> None:
         tower, size = self.alive.pop(key)
@@ -179,6 +195,26 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
+def _new(out: Any, given: set[int]) -> Any:
+    """:attr:`Known.result` of what a call gave."""
+    tensors = [t for t in (out if isinstance(out, tuple) else [out]) if t is not None]  # None: a gradient that nobody asks for
+    if not tensors or not all(isinstance(t, Tensor) and t.is_meta for t in tensors):
+        return None
+    storages = {_storage(t)._cdata: _storage(t).nbytes() for t in tensors}
+    shapes = [Shape(tuple(t.shape), t.stride(), t.dtype, False) for t in tensors]
+    if storages.keys() & given or list(storages.values()) != [shape.nbytes for shape in shapes]:
+        return None
+    each = iter(shapes)
+    return tuple(None if t is None else next(each) for t in out) if isinstance(out, tuple) else next(each)
+
+
+def _made(result: Any) -> Any:
+    """New tensors without numbers."""
+    if isinstance(result, Shape):
+        return torch.empty_strided(result.size, result.stride, dtype=result.dtype, device="meta")
+    return None if result is None else tuple(map(_made, result))
+
+
 def passes_of(trainer: Trainer, images: dict[str, int], canonical: dict[str, int]) -> Passes:
     """Run two steps and a test batch of ``trainer``, which was built on a CLIP without weights.
 
@@ -228,8 +264,12 @@ def passes_of(trainer: Trainer, images: dict[str, int], canonical: dict[str, int
     def test(count: int) -> Work:
         return noted(lambda: classifiers[0](_batch(trainer, "test", count)))
 
+    @functools.cache  # training and test images often meet the same encoders in batches of the same size
+    def encoded_by(encoders: tuple[FrozenEncoder, ...], count: int) -> Work:
+        return noted(lambda: [e.encode(_pixels(e.tower, count)) for e in encoders])
+
     def encoded(split: str, count: int) -> Work:
-        return noted(lambda: [e.encode(_pixels(e.tower, count)) for e in encoders_of(trainer, split)])
+        return encoded_by(tuple(encoders_of(trainer, split)), count)
 
     first, later = (noted(step), noted(step)) if method.learns else (Work(), Work())
     with torch.no_grad():
