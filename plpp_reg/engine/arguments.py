@@ -96,13 +96,13 @@ def resolve(args: RunArguments) -> tuple[CfgNode, type[Method]]:
 
 def check(cfg: CfgNode) -> None:
     choices = {"TEST.FINAL_MODEL": ("last_step", "best_val"), "TEST.SPLIT": ("test", "val")}
+    values = config.flat(cfg)
     for key, allowed in choices.items():
-        value = config.flat(cfg)[key]
-        if value not in allowed:
-            raise InputError(f"{key}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if values[key] not in allowed:
+            raise InputError(f"{key}: expected one of {', '.join(map(repr, allowed))}, got {values[key]!r}")
     for key in ("OUTPUT_DIR", "RESUME", "DATASET.ROOT", "MODEL.INIT_WEIGHTS", "TEACHER.RUN", "TEACHER.WEIGHTS"):
         try:
-            config.set_value(cfg, key, usable_path(config.flat(cfg)[key]))
+            config.set_value(cfg, key, usable_path(values[key]))
         except InputError as e:
             raise InputError(f"{key}: {e}") from e
     if cfg.SEED >= 2**32:  # numpy's bound

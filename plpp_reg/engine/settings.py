@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -81,24 +82,30 @@ class Settings:
     @classmethod
     def key(cls, name: str) -> str:
         """The configuration's key of a field; empty where the class has no node."""
-        own = next(f.metadata.get("key", "") for f in fields(cls) if f.name == name)
-        return own or (f"TRAINER.{cls.node}.{name.upper()}" if cls.node else "")
+        return cls._keys()[name]
+
+    @classmethod
+    @functools.cache  # a plan of many runs asks for every method's at every run
+    def _keys(cls) -> dict[str, str]:
+        of_node = f"TRAINER.{cls.node}." if cls.node else ""
+        return {f.name: f.metadata.get("key", "") or (of_node and of_node + f.name.upper()) for f in fields(cls)}
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
         """Every key that it reads, and its default."""
-        return {cls.key(f.name): f.default for f in fields(cls) if cls.key(f.name)}
+        keys = cls._keys()
+        return {keys[f.name]: f.default for f in fields(cls) if keys[f.name]}
 
     @classmethod
     def read(cls, cfg: CfgNode) -> Self:
         """Out of a whole configuration."""
         values = {}
-        for f in fields(cls):
+        for name, key in cls._keys().items():
             node: Any = cfg
-            for part in filter(None, cls.key(f.name).split(".")):
+            for part in filter(None, key.split(".")):
                 node = node[part]
             if node is not cfg:
-                values[f.name] = node
+                values[name] = node
         return cls(**values)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import itertools
 import json
 import os
@@ -158,7 +160,7 @@ def read_yaml(path: str | Path, what: str) -> object:
 
     where = f"{what} {str(path)!r}"
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = copy.deepcopy(_parsed(Path(path).read_text(encoding="utf-8")))  # who asked may change it
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{where}: expected a readable YAML file, got {type(e).__name__}: {e}") from e
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as e:
@@ -174,6 +176,13 @@ def read_yaml(path: str | Path, what: str) -> object:
     if level or left < 0:
         raise InputError(f"{where}: expected a configuration, got one that contains itself or more than any holds")
     return content
+
+
+@functools.lru_cache(maxsize=128)  # every run of a plan reads the same few recipes
+def _parsed(text: str) -> object:
+    import yaml
+
+    return yaml.safe_load(text)
 
 
 def _values(value: dict | list) -> Iterable[object]:
