@@ -1,7 +1,7 @@
 """Where the time of ``plpp train`` from an empty cache goes: imports, pictures, image features, steps, and the rest.
 
     python benchmarks/cold_start.py --json cold.json            # the embedded default, as plpp train --trainer CoOp_PLPP
-    python benchmarks/cold_start.py --quick --json cold.json    # two epochs: shows that it runs
+    python benchmarks/cold_start.py --quick --json cold.json    # two epochs of an image a class: shows that it runs
 
 Seconds by the wall and of all CPUs. What is imported late, in another phase, counts as imports. Each round is a fresh
 process with an empty cache; ``--warm`` adds one that finds the pictures and features of the last.
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+QUICK = ["OPTIM.MAX_EPOCH", "2", "DATASET.NUM_SHOTS", "1"]
 PHASES = ("imports", "pictures", "features", "steps", "test", "rest")
 
 
@@ -98,7 +99,7 @@ def fresh(cache: Path, opts: list[str]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two epochs")
+    parser.add_argument("--quick", action="store_true", help="two epochs of an image a class")
     parser.add_argument("--json", required=True, metavar="FILE", help="where the rows go")
     parser.add_argument("--rounds", type=int, default=1, help="how often, each from an empty cache")
     parser.add_argument("--warm", action="store_true", help="each round once more with what the first run left")
@@ -107,7 +108,7 @@ def main() -> None:
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as cache:
             for case in ("cold", "warm")[: 1 + args.warm]:
-                phases = fresh(Path(cache), ["OPTIM.MAX_EPOCH", "2"] if args.quick else [])
+                phases = fresh(Path(cache), QUICK if args.quick else [])
                 total = {key: sum(phase[key] for phase in phases.values()) for key in ("seconds", "cpu_seconds")}
                 rows.append({"case": case, **total, "phases": phases})
                 print(f"{case}: {total['seconds']:.1f} s, {total['cpu_seconds']:.1f} s of CPU")

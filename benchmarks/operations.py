@@ -11,6 +11,7 @@ a frozen image tower given. Waits are those of an accelerator: what is remembere
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -54,19 +55,21 @@ STEPS = {  # method, images of a batch
     for name in (method, f"{method}_PLPP")
 }
 
+clip_of, embedded = functools.cache(random_clip), functools.cache(load_clip)
+
 
 def text_steps(case: str, sizes: Architecture, literal_sizes: Architecture) -> dict[str, Callable[[], object]]:
     """Forward and backward of the literal tower, of this package's, and of that with PLPP."""
     names, count, position, class_specific = TEXT[case]
 
     def made(sizes: Architecture, count: int = count) -> tuple[nn.Module, PromptLearner]:
-        clip_model = random_clip(sizes)
+        clip_model = clip_of(sizes)
         return clip_model, PromptLearner(clip_model, names(count), 16, position=position, class_specific=class_specific)
 
     clip_model, prompts = made(sizes)
     tower, regularizer = TextTower(clip_model), PerplexityRegularizer(clip_model.token_embedding)
     regularizer.nearest.remembers = False
-    narrow_model, narrow_prompts = made(literal_sizes, min(count, 100))  # no number of names changes its operations
+    narrow_model, narrow_prompts = made(literal_sizes, 10)  # no number of names changes its operations
     literal = LiteralText(narrow_model, narrow_prompts)
 
     def with_plpp() -> object:
@@ -83,7 +86,7 @@ def text_steps(case: str, sizes: Architecture, literal_sizes: Architecture) -> d
 def whole_step(name: str, images: int) -> Callable[[], object]:
     """A training step on the embedded model, by the method's own recipe."""
     cfg, cls = resolve(RunArguments(trainer=name))
-    clip_model = load_clip()
+    clip_model = embedded()
     trainer = Trainer(cls, cfg, data=DataSplit([], [], [], short_names(17)), clip_model=clip_model, log=RunLog(quiet=True))
     if trainer.regularizer is not None:
         trainer.regularizer.nearest.remembers = False

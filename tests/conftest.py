@@ -122,6 +122,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what a report says: its figures are put together, and nothing is drawn of them."""
+    from plpp_reg.results import plots
+
+    def empty(_figure: object, name: str, title: str, alt: str) -> plots.Picture:
+        return plots.Picture(name, title, alt, '<svg aria-hidden="true"></svg>', b"")
+
+    monkeypatch.setattr(plots, "_picture", empty)
+
+
 @pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each of several methods, and their pictures."""

@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import json
+import multiprocessing
+import operator
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.multiprocessing
 
-ROOT = Path(__file__).parent.parent
+from plpp_reg.engine import features
+from plpp_reg.estimate import throughput
+
+import common
+
+Row = dict[str, Any]
 
 
-def test_the_benchmark_writes_its_rows(tmp_path):
-    out = tmp_path / "rows.json"
-    program = [sys.executable, str(ROOT / "benchmarks" / "text_tower.py"), "--quick", "--json", str(out)]
-    subprocess.run([*program, "--cases", "shared-short-names", "middle-short-names"], check=True, timeout=240)
-    rows = json.loads(out.read_text())["rows"]
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Row]]:
+    """A program's rows; it runs in this process, and takes no peak memory, which takes processes of its own."""
+    for name in ("text_tower", "methods", "cost"):
+        monkeypatch.setattr(importlib.import_module(name), "peak_mib", lambda *_, **__: 1.0)
+    monkeypatch.setattr(features, "cache_folder", features.cache_folder)  # benchmarks/features.py has its own
+
+    def rows_of(name: str, *flags: str) -> list[Row]:
+        out = tmp_path / "rows.json"
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--json", str(out), *flags])
+        importlib.import_module(name).main()
+        return json.loads(out.read_text())["rows"]
+
+    return rows_of
+
+
+def test_the_text_tower_beside_the_literal_one(run):
+    rows = run("text_tower", "--cases", "shared-short-names", "middle-short-names")
     assert [row["case"] for row in rows] == ["shared-short-names", "middle-short-names"]
     for row in rows:
         assert row["max_abs_diff"] < 1e-4 and row["grad_rel_diff"] < 1e-5
         assert row["positions"] < row["reference_positions"]
         assert row["speedup"] == pytest.approx(row["reference_seconds"] / row["seconds"])
+
+
+@pytest.mark.skipif(not common.CAN_MEASURE_MEMORY, reason="Linux tells it")
+def test_peak_memory_is_what_a_step_holds_at_most():
+    assert common.peak_mib(functools.partial, operator.mul, b"x", 100 * 2**20) == pytest.approx(100, abs=2)
+
+
+def test_a_step_costs_what_is_said_of_it(run, monkeypatch):
+    monkeypatch.setattr(throughput, "REPEATS", 1)
+    monkeypatch.setattr(throughput, "LONG", 1e-4)
+    (row,) = run("cost", "--cases", "CoOp_PLPP-10-32")
+    assert row["seconds"] > 0 and row["predicted_mib"] > 0
+    assert row["predicted_seconds"] >= sum(row["predicted_parts"].values())
+    assert row["predicted_parts"]["text"] > 0 and row["predicted_parts"]["plpp"] > 0
 
 
 BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], bool]]] = {
@@ -60,35 +95,30 @@ BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], bool]]] = {
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_each_benchmark_measures_what_it_says(name: str, tmp_path: Path) -> None:
+def test_each_benchmark_measures_what_it_says(name: str, run, monkeypatch) -> None:
     cases, holds = BENCHMARKS[name]
-    out = tmp_path / "rows.json"
-    program = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--threads", "1", "--json", str(out)]
-    subprocess.run([*program, *(["--cases", *cases] if cases else [])], check=True, timeout=240)
-    rows = json.loads(out.read_text())["rows"]
+    multiprocessing.set_forkserver_preload(["plpp_reg.engine.trainer"])  # imported once, not once a process
+    forked = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", forked)
+    rows = run(name, "--threads", "1", *(["--cases", *cases] if cases else []))
     assert [row.get("case") or row["position"] for row in rows] == (cases or ["end", "front"])
     assert all(map(holds, rows)), rows
 
 
-def test_the_phases_of_a_cold_run_are_its_whole_time(tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    program = [sys.executable, str(ROOT / "benchmarks" / "cold_start.py"), "--quick", "--json", str(out)]
-    subprocess.run(program, check=True, timeout=480)
-    (row,) = json.loads(out.read_text())["rows"]
+def test_the_phases_of_a_cold_run_are_its_whole_time(run) -> None:
+    (row,) = run("cold_start")
     for key in ("seconds", "cpu_seconds"):
         seconds = [row["phases"][phase][key] for phase in ("imports", "pictures", "features", "steps", "test", "rest")]
         assert row["case"] == "cold" and row[key] == pytest.approx(sum(seconds))
         assert all(seconds[:4])
 
 
-def test_steps_over_processes_are_timed_by_the_wall_and_end_where_losses_differ(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    common, ranks = importlib.import_module("common"), importlib.import_module("ranks")
+def test_steps_over_processes_are_timed_by_the_wall_and_end_where_losses_differ(run, tmp_path, monkeypatch):
+    ranks = importlib.import_module("ranks")
     monkeypatch.setattr(common, "CLOCK", common.CLOCK)
     row = {"classes": 20, "reference_seconds": 1.0, "seconds": 1.0, "speedup": 1.0}
     monkeypatch.setattr(ranks, "measure", lambda case, *_: {"case": case, **row, "loss_rel_diff": 2e-5})
-    for flag, says in (("--cpu-time", "expected wall time"), ("--quick", "within 1e-05, got 2e-05")):
-        monkeypatch.setattr(sys, "argv", ["ranks.py", flag, "--json", str(tmp_path / "rows.json")])
+    for flags, says in ((["--cpu-time"], "expected wall time"), ([], "within 1e-05, got 2e-05")):
         with pytest.raises(SystemExit, match=says):
-            ranks.main()
+            run("ranks", *flags)
     assert not (tmp_path / "rows.json").exists()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import re
 import sys
 import threading
+import types
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +24,7 @@ from plpp_reg.data import DataSplit
 from plpp_reg.data.augmentation import build_transform
 from plpp_reg.errors import InputError
 from plpp_reg.io.pictures import open_picture
-from plpp_reg.prompts.export import TOLERANCE, export
+from plpp_reg.prompts.export import TOLERANCE, Whole, export
 from plpp_reg.prompts.loading import load_run
 from plpp_reg.prompts.predict import predict
 
@@ -101,13 +106,37 @@ def test_a_place_that_is_not_for_an_export_is_one_line(
 # ---- ONNX --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["CoOp", "CSC", "MaPLe", "IVLP", "VPT", "PromptSRC", "FDBPL", "PromptKD"])
-def test_an_onnx_file_gives_torchs_probabilities(world: Path, name: str, tmp_path: Path, capsys) -> None:
+@pytest.fixture(scope="module")
+def onnx_file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The ONNX file of a run by its name, made once by ``plpp export``, which says one line."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    @functools.cache
+    def made(name: str) -> Path:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert cli.main(["export", str(world / name), str(folder / f"{name}.onnx"), "--format", "onnx"]) == 0
+        assert said.getvalue().count("\n") == 1
+        return folder / f"{name}.onnx"
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["CSC", "VPT", "PromptSRC", "FDBPL"])
+def test_what_is_exported_gives_the_methods_probabilities(world: Path, name: str) -> None:
+    """Before it is a file; as one, what it asks of torch is one of the next test's methods': CoOp's or IVLP's."""
+    trainer = load_run(world / name)
+    transform = build_transform(trainer.cfg, train=False)
+    pixels = torch.stack([transform.pixels(open_picture(path)) for path in pictures(world)])
+    with torch.no_grad():
+        rows = Whole(trainer.method, transform.mean, transform.std).eval()(pixels)
+    for row, ours in zip(rows, predict(trainer, pictures(world)), strict=True):
+        assert dict(zip(trainer.data.classnames, row.tolist(), strict=True)) == pytest.approx(ours.probabilities, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["CoOp", "MaPLe", "IVLP", "PromptKD"])
+def test_an_onnx_file_gives_torchs_probabilities(world: Path, name: str, onnx_file: Callable[[str], Path]) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    capsys.readouterr()
-    assert cli.main(["export", str(world / name), str(tmp_path / "p.onnx"), "--format", "onnx"]) == 0
-    assert capsys.readouterr().out.count("\n") == 1
-    session = onnxruntime.InferenceSession(tmp_path / "p.onnx")
+    session = onnxruntime.InferenceSession(onnx_file(name))
     told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     trainer = load_run(world / name)
     assert told["trainer"] == trainer.cfg.TRAINER.NAME and told["input"]["size"] == [32, 32]
@@ -141,8 +170,8 @@ def test_what_has_no_onnx_file_says_why(world: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_onnx_file_that_computes_something_else_is_not_kept(world: Path, tmp_path: Path, monkeypatch) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+def test_an_onnx_file_that_computes_something_else_is_not_kept(world: Path, tmp_path: Path, monkeypatch, onnx_file) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
     class Wrong:
         def __init__(self, *_: object, **__: object) -> None: ...
@@ -150,19 +179,20 @@ def test_an_onnx_file_that_computes_something_else_is_not_kept(world: Path, tmp_
         def run(self, _: object, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
             return [np.full((len(inputs["pixels"]), 5), 0.2, np.float32)]
 
+    exported = types.SimpleNamespace(model_proto=onnx.load(onnx_file("CoOp")))
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: exported)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     with pytest.raises(InputError, match="expected torch's probabilities within 0.0001, got them"):
         export(load_run(world / "CoOp"), tmp_path / "p.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_readmes_service_answers_as_plpp_predict_does(world: Path, tmp_path: Path) -> None:
+def test_the_readmes_service_answers_as_plpp_predict_does(world: Path, onnx_file: Callable[[str], Path]) -> None:
     pytest.importorskip("onnxruntime")
     trainer = load_run(world / "CoOp")
-    export(trainer, tmp_path / "prompt.onnx")
     code = re.search(r"<!-- service -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     assert sum(bool(line) for line in code.splitlines()) <= 15
-    code = code.replace('"prompt.onnx"', repr(str(tmp_path / "prompt.onnx"))).replace("8000", "0")
+    code = code.replace('"prompt.onnx"', repr(str(onnx_file("CoOp")))).replace("8000", "0")
     *lines, last = code.strip().splitlines()
     assert last.endswith(".serve_forever()")
     scope: dict = {}

@@ -12,7 +12,6 @@ import pty
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -309,17 +308,20 @@ def test_images_are_streamed_and_any_number_of_threads_gives_the_same(world: Pat
     assert list(predict(trainer, images[:9])) == list(predict(trainer, images[:9], threads=5))
 
 
-def test_a_bar_shows_in_a_terminal_alone(world: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "plpp_reg", "predict", str(world / "CoOp"), str(world / "images"), "--json"]
+def test_a_bar_shows_in_a_terminal_alone(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    argv = ["predict", str(world / "CoOp"), str(world / "images"), "--json"]
+    capsys.readouterr()
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and len(json.loads(out)) == len(list((world / "images").rglob("*.png")))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # of no columns it would show nothing
-    with (tmp_path / "out.json").open("w") as out:
-        assert subprocess.run(argv, stdout=out, stderr=theirs).returncode == 0
-    os.close(theirs)
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        assert cli.main(argv) == 0
+    assert capsys.readouterr().out == out
     shown = b""
     with contextlib.suppress(OSError):  # the end, on Linux
         while part := os.read(ours, 4096):
             shown += part
     assert b" images" in shown and b"%" in shown
-    assert len(json.loads((tmp_path / "out.json").read_text())) == len(list((world / "images").rglob("*.png")))
-    assert subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE).stderr == b""

@@ -47,7 +47,8 @@ def test_every_runs_configuration_is_there(sweep: tuple[Path, Page]) -> None:
     assert len(cards) == len(runs) and "base_to_new: dtd, 16 shots, CoOp_PLPP, seed 2" in cards[4][1]
 
 
-def test_the_pages_figures_are_those_of_the_tables(sweep: tuple[Path, Page]) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_the_pages_figures_are_those_of_the_tables(sweep: tuple[Path, Page], tmp_path: Path) -> None:
     folder, page = sweep
     made = tables.make_tables(tables.read_runs(folder))
     shown = " ".join(page.text.split())
@@ -64,7 +65,8 @@ def test_the_pages_figures_are_those_of_the_tables(sweep: tuple[Path, Page]) -> 
         flat = values.replace(" ", "")
         assert any(r.replace(" ", "").startswith(f"{last.label}{flat}".replace(" ", "")) for r in rows), values
     assert any("(published)" in row for row in rows)
-    assert "(published)" not in " ".join(text for _, text in report_of(folder, published=False).of("tr"))
+    without = report_of(folder, output=tmp_path / "page.html", published=False)
+    assert "(published)" not in " ".join(text for _, text in without.of("tr"))
 
 
 def test_an_overview_has_a_column_a_data_set_and_the_average_first(sweep: tuple[Path, Page]) -> None:
@@ -77,6 +79,7 @@ def test_an_overview_has_a_column_a_data_set_and_the_average_first(sweep: tuple[
     assert opened  # the first overview is seen without a click
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_of_all_data_sets_and_methods_is_whole(tmp_path: Path) -> None:
     made_up_sweep(tmp_path, seeds=(1, 2), epochs=0)
     page = report_of(tmp_path)
@@ -88,6 +91,7 @@ def test_a_report_of_all_data_sets_and_methods_is_whole(tmp_path: Path) -> None:
     assert "Missing" not in page.text and len(page.of("details", class_="run")) == 11 * 12 * 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_difference_is_bold_where_its_interval_leaves_out_0(tmp_path: Path) -> None:
     for seed, (plain, treated) in enumerate([(50.0, 52.0), (51.0, 53.1), (52.0, 53.9)], start=1):
         record(tmp_path, "CoOp", seed, {"base": 80.0 + seed, "new": plain}, backbone="embedded")
@@ -97,7 +101,10 @@ def test_a_difference_is_bold_where_its_interval_leaves_out_0(tmp_path: Path) ->
     assert bold == {"+2.00"}  # new: +2.0, +2.1, +1.9; base: -2, -4, -6 has the interval -4 ± 4.97
 
 
-def test_figures_are_drawn_of_the_right_numbers(sweep: tuple[Path, Page], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_figures_are_drawn_of_the_right_numbers(
+    sweep: tuple[Path, Page], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = sweep
     drawn: dict[str, tuple] = {}
 
@@ -110,7 +117,7 @@ def test_figures_are_drawn_of_the_right_numbers(sweep: tuple[Path, Page], monkey
 
     monkeypatch.setattr(plots, "curves", seen(plots.curves))
     monkeypatch.setattr(plots, "bars", seen(plots.bars))
-    report_of(folder)
+    report_of(folder, output=tmp_path / "page.html")
     by_protocol = {table.protocol: table for table in tables.make_tables(tables.read_runs(folder))}
     _, rows, values, *_ = drawn["CoOp_PLPP - CoOp"]
     assert rows == ["DTD", "EuroSAT", "Average of 2"] and list(values) == ["base", "new", "H"]
@@ -176,6 +183,7 @@ def test_hostile_names_are_text(tmp_path: Path, name: str) -> None:
     assert "49" not in page.of("h1")[0][1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_missing_and_failed_runs_are_named_and_not_counted(tmp_path: Path) -> None:
     made_up_sweep(tmp_path, ["dtd"], ["CoOp"], (1, 2), epochs=0)
     for done in tmp_path.rglob("result.json"):
@@ -199,6 +207,7 @@ def test_missing_and_failed_runs_are_named_and_not_counted(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("result", [{}, {"metrics": {}}, {"metrics": {"accuracy": "high"}}, {"metrics": 3}, {"tests": [1]}])
+@pytest.mark.usefixtures("undrawn")
 def test_a_record_without_figures_is_missing(tmp_path: Path, result: dict) -> None:
     made_up_sweep(tmp_path, ["dtd"], ["CoOp"], (1,), epochs=0)
     folder = record(tmp_path, "CoOp", 2, {"base": 1.0, "new": 1.0})
@@ -216,6 +225,7 @@ def test_a_folder_without_runs_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_output_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     runs, out = tmp_path / "runs", tmp_path / "out"
     made_up_sweep(runs, ["dtd"], ["CoOp", "CoOp_PLPP"], (1, 2), epochs=0)

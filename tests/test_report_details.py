@@ -45,6 +45,7 @@ def with_evaluations(folder: Path, zero_shot: dict[str, float]) -> None:
 # ---- tables ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_table_and_a_report_of_train_runs_say_the_same(runs: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copytree(runs / "CoOp", runs / "twice")
     assert main(["table", str(runs)]) == 0
@@ -85,6 +86,7 @@ def test_zero_shot_that_runs_tell_is_a_row_and_who_stays_below_is_told(tmp_path:
 # ---- figures -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_zero_shot_stands_in_every_figure_of_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up_sweep(tmp_path, ["dtd"], ["CoOp", "CoOp_PLPP"], epochs=2)
     made_up_sweep(tmp_path, ["dtd"], ["CoOp", "CoOp_PLPP"], (1, 2), shots=(1, 4), epochs=0)
@@ -154,6 +156,7 @@ def cells_of(page, label: str) -> list[list[str]]:
     return rows[1:]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_picture_is_shown_only_where_it_is_what_was_tested(
     world: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -189,6 +192,7 @@ def test_of_many_classes_the_worst_are_shown_and_the_rest_is_counted() -> None:
 
 
 @pytest.mark.parametrize("change", [{"evaluation": None}, {"evaluation": {"classes": 3}}, {"evaluation": [1]}])
+@pytest.mark.usefixtures("undrawn")
 def test_a_record_without_it_or_with_something_else_loses_that_alone(runs: Path, change: dict) -> None:
     path = runs / "CoOp" / "result.json"
     result = json.loads(path.read_text()) | change
@@ -216,19 +220,27 @@ def browser():
         made.close()
 
 
+@pytest.fixture(scope="module")
+def address(world: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A page of a run of ``plpp train`` and of a sweep."""
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(world / "done", folder / "CoOp")
+    made_up_sweep(folder / "sweep", ["dtd", "eurosat"], ["CoOp", "CoOp_PLPP"], epochs=2)
+    report_of(folder)
+    return (folder / "report.html").as_uri()
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 @pytest.mark.parametrize("scripts", [True, False])
-def test_the_page_in_a_browser(runs: Path, browser, width: int, scheme: str, scripts: bool, tmp_path: Path) -> None:
-    made_up_sweep(runs / "sweep", ["dtd", "eurosat"], ["CoOp", "CoOp_PLPP"], epochs=2)
-    report_of(runs)
+def test_the_page_in_a_browser(browser, address: str, width: int, scheme: str, scripts: bool) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=scripts)
     page = context.new_page()
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    page.goto((runs / "report.html").as_uri())
-    assert not said and [url for url in asked if not url.startswith("data:")] == [(runs / "report.html").as_uri()]
+    page.goto(address)
+    assert not said and [url for url in asked if not url.startswith("data:")] == [address]
     assert page.locator("html").bounding_box()["width"] <= width  # nothing makes the page wider than the screen
     ground = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor") if scripts else None
     assert ground in (None, "rgb(20, 23, 26)" if scheme == "dark" else "rgb(255, 255, 255)")
@@ -258,6 +270,7 @@ def test_the_page_in_a_browser(runs: Path, browser, width: int, scheme: str, scr
     context.close()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_test_beside_a_training_run_hides_none_of_its_curves(runs: Path) -> None:
     """Its number of shots is that of its configuration, and says nothing: a test takes none."""
     tested = read_result(runs / "CoOp")

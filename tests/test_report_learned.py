@@ -71,6 +71,7 @@ def test_tables_and_reports_of_finished_runs_load_no_torch(trained: Path, tmp_pa
 
 
 @pytest.mark.parametrize("value", [{}, {"before": 1}, {"before": {"perplexity": "x"}}, [1]])
+@pytest.mark.usefixtures("undrawn")
 def test_a_record_that_is_something_else_loses_its_words_alone(trained: Path, tmp_path: Path, value: object) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
@@ -103,11 +104,12 @@ def test_words_before_and_after_are_those_of_the_run(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_the_page_of_real_runs(trained: Path, tmp_path: Path, old: bool) -> None:
+def test_the_page_of_real_runs(trained: Path, tmp_path: Path, old: bool, request: pytest.FixtureRequest) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
     if old:
         as_of_the_first_version(folder)
+        request.getfixturevalue("undrawn")
     page = report_of(folder)
     words = [text for _, text in page.of("summary") if ": perplexity " in text]
     assert [text.split(":")[0] for text in words] == ["CoOp, seed 3", "CoOp_PLPP, seed 3", "CoOp, seed 1"]
@@ -121,6 +123,7 @@ def test_the_page_of_real_runs(trained: Path, tmp_path: Path, old: bool) -> None
     assert len(configs) == 3 and all("TRAINER.NAME" in text for text in configs)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_broken_checkpoint_loses_its_curves_alone(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
@@ -132,6 +135,7 @@ def test_a_broken_checkpoint_loses_its_curves_alone(trained: Path, tmp_path: Pat
     assert any(text.startswith("CoOp, seed 3: perplexity") for _, text in page.of("summary"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_of_a_folder_is_run_and_nothing_downloaded(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +160,7 @@ def test_nothing_of_a_folder_is_run_and_nothing_downloaded(
 
 
 @pytest.mark.parametrize("name", ["{}", "open_clip:ViT-B-16/{}"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_loads_no_torchscript(trained: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code could be run, and a report needs weights alone."""
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "m.pt")

@@ -106,10 +106,10 @@ def test_the_rule_takes_the_best_score_and_of_close_ones_the_cheapest(tmp_path: 
 def test_one_setting_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real one, on the embedded model: what a row says can be run by ``plpp train``."""
     bench = Bench(Rows(tmp_path / "rows.jsonl"))
-    few, _ = resolve(RunArguments(trainer="CoOp", opts=("DATASET.NUM_SHOTS", "1")))
+    few, _ = resolve(RunArguments(trainer="CoOp", opts=("DATASET.NUM_SHOTS", "1", "INPUT.VIEWS", "2")))
     monkeypatch.setattr(bench, "images", lambda split: read_images(few, bench.clip_model, [1, 2], split))  # not all of them
     short = plpp("inverse, k 50:", 0.5, 50)
-    short.opts["OPTIM.MAX_EPOCH"] = 4
+    short.opts.update({"OPTIM.MAX_EPOCH": 4, "INPUT.VIEWS": 2})
     bench.measure([short], [Case(4, 1)], "val", [1, 2])
     (found,) = bench.rows.rows
     assert found["images"] == {"base": 134, "new": 124}
