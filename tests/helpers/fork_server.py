@@ -79,7 +79,7 @@ def become(wanted: dict[str, Any], standard: list[int]) -> None:
     sys.stdin = sys.__stdin__ = open(0, closefd=False)
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")  # the latter: of multiprocessing
 
 
 def run(code: str) -> int:
