@@ -121,6 +121,18 @@ def test_bytes_are_those_that_live_at_once():
     assert tracer.of(work).most[ALL] == 8400  # what stays alive is among the bytes of what follows
 
 
+def test_a_call_of_the_same_shapes_is_another_one_where_its_numbers_are_of_another_type():
+    made = []
+
+    def work() -> None:
+        whole = torch.zeros(3, 2, dtype=torch.int64, device="meta")
+        made.extend([whole * 2, whole * 2.0, whole * 2, whole.t() * 2, whole.float() * 2])
+
+    Tracer().of(work)
+    assert [t.dtype for t in made] == [torch.int64, torch.float32, torch.int64, torch.int64, torch.float32]
+    assert [t.stride() for t in made] == [(2, 1), (2, 1), (2, 1), (1, 2), (2, 1)]
+
+
 def test_a_tower_that_is_watched_has_both_of_its_ways():
     first, second, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.ones(3, 4, requires_grad=True)
     tracer = Tracer()

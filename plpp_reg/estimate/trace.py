@@ -111,12 +111,13 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, given = kwargs or {}, set()
         called = func, self._frozen(args, given), tuple((name, self._frozen(v, given)) for name, v in kwargs.items())
-        known = self.known.get(called)
+        key = called, tuple(map(type, (*args, *kwargs.values())))  # 1 == 1.0 == True, which make different tensors
+        known = self.known.get(key)
         if known is None:
             out = func(*args, **kwargs)
             formula = FORMULAS.get(func.overloadpacket)
             operation = Operation(*called, formula(*args, **kwargs, out_val=out) if formula else 0)
-            known = self.known[called] = Known(operation, _new(out, given))
+            known = self.known[key] = Known(operation, _new(out, given))
         else:
             out = func(*args, **kwargs) if known.result is None else _made(known.result)
         self.work.operations[self.tower, known.operation] += 1
