@@ -36,6 +36,7 @@ def make_clip(
     vision_width: int = 64,
     image_resolution: int = 32,
     patch_size: int = 16,
+    context_length: int = CONTEXT_LENGTH,
     seed: int = 0,
 ) -> nn.Module:
     """A frozen float32 ``clip.model.CLIP`` with random weights; the global random stream is left as it was.
@@ -47,7 +48,7 @@ def make_clip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = openai_clip().model.CLIP(
-            embed_dim, image_resolution, *vision, CONTEXT_LENGTH, VOCABULARY, width, width // 64, layers
+            embed_dim, image_resolution, *vision, context_length, VOCABULARY, width, width // 64, layers
         )
         # OpenAI's initial biases are 0, norms 1 and the ResNet's branches closed: a mix-up of those would not show.
         with torch.no_grad():

@@ -225,7 +225,7 @@ def address(world: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A page of a run of ``plpp train`` and of a sweep."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(world / "done", folder / "CoOp")
-    made_up_sweep(folder / "sweep", ["dtd", "eurosat"], ["CoOp", "CoOp_PLPP"], epochs=2)
+    made_up_sweep(folder / "sweep", ["dtd", "eurosat"], ["CoOp", "CoOp_PLPP"], epochs=0)
     report_of(folder)
     return (folder / "report.html").as_uri()
 

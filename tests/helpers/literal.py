@@ -1,7 +1,7 @@
 """Slow, literal transcriptions of the sources, sharing no code with the package: what the fast code must equal.
 
 The loss follows the equations at the top of plpp_reg/loss/functional.py, one word at a time. The tower follows CoOp's
-``PromptLearner`` and ``TextEncoder``: all 77 positions of every class through the stock modules.
+``PromptLearner`` and ``TextEncoder``: all positions of every class (OpenAI's models have 77) through the stock modules.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def plpp(
 
 
 class Prompts(NamedTuple):
-    embeddings: Tensor  # (C, 77, D), before positions are added
+    embeddings: Tensor  # (C, T, D) of all T positions, before these are added
     eot: Tensor  # (C,)
     context_at: Tensor  # (C, M)
 
@@ -69,14 +69,15 @@ def coop_prompts(model: nn.Module, classnames: Sequence[str], ctx: Tensor, posit
     n_ctx = ctx.shape[-2]
     names = [name.replace("_", " ") for name in classnames]
     name_lens = [len(clip.clip._tokenizer.encode(name)) for name in names]
-    tokenized = torch.cat([clip.tokenize(" ".join(["X"] * n_ctx) + " " + name + ".") for name in names])
+    positions = len(model.positional_embedding)
+    tokenized = torch.cat([clip.tokenize(" ".join(["X"] * n_ctx) + " " + name + ".", positions) for name in names])
     table = model.token_embedding(tokenized)
     if ctx.dim() == 2:
         ctx = ctx.unsqueeze(0).expand(len(names), -1, -1)
     ctx = ctx.to(table.dtype)
     embeddings, context_at = [], []
     for c, length in enumerate(name_lens):
-        order = _order(n_ctx, length, position)
+        order = _order(n_ctx, length, position, positions)
         # the row that stands at each position: a context vector, or a row of the tokenised placeholder prompt
         rows = [ctx[c, i] if kind == "ctx" else table[c, i] for kind, i in order]
         embeddings.append(torch.stack(rows))
@@ -84,11 +85,11 @@ def coop_prompts(model: nn.Module, classnames: Sequence[str], ctx: Tensor, posit
     return Prompts(torch.stack(embeddings), tokenized.argmax(-1), torch.tensor(context_at))
 
 
-def _order(n_ctx: int, name_len: int, position: str) -> list[tuple[str, int]]:
-    """CoOp's three concatenations, of 77 places: ("ctx", m) or ("token", position in the placeholder prompt)."""
+def _order(n_ctx: int, name_len: int, position: str, positions: int) -> list[tuple[str, int]]:
+    """CoOp's three concatenations, of all positions: ("ctx", m) or ("token", position in the placeholder prompt)."""
     prefix = [("token", 0)]
     ctx = [("ctx", m) for m in range(n_ctx)]
-    suffix = [("token", t) for t in range(1 + n_ctx, 77)]
+    suffix = [("token", t) for t in range(1 + n_ctx, positions)]
     if position == "end":
         return prefix + ctx + suffix
     name, rest = suffix[:name_len], suffix[name_len:]
