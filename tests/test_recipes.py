@@ -222,6 +222,14 @@ def test_without_a_config_file_the_method_has_its_own(name: str) -> None:
     assert openai == {**of(f"{name}/few_shot_16.yaml"), "MODEL.BACKBONE.NAME": "RN50"}
 
 
+def test_a_copied_configuration_is_the_same_and_shares_nothing() -> None:
+    cfg, _ = resolve(RunArguments(trainer="MaPLe_PLPP", backbone="ViT-B/16"))
+    before, copied = cfg.clone(), config.copied(cfg)
+    assert copied == cfg and config.to_yaml(copied) == config.to_yaml(cfg)
+    copied.INPUT.PIXEL_MEAN[0] = copied.OPTIM.LR = copied.TRAINER.PLPP.WEIGHT = 9.0
+    assert cfg == before != copied
+
+
 def test_a_recipe_takes_the_flag_and_options_over_its_own_figures() -> None:
     for recipe in RECIPES:
         assert of(recipe, "OPTIM.MAX_EPOCH", "7")["OPTIM.MAX_EPOCH"] == 7

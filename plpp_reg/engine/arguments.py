@@ -114,7 +114,7 @@ def check(cfg: CfgNode) -> None:
 
 def further_config(cfg: CfgNode, opts: Sequence[str]) -> CfgNode:
     """The run's configuration with KEY VALUE pairs on top, for one further test."""
-    changed = cfg.clone()
+    changed = config.copied(cfg)
     config.merge_list(changed, opts)
     check(changed)
     return changed

@@ -290,7 +290,7 @@ def learns(method: str) -> bool:
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
-    changed = cfg.clone()
+    changed = config.copied(cfg)
     changed.SEED = seed
     return changed
 
