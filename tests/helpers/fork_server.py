@@ -114,6 +114,7 @@ def main(modules: list[str]) -> None:
     sys.path[:] = INSTALLED
     sys.dont_write_bytecode = True  # a test looks at what stands in the folders
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
     while True:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
