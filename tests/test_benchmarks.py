@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import operator
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,19 @@ BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], bool]]] = {
 }
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A benchmark's processes are forks of one that has imported what they import."""
+    multiprocessing.set_forkserver_preload(["plpp_reg.engine.trainer"])
+    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
+    yield
+    multiprocessing.forkserver._forkserver._stop()  # a sweep's in another test imports less, in another environment
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_each_benchmark_measures_what_it_says(name: str, run, monkeypatch) -> None:
+def test_each_benchmark_measures_what_it_says(name: str, run, forked) -> None:
     cases, holds = BENCHMARKS[name]
-    multiprocessing.set_forkserver_preload(["plpp_reg.engine.trainer"])  # imported once, not once a process
-    forked = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
-    monkeypatch.setattr(torch.multiprocessing, "spawn", forked)
     rows = run(name, "--threads", "1", *(["--cases", *cases] if cases else []))
     assert [row.get("case") or row["position"] for row in rows] == (cases or ["end", "front"])
     assert all(map(holds, rows)), rows
