@@ -84,9 +84,11 @@ def collect(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 class Rows(NamedTuple):
     rows: Sequence[dict[str, Any]]
 
-    def seeds(self, sweep: str, protocol: str, method: str) -> list[int]:
-        key = (sweep, protocol, method)
-        return sorted(r["seed"] for r in self.rows if (r["sweep"], r["protocol"], r["method"]) == key)
+    def seeds(self, sweep: str, protocol: str, *methods: str) -> list[int]:
+        """Those that all of them have."""
+        keys = [(sweep, protocol, method) for method in methods]
+        each = [{r["seed"] for r in self.rows if (r["sweep"], r["protocol"], r["method"]) == key} for key in keys]
+        return sorted(set.intersection(*each))
 
     def point(self, sweep: str, protocol: str, method: str, seeds: Sequence[int], strength: float = 0) -> Point:
         """Base is the source, new the mean of the other tests."""
@@ -99,7 +101,7 @@ class Rows(NamedTuple):
 def transfer(rows: Rows, protocol: str) -> str:
     """Markdown: CoOp, its epochs and PLPP; KgCoOp and PLPP."""
     lines = [f"| {protocol} | seeds | source | {TESTS[protocol]} |", "|---|---|---|---|"]
-    seeds = rows.seeds("chosen", protocol, "CoOp")
+    seeds = rows.seeds("chosen", protocol, "CoOp", "CoOp_PLPP")
     plain, treated = (rows.point("chosen", protocol, m, seeds, 40) for m in ("CoOp", "CoOp_PLPP"))
     curve = [rows.point(f"epochs {e}", protocol, "CoOp", seeds, e) for e in EPOCHS]
     lines.append(_means("CoOp, 40 epochs", plain))
@@ -107,7 +109,7 @@ def transfer(rows: Rows, protocol: str) -> str:
     lines.append(_differences("CoOp_PLPP", treated, plain))
     gap = gap_at_equal_base(treated, [*curve, plain]) or "not reached"
     lines.append(f"| CoOp_PLPP above the epochs' curve at equal source accuracy | {len(seeds)} | | {gap} |")
-    seeds = rows.seeds("chosen", protocol, "KgCoOp")
+    seeds = rows.seeds("chosen", protocol, "KgCoOp", "KgCoOp_PLPP")
     plain, treated = (rows.point("chosen", protocol, m, seeds) for m in ("KgCoOp", "KgCoOp_PLPP"))
     return "\n".join([*lines, _means("KgCoOp", plain), _differences("KgCoOp_PLPP", treated, plain)])
 
@@ -124,7 +126,7 @@ def base_to_new(rows: Rows) -> str:
     """Markdown: every method, and what PLPP does to it."""
     lines = ["| base to new | seeds | base | new | H | with PLPP: base | new | H |", "|---|---|---|---|---|---|---|---|"]
     for method in OTHERS:
-        seeds = rows.seeds("chosen", "base_to_new", method)
+        seeds = rows.seeds("chosen", "base_to_new", method, f"{method}_PLPP")
         plain, treated = (rows.point("chosen", "base_to_new", m, seeds) for m in (method, f"{method}_PLPP"))
         cells = [f"{summary(values).mean:.1f}" for values in (plain.base, plain.new, plain.h)]
         cells += [str(difference(treated, plain, figure)) for figure in ("base", "new", "h")]
