@@ -125,8 +125,10 @@ def _differences(name: str, point: Point, plain: Point) -> str:
 def base_to_new(rows: Rows) -> str:
     """Markdown: every method, and what PLPP does to it."""
     lines = ["| base to new | seeds | base | new | H | with PLPP: base | new | H |", "|---|---|---|---|---|---|---|---|"]
-    for method in OTHERS:
-        seeds = rows.seeds("chosen", "base_to_new", method, f"{method}_PLPP")
+    found = {method: rows.seeds("chosen", "base_to_new", method, f"{method}_PLPP") for method in OTHERS}
+    for method, seeds in found.items():
+        if not seeds:
+            continue
         plain, treated = (rows.point("chosen", "base_to_new", m, seeds) for m in (method, f"{method}_PLPP"))
         cells = [f"{summary(values).mean:.1f}" for values in (plain.base, plain.new, plain.h)]
         cells += [str(difference(treated, plain, figure)) for figure in ("base", "new", "h")]
