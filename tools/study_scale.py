@@ -19,6 +19,7 @@ import argparse
 import bisect
 import json
 import math
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -148,7 +149,8 @@ def table(rows: Sequence[Rows], case: Case) -> str:
 
 def page(path: Path) -> str:
     """All towers of the file that have every setting."""
-    names = dict.fromkeys(json.loads(line)["tower"] for line in path.read_text(encoding="utf-8").splitlines())
+    found = {json.loads(line)["tower"] for line in path.read_text(encoding="utf-8").splitlines()}
+    names = sorted(found, key=lambda name: (name.split()[0], float(re.findall(r"[\d.]+", name)[0])))  # width 64 before 128
     rows = [r for r in (Rows(path, name) for name in names) if all(r.seeds(s.name, c, "val") for s in SETTINGS for c in CASES)]
     return "\n\n".join([*(table(rows, case) for case in CASES), verdict(rows)])
 
