@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from plpp_reg.commands.cli import main
 from plpp_reg.data import DATASETS, DatasetEntry, loaders
@@ -54,6 +52,9 @@ def collected(logits: torch.Tensor, label: torch.Tensor, order: torch.Tensor) ->
 
 @pytest.mark.parametrize(("seed", "classes"), [(0, 2), (1, 5), (2, 40)])
 def test_figures_are_the_libraries(seed: int, classes: int) -> None:
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     logits, label = predictions(seed, classes)
     found = collected(logits, label, torch.randperm(len(label)))
     guess, all_labels = logits.argmax(1), range(classes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 
@@ -27,6 +26,8 @@ FAMILIES = {
 
 
 def source(family: str, **changes) -> torch.nn.Module:
+    import open_clip  # takes as long as many tests: not while they are collected
+
     torch.manual_seed(0)
     config = {**FAMILIES[family], **changes}
     model = open_clip.model.CLIP(**config).eval()
@@ -38,6 +39,8 @@ def source(family: str, **changes) -> torch.nn.Module:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_towers_compute_what_open_clip_computes(family):
+    import open_clip
+
     theirs = source(family)
     ours = as_openai(theirs)
     images, texts = torch.randn(3, 3, 32, 32), ["a photo of a cat", "tea", "zebra crossing, red"]
@@ -72,6 +75,8 @@ def test_another_architecture_is_refused(changes):
 
 @pytest.fixture
 def tiny_architecture(tmp_path: Path):
+    import open_clip
+
     config = tmp_path / "plpp-tiny.json"
     config.write_text(json.dumps(FAMILIES["vit"]))
     open_clip.add_model_config(config)
