@@ -41,7 +41,8 @@ docs = [
     "myst-parser>=4",  # its pages stay the Markdown that is read in the repository
     "furo",  # a theme of which nothing is fetched when a page is read
 ]
-test = [*demo, *ray, *data, *onnx, *docs, "open_clip_torch", "pytest", "pytest-xdist", "hypothesis", "ruff", "build"]
+test = [*demo, *ray, *data, *onnx, *docs, "open_clip_torch", "pytest", "hypothesis", "ruff", "build"]
+test += ["pytest-xdist>=3.8"]  # has --no-loadscope-reorder
 test += ["scikit-learn"]
 test += ["torchmetrics"]  # what the calibration error is compared with; to import it takes longer than many a run
 test += ["mypy"]  # of a script that names what is public
