@@ -146,8 +146,17 @@ def test_a_mat_file_that_ends_its_reader_is_refused(root: Path, monkeypatch: pyt
     program.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setattr(matlab, "__file__", str(program))
     layout = DATASETS["OxfordFlowers"].layout
-    with pytest.raises(InputError, match="imagelabels.mat: scipy ended with SIGSEGV while it read a damaged file"):
+    with pytest.raises(InputError, match="imagelabels.mat: scipy ended with SIGSEGV while it read, so a file may be damaged"):
         read_own_files(root / layout.folder, layout)
+
+
+def test_a_reader_that_cannot_start_is_no_file_s_fault(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "reader.py").write_text("raise ModuleNotFoundError('No module named scipy')")
+    monkeypatch.setattr(matlab, "__file__", str(tmp_path / "reader.py"))
+    layout = DATASETS["OxfordFlowers"].layout
+    with pytest.raises(InputError, match="ended with status 1: ModuleNotFoundError: No module named scipy") as caught:
+        read_own_files(root / layout.folder, layout)
+    assert "as it is published" not in str(caught.value)
 
 
 def test_of_a_damaged_mat_file_scipy_s_word_is_said(root: Path, tmp_path: Path) -> None:

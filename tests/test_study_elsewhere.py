@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import study_methods  # noqa: E402
 import study_scale  # noqa: E402
 from plpp_share import rescaled  # noqa: E402
+from study import tables  # noqa: E402
 from study.bench import Bench  # noqa: E402
 from study.rows import Rows, between  # noqa: E402
 from study.settings import FINE, PLAIN, Case, Setting  # noqa: E402
@@ -81,13 +83,15 @@ def test_a_weight_between_two_is_on_a_line_over_its_logarithm(tmp_path: Path) ->
 def test_other_tests_are_paired_by_seed_and_averaged() -> None:
     def row(sweep: str, method: str, seed: int, source: float, *tests: float) -> dict:
         of = {"sweep": sweep, "protocol": "cross_dataset", "method": method}
-        return {**of, "seed": seed, "source": source, "tests": {str(i): test for i, test in enumerate(tests)}}
+        tests = {str(i): test for i, test in enumerate(tests)}
+        return {**of, "seed": seed, "source": source, "tests": tests, "zero_shot": {"source": 44, "0": 50, "1": 51}}
 
     rows = [row("chosen", m, s, 50, 30, 40 + s) for m in ("CoOp", "KgCoOp") for s in (2, 1)]
     rows += [row(f"epochs {e}", "CoOp", s, 40 + e / 10, 30, 40 + s) for e in study_methods.EPOCHS for s in (1, 2)]
     rows += [row("chosen", "CoOp_PLPP", s, 49, 30 + s, 48) for s in (1, 2)]
     rows += [row("chosen", "KgCoOp_PLPP", s, 51, 30, 40 + s) for s in (1, 2)]
     text = study_methods.transfer(study_methods.Rows(rows), "cross_dataset")
+    assert "| zero-shot | | 44.0 | 50.5 |" in text
     assert "| CoOp, 40 epochs | 2 | 50.0 | 35.8 |" in text  # means of 30, 41 and of 30, 42
     assert "| CoOp_PLPP | 2 | -1.0 ± 0.0 | +4.0 ± 0.0 |" in text  # 39.5 and 40.0 against 35.5 and 36.0
     assert "above the epochs' curve at equal source accuracy | 2 | | +4.0 ± 0.0 |" in text
@@ -100,3 +104,25 @@ def test_a_part_of_a_page_is_put_between_its_marks(tmp_path: Path) -> None:
     for _ in range(2):
         between(page, "<!-- a -->", "<!-- end of a -->", "new")
     assert page.read_text() == "before\n<!-- a -->\n\nnew\n\n<!-- end of a -->\nafter\n"
+
+
+def test_the_page_has_the_tables_that_the_rows_give(tmp_path: Path) -> None:
+    page = tmp_path / "study.md"
+    page.write_text((ROOT / "docs" / "study.md").read_text(encoding="utf-8"), encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    between(page, study_methods.START, study_methods.END, study_methods.page(results / "study-methods.jsonl"))
+    between(page, study_scale.START, study_scale.END, study_scale.page(results / "study-scale.jsonl"))
+    between(page, tables.START, tables.END, tables.tables(Rows(results / "study.jsonl")))
+    assert page.read_text(encoding="utf-8") == (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+
+
+def test_a_finished_run_is_a_row(tmp_path: Path) -> None:
+    record = {"metrics": {"accuracy": 60.0}, "evaluation": {"zero_shot": {"metrics": {"accuracy": 40.0}}}, "files_sha256": "0"}
+    folder = tmp_path / "epochs10" / "cross_dataset" / "emoji_even" / "shots16" / "CoOp" / "seed3"
+    folder.mkdir(parents=True)
+    other = {"emoji_odd": {**record, "dataset": "emoji_odd", "subsample": "all"}}
+    whole = {**record, "trainer": "CoOp", "seed": 3, "dataset": "emoji_even", "config": {"SEED": 3}, "tests": other}
+    (folder / "result.json").write_text(json.dumps(whole))
+    (row,) = study_methods.collect(tmp_path, ["chosen", "epochs 10"])
+    assert (row["sweep"], row["protocol"], row["method"], row["seed"]) == ("epochs 10", "cross_dataset", "CoOp", 3)
+    assert (row["source"], row["tests"], row["zero_shot"]) == (60.0, {"emoji_odd": 60.0}, {"source": 40.0, "emoji_odd": 40.0})

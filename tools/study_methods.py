@@ -74,11 +74,17 @@ def collect(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         for protocol in (*TESTS, "base_to_new"):
             for file in sorted((work / name.replace(" ", "") / protocol).rglob("result.json")):
                 found, of = read_result(file.parent), {"sweep": name, "protocol": protocol}
-                if found["trainer"] != "ZeroshotCLIP":
-                    tests = {test: round(record["metrics"]["accuracy"], 3) for test, record in found["tests"].items()}
-                    source = round(found["metrics"]["accuracy"], 3)
-                    rows.append({**of, "method": found["trainer"], "seed": found["seed"], "source": source, "tests": tests})
+                tests = {test: round(record["metrics"]["accuracy"], 3) for test, record in found["tests"].items()}
+                source = round(found["metrics"]["accuracy"], 3)
+                zero_shot = {test: _zero_shot(record) for test, record in {"source": found, **found["tests"]}.items()}
+                row = {**of, "method": found["trainer"], "seed": found["seed"], "source": source, "tests": tests}
+                rows.append({**row, "zero_shot": zero_shot})
     return rows
+
+
+def _zero_shot(record: dict[str, Any]) -> float:
+    """Of the same images, with the hand-written prompt."""
+    return round(record["evaluation"]["zero_shot"]["metrics"]["accuracy"], 3)
 
 
 class Rows(NamedTuple):
@@ -89,6 +95,10 @@ class Rows(NamedTuple):
         keys = [(sweep, protocol, method) for method in methods]
         each = [{r["seed"] for r in self.rows if (r["sweep"], r["protocol"], r["method"]) == key} for key in keys]
         return sorted(set.intersection(*each))
+
+    def zero_shot(self, protocol: str) -> dict[str, float]:
+        """The same in every run of a protocol."""
+        return dict(next(r["zero_shot"] for r in self.rows if r["protocol"] == protocol))
 
     def point(self, sweep: str, protocol: str, method: str, seeds: Sequence[int], strength: float = 0) -> Point:
         """Base is the source, new the mean of the other tests."""
@@ -101,9 +111,12 @@ class Rows(NamedTuple):
 def transfer(rows: Rows, protocol: str) -> str:
     """Markdown: CoOp, its epochs and PLPP; KgCoOp and PLPP."""
     lines = [f"| {protocol} | seeds | source | {TESTS[protocol]} |", "|---|---|---|---|"]
-    seeds = rows.seeds("chosen", protocol, "CoOp", "CoOp_PLPP")
+    each = [rows.seeds(f"epochs {e}", protocol, "CoOp") for e in EPOCHS]
+    seeds = sorted(set(rows.seeds("chosen", protocol, "CoOp", "CoOp_PLPP")).intersection(*each))
     plain, treated = (rows.point("chosen", protocol, m, seeds, 40) for m in ("CoOp", "CoOp_PLPP"))
     curve = [rows.point(f"epochs {e}", protocol, "CoOp", seeds, e) for e in EPOCHS]
+    named = rows.zero_shot(protocol)
+    lines.append(f"| zero-shot | | {named.pop('source'):.1f} | {statistics.fmean(named.values()):.1f} |")
     lines.append(_means("CoOp, 40 epochs", plain))
     lines += [_differences(f"the same with {e} epochs", point, plain) for e, point in zip(EPOCHS, curve, strict=True)]
     lines.append(_differences("CoOp_PLPP", treated, plain))
@@ -136,6 +149,12 @@ def base_to_new(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def page(path: Path) -> str:
+    """All tables of a file of rows."""
+    rows = Rows([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    return "\n\n".join([*(transfer(rows, protocol) for protocol in TESTS), base_to_new(rows)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines, of all finished runs in --work")
@@ -143,9 +162,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write the tables into DIR/study.md; run nothing")
     args = parser.parse_args()
     if args.docs:
-        rows = Rows([json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()])
-        text = "\n\n".join([*(transfer(rows, protocol) for protocol in TESTS), base_to_new(rows)])
-        return between(args.docs / "study.md", START, END, text)
+        return between(args.docs / "study.md", START, END, page(args.rows))
     for sweep in sweeps():
         run(sweep, args.work)
         found = collect(args.work, list(dict.fromkeys(s.name for s in sweeps())))

@@ -132,17 +132,18 @@ def verdict(rows: Sequence[Rows]) -> str:
 
 
 def table(rows: Sequence[Rows], case: Case) -> str:
-    """Markdown: plain CoOp on each tower, and the difference in H at each weight."""
+    """Markdown: plain CoOp on each tower, and the differences in base accuracy and H at each weight."""
     lines = [
         f"{case}, validation part, {len(FINE)} seeds\n",
-        f"| tower | base | new | H | share of weight 1 | {' | '.join(f'H, weight {w:g}' for w in WEIGHTS)} |",
+        f"| tower | base | new | H | share of weight 1 | {' | '.join(f'weight {w:g}: base, H' for w in WEIGHTS)} |",
         "|---|---|---|---|---|" + "---|" * len(WEIGHTS),
     ]
     for r in rows:
         plain = r.point(PLAIN, case, "val", FINE)
         cells = [f"{summary(values).mean:.1f}" for values in (plain.base, plain.new, plain.h)]
         cells.append(f"{r.of(PLAIN.name, case, 'val')[0]['share']:.2f}")
-        cells += [str(difference(r.point(s, case, "val", FINE), plain)) for s in SETTINGS]
+        points = [r.point(setting, case, "val", FINE) for setting in SETTINGS]
+        cells += [f"{difference(point, plain, 'base').mean:+.1f}, {difference(point, plain)}" for point in points]
         lines.append(f"| {r.tower} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -35,12 +35,13 @@ def embedded_state_dict(file: Path | None = None) -> dict[str, torch.Tensor]:
     """
     file = file or FILE
     tensors, _ = _read(file)
+    stat = file.stat()
     towers = {name: tensor for name, tensor in tensors.items() if not name.startswith("token_embedding.")}
-    return {**towers, "token_embedding.weight": _word_vectors(file, file.stat().st_mtime_ns).clone()}
+    return {**towers, "token_embedding.weight": _word_vectors(file.resolve(), stat.st_mtime_ns, stat.st_size).clone()}
 
 
 @functools.lru_cache(maxsize=1)  # it is most of a loading, and some programs load many times
-def _word_vectors(file: Path, _changed: int) -> torch.Tensor:
+def _word_vectors(file: Path, _changed: int, _size: int) -> torch.Tensor:
     """The whole vocabulary's, of the file as it is."""
     tensors, metadata = _read(file)
     rows = tensors["token_embedding.trained"]

@@ -6,6 +6,7 @@ This file is that process's program as well, so it imports nothing of the packag
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,25 +14,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+REFUSED = 3  # exit status: the file, not the process, is at fault
+
 
 def read(files: Sequence[tuple[Path, str]]) -> list[Any]:
     """The variable of each file in numbers, texts, lists, and dictionaries for structures.
 
     Raises:
         ValueError: what scipy says of a file, or the signal that ended it.
+        RuntimeError: the process ended otherwise; its last line.
     """
     found = subprocess.run(
         [sys.executable, __file__, *(word for path, key in files for word in (str(path), key))],
         capture_output=True,
         text=True,
         encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     if found.returncode == 0:
         return json.loads(found.stdout)
+    names, said = ", ".join(path.name for path, _ in files), found.stderr.strip().rpartition("\n")[2]
+    if found.returncode == REFUSED:
+        raise ValueError(said)
     if found.returncode < 0:
-        names = ", ".join(path.name for path, _ in files)
-        raise ValueError(f"{names}: scipy ended with {signal.Signals(-found.returncode).name} while it read a damaged file")
-    raise ValueError(found.stderr.strip().rpartition("\n")[2])
+        name = signal.Signals(-found.returncode).name
+        raise ValueError(f"{names}: scipy ended with {name} while it read, so a file may be damaged")
+    raise RuntimeError(f"{names}: the process that reads it ended with status {found.returncode}: {said}")
 
 
 def plain(path: str, key: str) -> Any:
@@ -58,10 +67,11 @@ def plain(path: str, key: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its modules are no program's
+    if sys.path[0] == str(Path(__file__).parent):  # its modules are no program's
+        sys.path.pop(0)
     words = sys.argv[1:]
     try:
         print(json.dumps([plain(path, key) for path, key in zip(words[::2], words[1::2], strict=True)]))
     except (ValueError, MemoryError) as error:
         print(str(error).replace("\n", " ") or type(error).__name__, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(REFUSED)

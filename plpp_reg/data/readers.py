@@ -83,6 +83,8 @@ def read_own_files(folder: Path, layout: Layout) -> Parts:
             raise InputError(f"{str(folder / needed)!r}: expected this file of the data set; get it: {layout.source}{split}")
     try:
         return KINDS[layout.kind](folder, layout)
+    except RuntimeError as e:
+        raise InputError(f"{str(folder)!r}: {e}") from e
     except (OSError, UnicodeDecodeError, ValueError, KeyError, IndexError, TypeError) as e:
         if isinstance(e, InputError):
             raise

@@ -127,7 +127,10 @@ def get_cfg_default(trainer: type | None = None) -> CfgNode:
 
 
 def copied(cfg: CfgNode) -> CfgNode:
-    """What ``cfg.clone()`` gives, in a small part of its time: a plan of many runs copies many."""
+    """What ``cfg.clone()`` gives of a node that is not frozen and whose lists are flat, in a small part of its time.
+
+    A plan of many runs copies many.
+    """
     new = CfgNode()
     for name, value in cfg.items():
         new[name] = copied(value) if isinstance(value, CfgNode) else list(value) if isinstance(value, list) else value

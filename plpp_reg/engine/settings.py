@@ -87,8 +87,8 @@ class Settings:
     @classmethod
     @functools.cache  # a plan of many runs asks for every method's at every run
     def _keys(cls) -> dict[str, str]:
-        of_node = f"TRAINER.{cls.node}." if cls.node else ""
-        return {f.name: f.metadata.get("key", "") or (of_node and of_node + f.name.upper()) for f in fields(cls)}
+        own = {f.name: f.metadata.get("key", "") for f in fields(cls)}
+        return {name: key or (f"TRAINER.{cls.node}.{name.upper()}" if cls.node else "") for name, key in own.items()}
 
     @classmethod
     def defaults(cls) -> dict[str, object]:

@@ -82,8 +82,11 @@ class Passes(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A call that was made before. ``result``: the shapes of what it gives, where that is new tensors without numbers, each in
-    memory of its own: torch is not asked again, whose functions that find shapes take longer than all else here."""
+    """A call that was made before.
+
+    ``result``: the shapes of what it gives, where that is new tensors without numbers, each in memory of its own; None: it is
+    to be made again. Where it is known torch is not asked: its functions that find shapes take longer than all else here.
+    """
 
     operation: Operation
     result: Any
@@ -111,7 +114,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, given = kwargs or {}, set()
         called = func, self._frozen(args, given), tuple((name, self._frozen(v, given)) for name, v in kwargs.items())
-        key = called, tuple(map(type, (*args, *kwargs.values())))  # 1 == 1.0 == True, which make different tensors
+        key = called, tuple(map(_kind, (*args, *kwargs.values())))  # 1 == 1.0 == True, which make different tensors
         known = self.known.get(key)
         if known is None:
             out = func(*args, **kwargs)
@@ -194,6 +197,11 @@ FORMULAS = {**flop_registry, ATTENTION: _attention_flops, ATTENTION_BACKWARD: _a
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
+
+
+def _kind(value: Any) -> object:
+    """What an argument's :class:`Shape` or value does not say of it."""
+    return value.device if isinstance(value, Tensor) else type(value)
 
 
 def _new(out: Any, given: set[int]) -> Any:

@@ -125,7 +125,7 @@ class _Slot:
         self.start()
 
     def start(self) -> None:
-        self.pool = ProcessPoolExecutor(1, _context(), initializer=_begin, initargs=(self.gpu, self.watched))
+        self.pool = ProcessPoolExecutor(1, _context(), initializer=_begin, initargs=(dict(os.environ), self.gpu, self.watched))
 
     def submit(self, job: Job, threads: int) -> Future[Outcome]:
         try:
@@ -144,8 +144,10 @@ def _context() -> BaseContext:
     return context
 
 
-def _begin(gpu: str | None, watched: Connection) -> None:
+def _begin(environment: dict[str, str], gpu: str | None, watched: Connection) -> None:
     """A worker's first words. ``watched`` ends when the sweep does."""
+    os.environ.clear()  # the server that it is a fork of has that of its own start
+    os.environ.update(environment)
     # Ctrl-C reaches every process of a terminal: the sweep alone answers it, by ending its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a worker that dies would leave behind

@@ -21,8 +21,9 @@ AT_ONCE = 20  # seeds
 class Bench:
     """Runs what is not in the rows yet.
 
-    ``clip_model``: another text tower beside the embedded model's image tower; ``scale``: how long its vectors are, for the
-    same function. Starting vectors are that much longer too, and SGD's rate and weight decay such that CoOp goes the same way.
+    ``clip_model``: another text tower beside the embedded model's image tower. ``scale``: how many times as long its vectors
+    are where it is the same function; starting vectors are made that much longer, and SGD's rate and decay such that CoOp goes
+    the same way.
     """
 
     def __init__(self, rows: Rows, clip_model: nn.Module | None = None, scale: float = 1.0) -> None:
