@@ -5,6 +5,8 @@ Here processes of this machine do; in test_workers_ray.py Ray does.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -112,3 +114,14 @@ def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     for n, threads in ((1, 0), (3, 0), (16, 0), (3, 5)):
         list(executors.processes(n, threads)([job] * n))
     assert given == [8, 2, 1, 5]
+
+
+def test_a_worker_has_the_environment_of_its_own_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the first one in this process, whose server of forks it comes from."""
+    watched, held = multiprocessing.Pipe(duplex=False)
+    for folder in ("/first", "/second"):
+        monkeypatch.setenv("PLPP_REG_CACHE", folder)
+        slot = executors._Slot(None, watched)
+        assert slot.pool.submit(os.getenv, "PLPP_REG_CACHE").result() == folder
+        slot.pool.shutdown()
+    held.close()
