@@ -93,18 +93,29 @@ def line(world: Path, name: str, trainer: str, *opts: str) -> list[str]:
 def start(world: Path, n: int, lines: list[list[str]]) -> None:
     """Run command lines one after another in a process of their own, or in several with the variables that torchrun sets."""
     (world / f"lines-{n}.json").write_text(json.dumps(lines))
-    with socket.socket() as free, contextlib.ExitStack() as together:
+    for _ in range(5):
+        went_well = try_to_start(world, n)
+        said = (world / f"errors-{n}.txt").read_text()
+        if went_well or "EADDRINUSE" not in said:
+            break  # else somebody took the port before the first process did, and no command line has begun
+    assert went_well, said[-3000:]
+
+
+def try_to_start(world: Path, n: int) -> bool:
+    """Whether every process ended well; what they say stands in ``errors-{n}.txt``."""
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        common |= {"TORCHELASTIC_RUN_ID": "test"} if n > 1 else {}
-        free.close()
-        errors, ranks = (world / f"errors-{n}.txt").open("w+"), []
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"TORCHELASTIC_RUN_ID": "test"} if n > 1 else {}
+    with (world / f"errors-{n}.txt").open("w") as errors, contextlib.ExitStack() as together:
+        ranks = []
         for rank in map(str, range(n)):
             env = {**common, "RANK": rank, "LOCAL_RANK": rank, "PLPP_REG_CACHE": str(world / f"cache-{n}")}
             process = processes.started(RUN, str(world / f"lines-{n}.json"), env=env, stdout=DEVNULL, stderr=errors)
             ranks.append(together.enter_context(process))
         processes.until(lambda: any(rank.poll() for rank in ranks) or all(rank.poll() == 0 for rank in ranks))
-        assert not any(rank.poll() for rank in ranks), (world / f"errors-{n}.txt").read_text()[-3000:]
+        return not any(rank.poll() for rank in ranks)
 
 
 def torchrun(world: Path, lines: list[list[str]]) -> subprocess.CompletedProcess:
