@@ -90,7 +90,8 @@ def _server(*modules: str) -> Server:
         if modules:
             return Server(here, _process(_server(), {"modules": modules}, there, None, None))
         words = [sys.executable, str(Path(__file__).with_name("fork_server.py")), *LIBRARIES]
-        return Server(here, subprocess.Popen(words, stdin=there))
+        threads = {"OMP_NUM_THREADS": "1"}  # read once, when torch is imported: in a fork it is too late
+        return Server(here, subprocess.Popen(words, stdin=there, env={**os.environ, **threads}))
 
 
 def _process(server: Server, wanted: dict[str, Any], *files: File) -> Process:
