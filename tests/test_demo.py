@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import statistics
 
 import pytest
 from PIL import Image
@@ -69,6 +70,30 @@ def test_several_methods_stand_in_one_table_each_beside_its_own_plain_one(tmp_pa
     first = [line.split()[0] for line in lines[2:]]
     assert first == ["zero-shot", "VPT", "IVLP", "IVLP_PLPP", "difference"]
     assert (tmp_path / "demo" / "demo.png").is_file()
+
+
+def test_several_methods_over_several_seeds(tmp_path, monkeypatch):
+    """Which figure stands where; nothing is trained for it."""
+    base = {"VPT": [30, 31], "IVLP": [50, 52], "IVLP_PLPP": [51, 55]}  # of seeds 4 and 2
+    monkeypatch.setattr(demo.Bench, "evaluate", lambda _, name, half, *more: {"base": 20.0, "new": 10.0}[half])
+    monkeypatch.setattr(
+        demo.Bench,
+        "train_base_to_new",
+        lambda _, name, seed: demo.DemoRun(base[name][[4, 2].index(seed)], 40.0, [9.0, 3.0], [f"{name} of {seed}"]),
+    )
+    said = []
+    text = demo.demo([4, 2], tmp_path, (), ["VPT", "IVLP"], said.append)
+    assert [line.split(":")[0].split() for line in said] == [[name, "seed", seed] for seed in "42" for name in base]
+    first, _, *rows = text.split("\n\n")[0].splitlines()
+    assert "2 seeds (mean ± std)" in first and "paired over seeds" in rows[5]
+    assert [row.split()[0] for row in rows[:5]] == ["zero-shot", *base, "difference"]
+    for row, values in zip(rows[1:4], base.values(), strict=True):
+        assert row.split()[1:4] == [f"{statistics.mean(values):.1f}", "±", f"{statistics.stdev(values):.1f}"]
+    low, high = stats.ttest_rel(base["IVLP_PLPP"], base["IVLP"]).confidence_interval(0.95)
+    assert rows[4].split()[1:4] == [f"{(low + high) / 2:+.1f}", "±", f"{(high - low) / 2:.1f}"]
+    assert text.split("\n\n")[1].splitlines()[1:] == [f"  {name}: {name} of 2" for name in base]  # the last seed's
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert min(picture.size) >= 250
 
 
 @pytest.mark.parametrize(
