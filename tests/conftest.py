@@ -25,7 +25,7 @@ settings.register_profile("plpp", deadline=None, derandomize=True, database=None
 settings.load_profile("plpp")
 
 # the longest first: a process that began one of these when the others are done would let them wait
-FIRST = ["workers_ray", "workers", "ranks", "benchmarks", "export", "kills", "dassl", "demo"]
+FIRST = ["workers_ray", "workers", "ranks", "benchmarks", "export", "kills", "dassl", "demo", "machine", "typing"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
