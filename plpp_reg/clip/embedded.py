@@ -43,10 +43,10 @@ def embedded_state_dict(file: Path | None = None) -> dict[str, torch.Tensor]:
 @functools.lru_cache(maxsize=1)  # it is most of a loading, and some programs load many times
 def _word_vectors(file: Path, _changed: int, _size: int) -> torch.Tensor:
     """The whole vocabulary's, of the file as it is."""
-    tensors, metadata = _read(file)
-    rows = tensors["token_embedding.trained"]
-    ids = tensors["token_embedding.trained_ids"].long()
-    neighbours = tensors["token_embedding.neighbours"]
+    names = [f"token_embedding.{name}" for name in ("trained", "trained_ids", "neighbours")]
+    tensors, metadata = _read(file, *names)
+    rows, ids, neighbours = (tensors[name] for name in names)
+    ids = ids.long()
     other = torch.ones(len(rows) + len(neighbours), dtype=torch.bool)
     other[ids] = False
     table = torch.empty(len(other), rows.shape[1], dtype=torch.float16)
