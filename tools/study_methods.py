@@ -60,10 +60,14 @@ def transfers(protocol: str, seeds: Sequence[int]) -> list[Sweep]:
     return [Sweep("chosen", protocol, with_plpp(PROMPTS), ["OPTIM.MAX_EPOCH", "40", *CHOSEN], seeds), *controls]
 
 
+def folder_of(work: Path, name: str) -> Path:
+    return work / name.replace(" ", "")
+
+
 def run(sweep: Sweep, work: Path) -> None:
     """What is there is not run again."""
-    output = work / sweep.name.replace(" ", "")
-    command = [sys.executable, "-m", "plpp_reg", "run", sweep.protocol, "--methods", *sweep.methods, "--output", str(output)]
+    command = [sys.executable, "-m", "plpp_reg", "run", sweep.protocol, "--methods", *sweep.methods]
+    command += ["--output", str(folder_of(work, sweep.name))]
     subprocess.run([*command, "--seeds", *map(str, sweep.seeds), "--set", *sweep.settings], check=True)
 
 
@@ -72,7 +76,7 @@ def collect(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         for protocol in (*TESTS, "base_to_new"):
-            for file in sorted((work / name.replace(" ", "") / protocol).rglob("result.json")):
+            for file in sorted((folder_of(work, name) / protocol).rglob("result.json")):
                 found, of = read_result(file.parent), {"sweep": name, "protocol": protocol}
                 tests = {test: round(record["metrics"]["accuracy"], 3) for test, record in found["tests"].items()}
                 source = round(found["metrics"]["accuracy"], 3)
