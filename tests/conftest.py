@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,6 +18,11 @@ from hypothesis import settings
 from torch import nn
 
 from plpp_reg.clip.load import freeze, openai_clip
+
+if TYPE_CHECKING:
+    from plpp_reg.data import DataSplit
+
+    from helpers.sweeps import Place, Swept
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("helpers.sweeps")  # it holds tests
@@ -182,12 +188,36 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def taught_data(taught: Path) -> DataSplit:
+    """The images that ``taught``'s runs were made with."""
+    from helpers import engine
+
+    return engine.read_tiny(taught / "data")
+
+
+@pytest.fixture
 def kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data set ``tiny`` exists, and the cache is the test's own."""
     from plpp_reg.data import DATASETS, DatasetEntry
 
     monkeypatch.setitem(DATASETS, "tiny", DatasetEntry("helpers.engine:read_tiny"))
     monkeypatch.setenv("PLPP_REG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def sweep_place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """What the sweeps of a file are made of."""
+    from helpers.sweeps import make_place
+
+    return make_place(tmp_path_factory.mktemp("workers"))
+
+
+@pytest.fixture(scope="module")
+def sweep_one(sweep_place: Place) -> Swept:
+    """The sweep of one run after another, with which an executor's is compared."""
+    from helpers.sweeps import METHODS, swept
+
+    return swept(sweep_place, "one", "--methods", *METHODS)
 
 
 @pytest.fixture

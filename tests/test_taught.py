@@ -25,35 +25,25 @@ from helpers.teaching import KEPT, PROMPTKD, STUDENT, ZERO_SHOT, arguments, pixe
 pytestmark = pytest.mark.usefixtures("kept_apart")
 
 
-@pytest.fixture(scope="module")
-def world(taught: Path) -> Path:
-    return taught
-
-
-@pytest.fixture
-def data(taught: Path) -> DataSplit:
-    return helpers.read_tiny(taught / "data")
-
-
-def test_a_record_and_a_checkpoint_say_who_taught(world: Path, tmp_path: Path) -> None:
-    result = quietly(arguments(world, tmp_path / "out", STUDENT, "TEACHER.RUN", world / "coop"))
+def test_a_record_and_a_checkpoint_say_who_taught(taught: Path, tmp_path: Path) -> None:
+    result = quietly(arguments(taught, tmp_path / "out", STUDENT, "TEACHER.RUN", taught / "coop"))
     recorded = json.loads((tmp_path / "out/result.json").read_text())["teacher"]
     assert recorded == result["teacher"]
-    assert recorded["trainer"] == "CoOp" and recorded["backbone"] == str(world / "other.pt")
+    assert recorded["trainer"] == "CoOp" and recorded["backbone"] == str(taught / "other.pt")
     assert recorded["classnames"] == helpers.CLASSNAMES and len(recorded["sha256"]) == 64
     content = torch.load(tmp_path / "out/prompt_learner/model.pth.tar-2", weights_only=True)
     assert content["plpp_reg"]["teacher"] == recorded
 
 
 def test_the_same_teacher_in_another_place_goes_on_and_another_one_does_not(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(world / "coop", moved := tmp_path / "moved")
-    quietly(arguments(world, tmp_path / "out", STUDENT, "TEACHER.RUN", world / "coop"))
+    shutil.copytree(taught / "coop", moved := tmp_path / "moved")
+    quietly(arguments(taught, tmp_path / "out", STUDENT, "TEACHER.RUN", taught / "coop"))
     (tmp_path / "out/result.json").unlink()
-    quietly(arguments(world, tmp_path / "out", STUDENT, "TEACHER.RUN", moved))
+    quietly(arguments(taught, tmp_path / "out", STUDENT, "TEACHER.RUN", moved))
     with pytest.raises(InputError, match="expected a run on the same terms .*teacher: CoOp on .* now CoOp on"):
-        quietly(arguments(world, tmp_path / "out", STUDENT, "TEACHER.RUN", world / "base"))
+        quietly(arguments(taught, tmp_path / "out", STUDENT, "TEACHER.RUN", taught / "base"))
 
 
 def test_who_names_a_teacher_means_that_one(tmp_path: Path) -> None:
@@ -75,32 +65,32 @@ def test_who_names_a_teacher_means_that_one(tmp_path: Path) -> None:
     assert named() == {"RUN": "folder"}
 
 
-def test_a_distilled_runs_prompts_need_no_teacher(world: Path, tmp_path: Path) -> None:
+def test_a_distilled_runs_prompts_need_no_teacher(taught: Path, tmp_path: Path) -> None:
     """Prediction reads what was learned; its teacher may be gone."""
-    shutil.copytree(world / "coop", gone := tmp_path / "gone")
-    quietly(arguments(world, tmp_path / "out", STUDENT, "TEACHER.RUN", gone))
+    shutil.copytree(taught / "coop", gone := tmp_path / "gone")
+    quietly(arguments(taught, tmp_path / "out", STUDENT, "TEACHER.RUN", gone))
     shutil.rmtree(gone)
     with torch.no_grad():
         assert helpers.logits_of(load_run(tmp_path / "out", ["cat", "dog"]), {"img": pixels()}).shape == (3, 2)
 
 
-def test_a_student_is_not_tested_by_another_teacher(world: Path, tmp_path: Path) -> None:
+def test_a_student_is_not_tested_by_another_teacher(taught: Path, tmp_path: Path) -> None:
     """Of classes that it was not trained on it asks its teacher, and its features fit that one's class features alone."""
     base = ("DATASET.SUBSAMPLE_CLASSES", "base")
-    quietly(arguments(world, out := tmp_path / "out", "PromptKD", *PROMPTKD, *base, "TEACHER.RUN", world / "base"))
+    quietly(arguments(taught, out := tmp_path / "out", "PromptKD", *PROMPTKD, *base, "TEACHER.RUN", taught / "base"))
 
     def tested(name: str, *teacher: object) -> dict:
-        new = arguments(world, tmp_path / name, "PromptKD", *PROMPTKD, "DATASET.SUBSAMPLE_CLASSES", "new", *teacher)
+        new = arguments(taught, tmp_path / name, "PromptKD", *PROMPTKD, "DATASET.SUBSAMPLE_CLASSES", "new", *teacher)
         return quietly(new._replace(eval_only=True, model_dir=str(out)))
 
-    result = tested("same", "TEACHER.RUN", world / "base")
+    result = tested("same", "TEACHER.RUN", taught / "base")
     assert result["teacher"]["trainer"] == "CoOp" and result["teacher"]["classnames"] == helpers.CLASSNAMES[:3]
-    for another in (ZERO_SHOT, ("TEACHER.RUN", world / "coop")):
+    for another in (ZERO_SHOT, ("TEACHER.RUN", taught / "coop")):
         with pytest.raises(InputError, match="TEACHER: expected the one that this student learned from, CoOp on .* got "):
             tested("other", *another)
     # nor once its run was made anew
-    shutil.copytree(world / "base", moved := tmp_path / "moved")
-    quietly(arguments(world, kd := tmp_path / "kd", "PromptKD", *PROMPTKD, *base, "TEACHER.RUN", moved))
+    shutil.copytree(taught / "base", moved := tmp_path / "moved")
+    quietly(arguments(taught, kd := tmp_path / "kd", "PromptKD", *PROMPTKD, *base, "TEACHER.RUN", moved))
     content = torch.load(file := moved / "prompt_learner/model.pth.tar-2", weights_only=True)
     content["state_dict"]["ctx"] += 0.1
     torch.save(content, file)
@@ -109,44 +99,46 @@ def test_a_student_is_not_tested_by_another_teacher(world: Path, tmp_path: Path)
     assert load_run(kd, ["tea", "cat"])  # of which it knows what its teacher said
 
 
-def test_a_test_of_a_student_says_who_taught_it(world: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "coop", gone := tmp_path / "gone")
-    trained = quietly(arguments(world, out := tmp_path / "out", STUDENT, "TEACHER.RUN", gone))
+def test_a_test_of_a_student_says_who_taught_it(taught: Path, tmp_path: Path) -> None:
+    shutil.copytree(taught / "coop", gone := tmp_path / "gone")
+    trained = quietly(arguments(taught, out := tmp_path / "out", STUDENT, "TEACHER.RUN", gone))
     shutil.rmtree(gone)
-    tested = arguments(world, tmp_path / "test", STUDENT)._replace(eval_only=True, model_dir=str(out))
+    tested = arguments(taught, tmp_path / "test", STUDENT)._replace(eval_only=True, model_dir=str(out))
     assert quietly(tested)["teacher"] == trained["teacher"] != None  # noqa: E711
-    untrained = arguments(world, tmp_path / "untrained", STUDENT)._replace(eval_only=True)
+    untrained = arguments(taught, tmp_path / "untrained", STUDENT)._replace(eval_only=True)
     assert quietly(untrained)["teacher"] is None
 
 
-def test_a_student_of_promptkd_teaches_by_what_its_own_teacher_said(world: Path, data: DataSplit, tmp_path: Path) -> None:
+def test_a_student_of_promptkd_teaches_by_what_its_own_teacher_said(
+    taught: Path, taught_data: DataSplit, tmp_path: Path
+) -> None:
     """That one may be gone; made anew it is another, which is not asked."""
-    shutil.copytree(world / "coop", own := tmp_path / "own")
-    quietly(arguments(world, out := tmp_path / "kd", "PromptKD", *PROMPTKD, "TEACHER.RUN", own))
+    shutil.copytree(taught / "coop", own := tmp_path / "own")
+    quietly(arguments(taught, out := tmp_path / "kd", "PromptKD", *PROMPTKD, "TEACHER.RUN", own))
     images = pixels()
     with torch.no_grad():
         predicted = helpers.logits_of(load_run(out), {"img": images})
     content = torch.load(file := own / "prompt_learner/model.pth.tar-2", weights_only=True)
     content["state_dict"]["ctx"] += 0.1
     torch.save(content, file)
-    student = teacher_of(data, "TEACHER.RUN", str(out), *KEPT)
+    student = teacher_of(taught_data, "TEACHER.RUN", str(out), *KEPT)
     torch.testing.assert_close(student.logits(student.encoder.encode(images)), predicted, rtol=0, atol=1e-5)
-    other = replace(data, classnames=["okapi", *data.classnames[1:]])
+    other = replace(taught_data, classnames=["okapi", *taught_data.classnames[1:]])
     with pytest.raises(InputError, match="expected the one that this student learned from"):
         _ = teacher_of(other, "TEACHER.RUN", str(out), *KEPT).class_features
     content = torch.load(file := out / "VLPromptLearner/model.pth.tar-2", weights_only=True)
     content["plpp_reg"]["said"]["class_features"] = content["plpp_reg"]["said"]["class_features"].flip(0)
     torch.save(content, file)
-    flipped = teacher_of(data, "TEACHER.RUN", str(out), *KEPT).class_features
+    flipped = teacher_of(taught_data, "TEACHER.RUN", str(out), *KEPT).class_features
     assert torch.equal(flipped, student.class_features.flip(0))
 
 
-def test_a_student_that_predicts_by_its_teacher_keeps_what_it_said(world: Path, tmp_path: Path) -> None:
+def test_a_student_that_predicts_by_its_teacher_keeps_what_it_said(taught: Path, tmp_path: Path) -> None:
     """Its teacher may be gone for the classes that it was trained on; for others it is asked, and missed by name."""
-    shutil.copytree(world / "coop", gone := tmp_path / "gone")
+    shutil.copytree(taught / "coop", gone := tmp_path / "gone")
     out = tmp_path / "out"
     opts = ("TRAINER.PROMPTKD.PROMPT_DEPTH_VISION", 1, "TRAINER.PROMPTKD.PREC", "fp32", "TEACHER.RUN", gone)
-    trained = quietly(arguments(world, out, "PromptKD", *opts))
+    trained = quietly(arguments(taught, out, "PromptKD", *opts))
     images = {"img": pixels()}
     with torch.no_grad():
         before = helpers.logits_of(load_run(out), images)
@@ -157,7 +149,7 @@ def test_a_student_that_predicts_by_its_teacher_keeps_what_it_said(world: Path, 
         torch.testing.assert_close(some, before[:, [2, 0]])
         export(after, tmp_path / "student.safetensors")
     assert "teacher_class_features" in load_file(tmp_path / "student.safetensors")
-    tested = arguments(world, tmp_path / "test", "PromptKD", *opts)._replace(eval_only=True, model_dir=str(out))
+    tested = arguments(taught, tmp_path / "test", "PromptKD", *opts)._replace(eval_only=True, model_dir=str(out))
     assert quietly(tested)["metrics"] == trained["metrics"]
     with pytest.raises(InputError, match=f"TEACHER.RUN '{gone}': expected the folder of a run"):
         load_run(out, ["tea", "okapi"])

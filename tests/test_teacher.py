@@ -31,22 +31,12 @@ from helpers.teaching import KEPT, STUDENT, ZERO_SHOT, arguments, pixels, studen
 pytestmark = pytest.mark.usefixtures("kept_apart")
 
 
-@pytest.fixture(scope="module")
-def world(taught: Path) -> Path:
-    return taught
-
-
-@pytest.fixture
-def data(taught: Path) -> DataSplit:
-    return helpers.read_tiny(taught / "data")
-
-
 # ---- what it says ----------------------------------------------------------------------------------------------------
 
 
-def test_a_zero_shot_teacher_on_the_students_backbone_says_what_the_method_says(data: DataSplit) -> None:
-    teacher = teacher_of(data, *ZERO_SHOT)
-    alone = helpers.make_trainer(data, cls=ZeroshotCLIP).method
+def test_a_zero_shot_teacher_on_the_students_backbone_says_what_the_method_says(taught_data: DataSplit) -> None:
+    teacher = teacher_of(taught_data, *ZERO_SHOT)
+    alone = helpers.make_trainer(taught_data, cls=ZeroshotCLIP).method
     images = alone.frozen.encode(pixels())
     torch.testing.assert_close(teacher.class_features, alone.encode_classes().features, rtol=0, atol=1e-6)
     torch.testing.assert_close(teacher.logits(images), alone.logits({"features": images}, alone.encode_classes()))
@@ -54,22 +44,22 @@ def test_a_zero_shot_teacher_on_the_students_backbone_says_what_the_method_says(
 
 
 @pytest.mark.parametrize("name", ["coop", "ivlp"])
-def test_a_runs_teacher_says_what_the_run_predicts(world: Path, data: DataSplit, name: str) -> None:
+def test_a_runs_teacher_says_what_the_run_predicts(taught: Path, taught_data: DataSplit, name: str) -> None:
     """After its weights: encoded before they were in, the class features would be those of its initial words."""
-    teacher = teacher_of(data, "TEACHER.RUN", str(world / name))
-    run = load_run(world / name)
+    teacher = teacher_of(taught_data, "TEACHER.RUN", str(taught / name))
+    run = load_run(taught / name)
     with torch.no_grad():
         predicted = helpers.logits_of(run, {"img": pixels()})
     said = teacher.logits(teacher.encoder.encode(pixels()))
     torch.testing.assert_close(said, predicted, rtol=0, atol=1e-5)
-    untrained = Trainer(type(run.method), run.cfg, data=data, clip_model=run.clip_model).method.encode_classes().features
+    untrained = Trainer(type(run.method), run.cfg, data=taught_data, clip_model=run.clip_model).method.encode_classes().features
     assert (teacher.class_features - untrained).abs().max() > 1e-3
     assert teacher.identity["classnames"] == helpers.CLASSNAMES and not teacher.class_features.requires_grad
 
 
-def test_a_teacher_of_another_class_list_speaks_of_the_students(world: Path, data: DataSplit) -> None:
+def test_a_teacher_of_another_class_list_speaks_of_the_students(taught: Path, taught_data: DataSplit) -> None:
     """Its prompts stand around whatever names the student has."""
-    teacher = teacher_of(data, "TEACHER.RUN", str(world / "base"))
+    teacher = teacher_of(taught_data, "TEACHER.RUN", str(taught / "base"))
     assert teacher.identity["classnames"] == helpers.CLASSNAMES[:3]
     assert teacher.class_features.shape == (5, 32)
 
@@ -87,17 +77,17 @@ def test_a_teacher_of_another_class_list_speaks_of_the_students(world: Path, dat
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_how_many_prompts_and_how_deep_is_read_off_the_file(
-    data: DataSplit, tmp_path: Path, cls: type, settings: dict[str, object]
+    taught_data: DataSplit, tmp_path: Path, cls: type, settings: dict[str, object]
 ) -> None:
     """As upstream's files are: the frozen CLIP and the fixed tokens beside what was learned, and no word of the settings."""
     opts = [part for key, value in settings.items() for part in (f"TRAINER.{cls.Config.node}.{key}", value)]
-    method = helpers.make_trainer(data, *opts, "SEED", 9, cls=cls).method
+    method = helpers.make_trainer(taught_data, *opts, "SEED", 9, cls=cls).method
     state = dict(method.saved.state_dict())
     if cls.not_loaded:
         state["image_encoder.conv1.weight"] = torch.ones(1)
     state["token_prefix"] = torch.ones(1)
     torch.save({"state_dict": state, "epoch": 20}, file := tmp_path / "model-best.pth.tar")
-    teacher = teacher_of(data, "TEACHER.TRAINER", cls.__name__, "TEACHER.WEIGHTS", str(file))
+    teacher = teacher_of(taught_data, "TEACHER.TRAINER", cls.__name__, "TEACHER.WEIGHTS", str(file))
     found = dict(zip(opts[::2], opts[1::2], strict=True))
     read = module.config.flat(teacher.named.cfg)
     assert {key: read[key] for key in found} == found
@@ -108,20 +98,20 @@ def test_how_many_prompts_and_how_deep_is_read_off_the_file(
     assert teacher.identity["classnames"] is None  # the file does not say
 
 
-def test_loading_a_teacher_leaves_the_random_streams(data: DataSplit, world: Path) -> None:
-    teacher = teacher_of(data, "TEACHER.RUN", str(world / "ivlp"))
+def test_loading_a_teacher_leaves_the_random_streams(taught_data: DataSplit, taught: Path) -> None:
+    teacher = teacher_of(taught_data, "TEACHER.RUN", str(taught / "ivlp"))
     before = torch.get_rng_state()
     _ = teacher.class_features
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_its_images_are_as_its_own_backbone_has_them(
-    data: DataSplit, tmp_path: Path, make_clip, monkeypatch: pytest.MonkeyPatch
+    taught_data: DataSplit, tmp_path: Path, make_clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = make_clip(width=64, layers=1, image_resolution=48)
     large.pixel_mean, large.pixel_std = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
     monkeypatch.setattr(module, "load_clip", lambda name, *_: large)
-    trainer = student(data, *ZERO_SHOT, "TEACHER.BACKBONE", "ViT-B/16")
+    trainer = student(taught_data, *ZERO_SHOT, "TEACHER.BACKBONE", "ViT-B/16")
     ours, theirs = (trainer.frozen_features[name] for name in ("features", "teacher_features"))
     assert ours.cfg.INPUT.SIZE == (32, 32) and theirs.cfg.INPUT.SIZE == (48, 48)
     assert theirs.cfg.INPUT.PIXEL_MEAN == [0.5, 0.5, 0.5] and theirs.cfg.INPUT.PIXEL_STD == [0.25, 0.25, 0.25]
@@ -129,33 +119,35 @@ def test_its_images_are_as_its_own_backbone_has_them(
     assert image.shape[-1] == 48
     torch.testing.assert_close(theirs.of("train")[:1], trainer.teacher.encoder.encode(image), rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="INPUT.PIXEL_MEAN: expected"):
-        _ = teacher_of(data, *ZERO_SHOT, "TEACHER.BACKBONE", "ViT-B/16", "TEACHER.OPTS", ("INPUT.PIXEL_MEAN", "[0,0,0]")).spoken
+        _ = teacher_of(
+            taught_data, *ZERO_SHOT, "TEACHER.BACKBONE", "ViT-B/16", "TEACHER.OPTS", ("INPUT.PIXEL_MEAN", "[0,0,0]")
+        ).spoken
 
 
-def test_a_resnet_teaches_too(data: DataSplit, tiny_resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resnet_teaches_too(taught_data: DataSplit, tiny_resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_clip", lambda name, *_: tiny_resnet)
-    teacher = teacher_of(data, *ZERO_SHOT, "TEACHER.BACKBONE", "RN50")
+    teacher = teacher_of(taught_data, *ZERO_SHOT, "TEACHER.BACKBONE", "RN50")
     side = tiny_resnet.visual.input_resolution
     features = teacher.encoder.encode(torch.randn(3, 3, side, side))
     assert teacher.logits(features).shape == (3, 5) and teacher.spoken.input["SIZE"] == (side, side)
 
 
 def test_crops_whose_place_depends_on_the_size_are_refused_with_a_teacher_of_another(
-    world: Path, tmp_path: Path, make_clip, monkeypatch: pytest.MonkeyPatch
+    taught: Path, tmp_path: Path, make_clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = make_clip(width=64, layers=1, image_resolution=48)
     monkeypatch.setattr(module, "load_clip", lambda name, *_: large)
     opts = (*ZERO_SHOT, "TEACHER.BACKBONE", "ViT-B/16", "INPUT.TRANSFORMS", "['random_crop', 'normalize']")
     with pytest.raises(InputError, match=r"expected no random_crop, .* a teacher that sees \(48, 48\)"):
-        quietly(arguments(world, tmp_path / "out", STUDENT, *opts))
+        quietly(arguments(taught, tmp_path / "out", STUDENT, *opts))
     assert not (tmp_path / "out").exists()
 
 
 # ---- what a student sees ---------------------------------------------------------------------------------------------
 
 
-def test_a_batch_without_labels_has_none(data: DataSplit) -> None:
-    trainer = student(data, *ZERO_SHOT)
+def test_a_batch_without_labels_has_none(taught_data: DataSplit) -> None:
+    trainer = student(taught_data, *ZERO_SHOT)
     batch = next(iter(trainer.batches("train")))
     assert batch.keys() == {"index", "features", "teacher_features"}
     assert next(iter(trainer.batches("test"))).keys() == {"label", "index", "features"}
@@ -163,30 +155,30 @@ def test_a_batch_without_labels_has_none(data: DataSplit) -> None:
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
-def test_labels_change_nothing_of_what_is_learned(data: DataSplit) -> None:
+def test_labels_change_nothing_of_what_is_learned(taught_data: DataSplit) -> None:
     def learned(split: DataSplit) -> dict[str, Tensor]:
         trainer = student(split, *ZERO_SHOT)
         trainer.train()
         return dict(trainer.method.saved.state_dict())
 
-    shuffled = [datum._replace(label=(datum.label + 1) % 5) for datum in data.train]
-    helpers.assert_same(learned(data), learned(replace(data, train=shuffled)))
+    shuffled = [datum._replace(label=(datum.label + 1) % 5) for datum in taught_data.train]
+    helpers.assert_same(learned(taught_data), learned(replace(taught_data, train=shuffled)))
 
 
 @pytest.mark.parametrize("teacher", ["zero-shot", "other", "ivlp"])
 def test_a_second_run_never_loads_the_teacher(
-    world: Path, tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
+    taught: Path, tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its class vectors and image features are in the store; both runs are the same to the bit."""
     named = {
         "zero-shot": ZERO_SHOT,
-        "other": (*ZERO_SHOT, "TEACHER.BACKBONE", world / "other.pt"),
-        "ivlp": ("TEACHER.RUN", world / "ivlp"),
+        "other": (*ZERO_SHOT, "TEACHER.BACKBONE", taught / "other.pt"),
+        "ivlp": ("TEACHER.RUN", taught / "ivlp"),
     }[teacher]
     passes: list[int] = []
     forward = ImageTower.forward
     monkeypatch.setattr(ImageTower, "forward", lambda self, *args: passes.append(1) or forward(self, *args))
-    one = quietly(arguments(world, tmp_path / "one", STUDENT, *named, *KEPT))
+    one = quietly(arguments(taught, tmp_path / "one", STUDENT, *named, *KEPT))
     assert passes
     passes.clear()
 
@@ -195,7 +187,7 @@ def test_a_second_run_never_loads_the_teacher(
 
     monkeypatch.setattr(module, "load_clip", loads)
     monkeypatch.setattr(Teacher, "_backbone", loads)
-    two = quietly(arguments(world, tmp_path / "two", STUDENT, *named, *KEPT))
+    two = quietly(arguments(taught, tmp_path / "two", STUDENT, *named, *KEPT))
     assert not passes  # nor was any image encoded
     assert one["metrics"] == two["metrics"] and one["history"] == two["history"] and one["teacher"] == two["teacher"]
     states = [torch.load(tmp_path / name / "prompt_learner/model.pth.tar-2", weights_only=True) for name in ("one", "two")]
@@ -203,7 +195,7 @@ def test_a_second_run_never_loads_the_teacher(
 
 
 def test_a_teacher_of_open_clips_is_known_by_the_file_that_it_has_downloaded(
-    data: DataSplit, tmp_path: Path, make_clip, monkeypatch: pytest.MonkeyPatch
+    taught_data: DataSplit, tmp_path: Path, make_clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second run never loads it; another file in its place is another teacher."""
     snapshot = tmp_path / "hub/models--laion--CLIP-ViT-B-16-laion2B-s34B-b88K/snapshots/c0ffee"
@@ -220,7 +212,7 @@ def test_a_teacher_of_open_clips_is_known_by_the_file_that_it_has_downloaded(
 
     def says() -> Tensor:
         backbone = "open_clip:ViT-B-16/laion2b_s34b_b88k"
-        return teacher_of(data, *ZERO_SHOT, "TEACHER.BACKBONE", backbone, *KEPT).class_features
+        return teacher_of(taught_data, *ZERO_SHOT, "TEACHER.BACKBONE", backbone, *KEPT).class_features
 
     monkeypatch.setattr(module, "load_clip", load)
     first = says()
@@ -232,16 +224,16 @@ def test_a_teacher_of_open_clips_is_known_by_the_file_that_it_has_downloaded(
 
 @pytest.mark.parametrize("changed", ["weights", "backbone", "names", "template"])
 def test_what_changes_a_teacher_is_another_one(
-    world: Path, data: DataSplit, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+    taught: Path, taught_data: DataSplit, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def features(names: list[str]) -> Tensor:
-        return teacher_of(replace(data, classnames=names), "TEACHER.RUN", str(run), *KEPT).class_features
+        return teacher_of(replace(taught_data, classnames=names), "TEACHER.RUN", str(run), *KEPT).class_features
 
-    run = Path(shutil.copytree(world / "coop", tmp_path / "run"))
-    shutil.copy(world / "other.pt", tmp_path / "backbone.pt")
-    text = (run / "config.yaml").read_text().replace(str(world / "other.pt"), str(tmp_path / "backbone.pt"))
+    run = Path(shutil.copytree(taught / "coop", tmp_path / "run"))
+    shutil.copy(taught / "other.pt", tmp_path / "backbone.pt")
+    text = (run / "config.yaml").read_text().replace(str(taught / "other.pt"), str(tmp_path / "backbone.pt"))
     (run / "config.yaml").write_text(text)
-    names = list(data.classnames)
+    names = list(taught_data.classnames)
     before = features(names)
     assert torch.equal(features(names), before)
     if changed == "weights":
@@ -249,7 +241,7 @@ def test_what_changes_a_teacher_is_another_one(
         content["state_dict"]["ctx"] += 0.1
         torch.save(content, file)
     elif changed == "backbone":
-        shutil.copy(world / "tiny.pt", tmp_path / "backbone.pt")
+        shutil.copy(taught / "tiny.pt", tmp_path / "backbone.pt")
     elif changed == "names":
         names[0] = "dog"
     else:

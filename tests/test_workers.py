@@ -18,22 +18,12 @@ from plpp_reg.errors import InputError
 from plpp_reg.experiments import executors
 from plpp_reg.experiments.jobs import Job
 
-from helpers.sweeps import DYING, METHODS, Place, SweepTests, Swept, make_place, stop, swept
+from helpers.sweeps import DYING, METHODS, Place, SweepTests, Swept, stop, swept
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return make_place(tmp_path_factory.mktemp("workers"))
-
-
-@pytest.fixture(scope="module")
-def one(place: Place) -> Swept:
-    return swept(place, "one", "--methods", *METHODS)
-
-
-@pytest.fixture(scope="module")
-def many(place: Place) -> Swept:
-    return swept(place, "many", "--methods", *METHODS, *DYING, "--workers", "2")
+def many(sweep_place: Place) -> Swept:
+    return swept(sweep_place, "many", "--methods", *METHODS, *DYING, "--workers", "2")
 
 
 class TestSweepByProcesses(SweepTests):
@@ -59,8 +49,8 @@ def test_a_worker_that_dies_with_nothing_to_do_is_replaced(monkeypatch: pytest.M
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
 @pytest.mark.parametrize(("how", "n"), [("Ctrl-C", 2), ("kill", 1)])
-def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, n: int) -> None:
-    stop(place, how, ["--workers", str(n)], n)
+def test_stopped_nothing_goes_on_and_nothing_counts(sweep_place: Place, how: str, n: int) -> None:
+    stop(sweep_place, how, ["--workers", str(n)], n)
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------------
@@ -76,10 +66,10 @@ def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str, n: i
         (["--executor", "ray", "--address", "here:1", "--workers", "2"], "--workers 2: expected none with --address"),
     ],
 )
-def test_what_cannot_be_is_refused(place: Place, flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(place.argv("refused", *flags)) == 2
+def test_what_cannot_be_is_refused(sweep_place: Place, flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(sweep_place.argv("refused", *flags)) == 2
     assert message in capsys.readouterr().err
-    assert not (place.folder / "refused").exists()
+    assert not (sweep_place.folder / "refused").exists()
 
 
 def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,25 +12,15 @@ from plpp_reg.experiments import executors
 
 from helpers import processes
 from helpers.engine import HERE
-from helpers.sweeps import DYING, METHODS, OWN_RAY, Place, SweepTests, Swept, make_place, stop, swept
+from helpers.sweeps import DYING, METHODS, OWN_RAY, Place, SweepTests, Swept, stop, swept
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return make_place(tmp_path_factory.mktemp("workers"))
-
-
-@pytest.fixture(scope="module")
-def one(place: Place) -> Swept:
-    return swept(place, "one", "--methods", *METHODS)
-
-
-@pytest.fixture(scope="module")
-def many(place: Place) -> Swept:
+def many(sweep_place: Place) -> Swept:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("PYTHONPATH", str(HERE))  # where the dying trainers are
-        return swept(place, "many", "--methods", *METHODS, *DYING, "--executor", "ray", "--workers", "2")
+        return swept(sweep_place, "many", "--methods", *METHODS, *DYING, "--executor", "ray", "--workers", "2")
 
 
 class TestSweepByRay(SweepTests):
@@ -39,17 +29,17 @@ class TestSweepByRay(SweepTests):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
-def test_stopped_nothing_goes_on_and_nothing_counts(place: Place, how: str) -> None:
-    stop(place, how, ["--executor", "ray", "--workers", "1"], 1)
+def test_stopped_nothing_goes_on_and_nothing_counts(sweep_place: Place, how: str) -> None:
+    stop(sweep_place, how, ["--executor", "ray", "--workers", "1"], 1)
 
 
-def test_more_threads_than_any_node_has_are_refused(place: Place, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+def test_more_threads_than_any_node_has_are_refused(sweep_place: Place, monkeypatch, capsys: pytest.CaptureFixture) -> None:
     nodes = [{"Alive": alive, "Resources": {"CPU": count}} for alive, count in ((True, 1.0), (True, 2.0), (False, 8.0))]
     there = SimpleNamespace(nodes=lambda: nodes, shutdown=lambda: None)
     monkeypatch.setattr(executors, "_connected", lambda address, cpus: there)
-    assert main(place.argv("wide", "--executor", "ray", "--threads", "3")) == 2
+    assert main(sweep_place.argv("wide", "--executor", "ray", "--threads", "3")) == 2
     assert "--threads 3: expected at most 2, the CPUs of Ray's largest node, got 3\n" in capsys.readouterr().err
-    assert not list((place.folder / "wide").rglob("config.yaml"))  # nothing was started
+    assert not list((sweep_place.folder / "wide").rglob("config.yaml"))  # nothing was started
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no memory monitor")

@@ -82,33 +82,33 @@ def swept(place: Place, name: str, *flags: str) -> Swept:
 
 
 class SweepTests:
-    """What is asked of every executor: ``many`` is a sweep by it, ``one`` that of one run after another."""
+    """What is asked of every executor: ``many`` is a sweep by it, ``sweep_one`` that of one run after another."""
 
-    def test_results_are_those_of_one_run_after_another(self, one: Swept, many: Swept) -> None:
+    def test_results_are_those_of_one_run_after_another(self, sweep_one: Swept, many: Swept) -> None:
         for method in METHODS:
-            assert len(one.results(method)) == 2
-            assert many.results(method) == one.results(method)
+            assert len(sweep_one.results(method)) == 2
+            assert many.results(method) == sweep_one.results(method)
 
-    def test_tables_are_the_same_to_the_byte(self, one: Swept, many: Swept, tmp_path: Path) -> None:
+    def test_tables_are_the_same_to_the_byte(self, sweep_one: Swept, many: Swept, tmp_path: Path) -> None:
         for method in METHODS:  # less the runs that were made to die
             for path in many.output.rglob(f"{method}/seed*/*.json"):
                 copy = tmp_path / path.relative_to(many.output)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(path.read_bytes())
         for form in tables.WRITERS:
-            assert tables.tables_text(tmp_path, form) == tables.tables_text(one.output, form) != ""
+            assert tables.tables_text(tmp_path, form) == tables.tables_text(sweep_one.output, form) != ""
 
-    def test_each_outcome_is_said_once(self, one: Swept, many: Swept) -> None:
-        assert one.status == 0 and one.said[-1].startswith("All 4 runs are there")
+    def test_each_outcome_is_said_once(self, sweep_one: Swept, many: Swept) -> None:
+        assert sweep_one.status == 0 and sweep_one.said[-1].startswith("All 4 runs are there")
         assert many.status == 1
         assert all(line.startswith(f"[{i}/8] ") for i, line in enumerate(many.said[:8], start=1))
         assert sum("FAILED" in line for line in many.said[:8]) == 1 and many.said[8].startswith("FAILED")
 
-    def test_a_worker_that_dies_is_tried_again_and_goes_on(self, one: Swept, many: Swept) -> None:
+    def test_a_worker_that_dies_is_tried_again_and_goes_on(self, sweep_one: Swept, many: Swept) -> None:
         (died,) = many.output.rglob("*DiesOnce/seed1/died")
         assert died.read_text() == "x"
         assert "(epoch 1)" in (died.parent / "log.txt").read_text()  # from its checkpoint, not from the beginning
-        plain, again = one.results("CoOp"), many.results("helpers.dying:DiesOnce")
+        plain, again = sweep_one.results("CoOp"), many.results("helpers.dying:DiesOnce")
         metrics = [[(r["metrics"], r["losses"], r["tests"]) for r in results.values()] for results in (plain, again)]
         assert metrics[0] == metrics[1]
 
