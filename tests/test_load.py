@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from plpp_reg.clip.load import EMBEDDED, PRECISIONS, load_clip, openai_clip, set_precision
+from plpp_reg.clip.load import EMBEDDED, PRECISIONS, from_weights, load_clip, openai_clip, set_precision
 from plpp_reg.errors import InputError
 
 
@@ -82,12 +82,31 @@ def test_every_format_gives_the_same_model(kind, small, tmp_path):
 
 @pytest.mark.parametrize("which", ["tiny_vit", "tiny_resnet"])
 def test_float32_weights_come_back_to_the_bit(which, request, tmp_path):
-    # openai-clip's build_model rounds to fp16 on the way; a file with more than fp16 in it must not lose that
+    # openai-clip's build_model rounds to fp16; a file with more than fp16 in it must not lose that
     model = request.getfixturevalue(which)
     write_torch(model, tmp_path / "m.pt")
     loaded = load_clip(str(tmp_path / "m.pt")).state_dict()
     changed = [k for k, v in model.state_dict().items() if not loaded[k].equal(v)]
     assert changed == []
+
+
+@pytest.mark.parametrize("which", ["tiny_vit", "tiny_resnet"])
+def test_a_model_is_openai_clips_own_and_nothing_is_drawn(which, request):
+    weights = request.getfixturevalue(which).state_dict()
+    theirs = openai_clip().model.build_model(dict(weights)).float()
+    theirs.load_state_dict(weights)
+    stream = torch.get_rng_state()
+    ours = from_weights(weights)
+    assert torch.get_rng_state().equal(stream)
+    for (name, a), (other, b) in zip(ours.named_modules(), theirs.named_modules(), strict=True):
+        assert (name, type(a), a.training) == (other, type(b), b.training)
+        held = [{**vars(module), **module._parameters, **module._buffers} for module in (a, b)]
+        for key, value in held[1].items():
+            if isinstance(value, torch.Tensor):  # the mask of the attention too, which is no buffer
+                assert held[0][key].equal(value) and held[0][key].dtype == value.dtype and type(held[0][key]) is type(value)
+            elif isinstance(value, (bool, int, float, str, tuple)):
+                assert held[0][key] == value
+    assert all(p.data_ptr() != weights[name].data_ptr() for name, p in ours.named_parameters())  # nothing is shared
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from plpp_reg.clip.load import OPEN_CLIP, openai_clip, read_state_dict
+from plpp_reg.clip.load import OPEN_CLIP, from_weights, openai_clip, read_state_dict
 from plpp_reg.errors import InputError, install, unknown
 
 USUAL_FILE, USUAL_SAFE_FILE = "open_clip_pytorch_model.bin", "open_clip_model.safetensors"  # of a repository of the Hub
@@ -90,9 +90,7 @@ def as_openai(source: nn.Module, name: str = "open_clip model") -> nn.Module:
     """
     state_dict = dict(source.state_dict())
     try:
-        # build_model takes its sizes from the weights; it rounds them, so they are loaded once more
-        model = openai_clip().model.build_model(dict(state_dict)).float()
-        model.load_state_dict(state_dict)
+        model = from_weights(state_dict)
         for path, block in model.named_modules():
             if hasattr(block, "attn") and hasattr(block, "mlp"):
                 _take_settings(block, source.get_submodule(path))

@@ -120,14 +120,25 @@ def weights_file(name: str) -> Path | None:
 def _build(state_dict: dict[str, torch.Tensor], name: str) -> nn.Module:
     """``clip.model.CLIP`` in float32 from weights with OpenAI's keys."""
     try:
-        weights = dict(state_dict)  # build_model takes three scalars out of it
-        model = openai_clip().model.build_model(weights).float()
-        model.load_state_dict(weights)  # once more: build_model rounds to fp16, and a file may hold float32
+        return from_weights(state_dict)
     except (KeyError, RuntimeError, AssertionError, IndexError, ZeroDivisionError, ValueError) as e:
         if line_of(e) is not None and not isinstance(e, InputError):  # no memory
             raise
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"backbone {name!r}: expected weights of OpenAI's CLIP, got something else ({first})") from e
+
+
+def from_weights(state_dict: dict[str, torch.Tensor]) -> nn.Module:
+    """openai-clip's ``build_model``, which takes its sizes from the weights, in float32 and not rounded to float16 on the way.
+
+    No initial weights are drawn: it costs more than all else, and torch's random stream stays as it is.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*which is a no-op")  # it loads them, where nothing has memory
+        model = openai_clip().model.build_model(weights := dict(state_dict)).float()  # three scalars are taken out
+    model.to_empty(device="cpu").load_state_dict(weights)
+    for block in model.transformer.resblocks:
+        block.attn_mask = model.build_attention_mask()  # neither a parameter nor a buffer
     return model
 
 
