@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yacs.config import CfgNode
@@ -115,25 +115,26 @@ FIXED = {
 
 def get_cfg_default(trainer: type | None = None) -> CfgNode:
     """A node with every key that this engine and its methods (and a ``trainer`` of one's own) know, at its default."""
-    cfg = CfgNode(copy.deepcopy(DEFAULTS))
+    cfg = copied(DEFAULTS)
     for key, default in registry.method_defaults(trainer).items():
         *parents, leaf = key.split(".")
         node = cfg
         for name in parents:
-            node = node.setdefault(name, CfgNode())
+            if name not in node:
+                node[name] = CfgNode()
+            node = node[name]
         node.setdefault(leaf, default)
-    cfg.TRAINER.PLPP = CfgNode(node_defaults())
+    cfg.TRAINER.PLPP = copied(node_defaults())
     return cfg
 
 
-def copied(cfg: CfgNode) -> CfgNode:
-    """What ``cfg.clone()`` gives of a node that is not frozen and whose lists are flat, in a small part of its time.
-
-    A plan of many runs copies many.
+def copied(values: Mapping[str, Any]) -> CfgNode:
+    """What ``CfgNode(values).clone()`` gives of nested dictionaries, and of a node that is not frozen, whose lists are flat; in
+    a small part of its time: a plan of many runs copies many.
     """
     new = CfgNode()
-    for name, value in cfg.items():
-        new[name] = copied(value) if isinstance(value, CfgNode) else list(value) if isinstance(value, list) else value
+    for name, value in values.items():
+        new[name] = copied(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value
     return new
 
 
