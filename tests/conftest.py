@@ -6,9 +6,11 @@ The models are session-scoped and frozen; a test that changes one makes its own 
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,7 +19,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from plpp_reg.clip.load import freeze, openai_clip
+from plpp_reg.clip.load import freeze, from_weights, openai_clip
 
 if TYPE_CHECKING:
     from plpp_reg.data import DataSplit
@@ -38,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files of ``FIRST`` before all others; each file's tests, and the other files, stay in their order."""
     places = {f"test_{name}": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and most of what tests make goes by itself: to look less often saves a twentieth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 VOCABULARY, CONTEXT_LENGTH = 49408, 77
@@ -62,11 +71,15 @@ def make_clip(
     ViT's then and are ignored.
     """
     vision = ((1, 1, 1, 1), 8, None) if resnet else (vision_layers, vision_width, patch_size)
+    return freeze(from_weights(_weights(embed_dim, image_resolution, *vision, context_length, width, layers, seed=seed)))
+
+
+@functools.lru_cache(maxsize=8)  # most of a model is its vocabulary, and drawing that takes longest
+def _weights(*sizes: Any, seed: int) -> dict[str, torch.Tensor]:
+    *others, width, layers = sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = openai_clip().model.CLIP(
-            embed_dim, image_resolution, *vision, context_length, VOCABULARY, width, width // 64, layers
-        )
+        model = openai_clip().model.CLIP(*others, VOCABULARY, width, width // 64, layers)
         # OpenAI's initial biases are 0, norms 1 and the ResNet's branches closed: a mix-up of those would not show.
         with torch.no_grad():
             for module in model.modules():
@@ -79,7 +92,7 @@ def make_clip(
                 if isinstance(module, nn.MultiheadAttention):
                     module.in_proj_bias.normal_(0, 0.1)
                     module.out_proj.bias.normal_(0, 0.1)
-    return freeze(model)
+    return model.state_dict()
 
 
 @pytest.fixture(name="make_clip", scope="session")
@@ -96,6 +109,14 @@ def contents_of_their_own(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr(contents, "cache_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut():
+    """Tests kill processes, not the machine: what is written need not have reached the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
         yield
 
 

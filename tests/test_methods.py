@@ -47,9 +47,10 @@ ON_A_RESNET = ["CoOp", "CoCoOp", "KgCoOp", "ProGrad"]
 
 @pytest.mark.parametrize(("name", "resnet"), [*((n, False) for n in CASES), *((n, True) for n in ON_A_RESNET)])
 def test_every_loss_and_its_gradient_in_float64(name: str, resnet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mh.exact_clip(resnet)
     # Where the package says float32 it is given float64, so that rounding hides nothing: every parameter by itself.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
-    trainer, (batch,) = build(name, clip_model=mh.exact_clip(resnet)), helpers.fixed_batches(1, size=4)
+    trainer, (batch,) = build(name, clip_model=model), helpers.fixed_batches(1, size=4)
     trainer.method.saved.double()
     p = mh.exact(leaves(trainer))
     passed, want = reference(name, p, batch, resnet=resnet)

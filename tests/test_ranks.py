@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from subprocess import DEVNULL
 
@@ -19,7 +17,6 @@ from plpp_reg.engine import checkpoint
 from helpers import engine as helpers
 from helpers import processes
 
-HERE = Path(__file__).parent
 RUN = """
 import json, os, sys
 from helpers import engine as engine_helpers
@@ -122,10 +119,9 @@ def torchrun(world: Path, lines: list[list[str]]) -> subprocess.CompletedProcess
     """As a user starts two."""
     (world / "run.py").write_text(RUN)
     (world / "lines.json").write_text(json.dumps(lines))
-    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *starter, str(world / "run.py"), str(world / "lines.json")]
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PLPP_REG_CACHE": str(world / "cache-2")}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    starter = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+    words = ["--standalone", "--nproc-per-node=2", str(world / "run.py"), str(world / "lines.json")]
+    return processes.run(starter, *words, env={"PLPP_REG_CACHE": str(world / "cache-2")}, package=False)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from plpp_reg.clip.load import freeze, openai_clip
+from plpp_reg.clip.load import freeze, from_weights, openai_clip
 from plpp_reg.data import DATASETS, DatasetEntry, DataSplit, Datum
 from plpp_reg.engine import config
 from plpp_reg.engine.evaluation import Classifier
@@ -107,7 +107,7 @@ def _tiny_state(seed: int) -> dict[str, torch.Tensor]:
 
 def tiny_clip(seed: int = 0) -> torch.nn.Module:
     """A frozen float32 CLIP, as load_clip gives it; the same bits at each call."""
-    model = openai_clip().model.build_model(dict(_tiny_state(seed))).float()
+    model = from_weights(_tiny_state(seed))
     model.trained_token_ids = None
     return freeze(model)
 
