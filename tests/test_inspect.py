@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -140,10 +141,16 @@ def test_vectors_meet_the_vocabulary_within_a_bound(tmp_path, backbone, model, m
     most, seen = 2, []
     for module in (vocabulary, reading):
         monkeypatch.setattr(module, "MAX_BYTES", most * len(model.token_embedding.weight) * 4 + 100)
-    nearest = PF.nearest_words
-    monkeypatch.setattr(PF, "nearest_words", lambda v, *more: seen.append(len(v)) or nearest(v, *more))
+    parts = PF.parts
+
+    def watched(rows: int, *bounds: int) -> Iterator[slice]:
+        for part in parts(rows, *bounds):
+            seen.append(len(range(rows)[part]))
+            yield part
+
+    monkeypatch.setattr(PF, "parts", watched)
     found = inspect_prompts(run, backbone, k=4)
-    assert max(seen) == most and sum(seen) > 2 * len(CLASSNAMES) * M
+    assert max(seen) == most and sum(seen) == SAMPLE + 2 * len(CLASSNAMES) * M
     assert_reads(found.after, *by_hand(model, v), range(len(CLASSNAMES) * M))
     assert [[w.word for w in a.nearest] for a in found.after.vectors] == [
         [w.word for w in b.nearest] for b in whole.after.vectors

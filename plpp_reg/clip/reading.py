@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from plpp_reg.clip.prompts import tokenizer
 from plpp_reg.clip.vocabulary import MAX_BYTES, NearWord, candidate_ids, nearest_words
@@ -60,17 +61,23 @@ class Vocabulary:
 
     def __init__(self, clip_model: nn.Module, k: int) -> None:
         self.table, self.k = clip_model.token_embedding.weight.detach().float(), k
-        self.ids = candidate_ids(clip_model)
-        if self.ids is None:
-            self.ids = torch.arange(len(self.table))
-        self.rows = self.table[self.ids]
+        self.ids = candidate_ids(clip_model)  # of ``rows`` (n, D); None: all of the table's
+        self.rows = self.table if self.ids is None else self.table[self.ids]
+
+    @functools.cached_property
+    def inverse_norm(self) -> Tensor:
+        return PF.inverse_norm(self.rows)
 
     @functools.cached_property
     def nearest_other(self) -> Tensor:
         """(n,) of :data:`SAMPLE` words the cosine to the nearest other word, ascending."""
         at = torch.linspace(0, len(self.rows) - 1, min(SAMPLE, len(self.rows))).long()
-        found, _ = PF.search_all(self.rows[at], self.rows, PF.inverse_norm(self.rows), 2, MAX_BYTES)
-        return found[:, 1].sort().values  # the first is the word itself
+        found = []
+        for part in PF.parts(len(at), len(self.rows) * self.rows.element_size(), MAX_BYTES):
+            words = at[part]
+            cosines = F.normalize(self.rows[words], dim=-1) @ self.rows.T * self.inverse_norm  # (words, n)
+            found.append(cosines.scatter_(1, words.unsqueeze(1), -1.0).amax(1))  # not to the word itself
+        return torch.cat(found).sort().values
 
     @property
     def typical(self) -> Typical:
@@ -99,14 +106,14 @@ class Vocabulary:
         number = max(len(states.context), len(states.hidden))
         v, h = (t.expand(number, -1, -1).flatten(0, 1) for t in states)
         nll, expected = [], []
-        inverse_norm, a_row = PF.inverse_norm(self.rows), len(self.rows) * self.rows.element_size()
-        for part in PF.parts(len(v), a_row, MAX_BYTES):
+        for part in PF.parts(len(v), len(self.rows) * self.rows.element_size(), MAX_BYTES):
             log_p = (h[part] @ self.rows.T).log_softmax(-1)
-            _, nearest = PF.nearest_words(v[part], self.rows, 1, inverse_norm)
+            _, nearest = PF.nearest_words(v[part], self.rows, 1, self.inverse_norm)
             nll.append(-log_p.gather(1, nearest)[:, 0])
             if with_expected:
                 top = log_p.topk(self.k)
-                for ids, values in zip(self.ids[top.indices].tolist(), top.values.exp().tolist(), strict=True):
+                ids_of_top = top.indices if self.ids is None else self.ids[top.indices]
+                for ids, values in zip(ids_of_top.tolist(), top.values.exp().tolist(), strict=True):
                     expected.append([(tokenizer().decode([i]).strip(), p) for i, p in zip(ids, values, strict=True)])
         return _Rows(v, torch.cat(nll), expected)
 
