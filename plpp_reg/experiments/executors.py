@@ -35,7 +35,7 @@ from plpp_reg.io.signals import kept
 EXECUTORS = ("processes", "ray")
 MOST = 1024  # processes or threads: more is a slip of the hand, which a machine would not survive
 TRIES = 2  # of a job whose worker dies
-IMPORTED = ["torch", "torchvision.transforms"]  # once for all workers
+IMPORTED = ["torch", "torchvision.transforms", "ftfy"]  # once for all workers; the last is for openai-clip
 
 
 class WorkerDied(RuntimeError):
