@@ -20,6 +20,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from typing import Any, NoReturn
 
 LARGEST = 2**20  # bytes that are received at once
@@ -120,6 +121,8 @@ def main(modules: list[str]) -> None:
             warnings.simplefilter("ignore")
             for name in modules:
                 importlib.import_module(name)
+        for finalizer in list(weakref.finalize._registry):
+            finalizer.atexit = False  # torch would take its tables of operators apart: what is imported is left as it is
         gc.collect()
         gc.freeze()
         wanted, standard = new_process(socket.socket(fileno=0))

@@ -24,7 +24,7 @@ from subprocess import DEVNULL, PIPE
 from typing import IO, Any, NamedTuple
 
 TESTS = Path(__file__).resolve().parents[1]
-LIBRARIES = ["torch", "torch._dynamo", "torch.utils.tensorboard", "torchvision.transforms", "yacs.config", "numpy", "PIL.Image"]
+LIBRARIES = ["torch", "torch.utils.tensorboard", "torchvision.transforms", "yacs.config", "numpy", "PIL.Image"]
 PACKAGE = ["plpp_reg.commands.run", "plpp_reg.experiments.executors", "plpp_reg.trainers.coop", "clip"]
 PLPP = "import sys; from plpp_reg.commands.cli import main; sys.exit(main())"
 File = IO[Any] | int | None
@@ -154,4 +154,4 @@ def until(true: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
+        time.sleep(0.05)
