@@ -1,4 +1,4 @@
-"""Tiny random CLIPs in OpenAI's architecture: real vocabulary (so that the tokenizer works), everything else small.
+"""What many tests share. Nothing large is imported here: of xdist's processes the first collects nothing, and all wait for it.
 
 The models are session-scoped and frozen; a test that changes one makes its own with ``make_clip`` or copies it.
 """
@@ -6,34 +6,37 @@ The models are session-scoped and frozen; a test that changes one makes its own 
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from hypothesis import settings
-from torch import nn
-
-from plpp_reg.clip.load import freeze, from_weights, openai_clip
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from plpp_reg.data import DataSplit
 
     from helpers.sweeps import Place, Swept
 
-torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("helpers.sweeps")  # it holds tests
-# derandomize: a red run is red again; no deadline: a shared machine is slow at times
-settings.register_profile("plpp", deadline=None, derandomize=True, database=None)
-settings.load_profile("plpp")
 
 # the longest first: a process that began one of these when the others are done would let them wait
 FIRST = ["workers_ray", "workers", "ranks", "benchmarks", "export", "kills", "dassl", "demo", "machine", "typing"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses"):  # a process that runs tests
+        import torch
+        from hypothesis import settings
+
+        torch.set_num_threads(1)
+        # derandomize: a red run is red again; no deadline: a shared machine is slow at times
+        settings.register_profile("plpp", deadline=None, derandomize=True, database=None)
+        settings.load_profile("plpp")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,60 +52,16 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000)
 
 
-VOCABULARY, CONTEXT_LENGTH = 49408, 77
-
-
-def make_clip(
-    width: int = 128,
-    layers: int = 3,
-    *,
-    resnet: bool = False,
-    embed_dim: int = 32,
-    vision_layers: int = 2,
-    vision_width: int = 64,
-    image_resolution: int = 32,
-    patch_size: int = 16,
-    context_length: int = CONTEXT_LENGTH,
-    seed: int = 0,
-) -> nn.Module:
-    """A frozen float32 ``clip.model.CLIP`` with random weights; the global random stream is left as it was.
-
-    ``resnet``: a ModifiedResNet with one block a stage instead of a ViT; vision_layers, vision_width and patch_size are the
-    ViT's then and are ignored.
-    """
-    vision = ((1, 1, 1, 1), 8, None) if resnet else (vision_layers, vision_width, patch_size)
-    return freeze(from_weights(_weights(embed_dim, image_resolution, *vision, context_length, width, layers, seed=seed)))
-
-
-@functools.lru_cache(maxsize=8)  # most of a model is its vocabulary, and drawing that takes longest
-def _weights(*sizes: Any, seed: int) -> dict[str, torch.Tensor]:
-    *others, width, layers = sizes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = openai_clip().model.CLIP(*others, VOCABULARY, width, width // 64, layers)
-        # OpenAI's initial biases are 0, norms 1 and the ResNet's branches closed: a mix-up of those would not show.
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
-                    module.weight.normal_(1, 0.1)
-                    module.bias.normal_(0, 0.1)
-                if isinstance(module, nn.BatchNorm2d):
-                    module.running_mean.normal_(0, 0.1)
-                    module.running_var.uniform_(0.5, 1.5)
-                if isinstance(module, nn.MultiheadAttention):
-                    module.in_proj_bias.normal_(0, 0.1)
-                    module.out_proj.bias.normal_(0, 0.1)
-    return model.state_dict()
-
-
 @pytest.fixture(name="make_clip", scope="session")
-def make_clip_fixture():
+def make_clip_fixture() -> Callable[..., nn.Module]:
     """The factory itself, for tests that want another size or a model of their own."""
+    from helpers.clips import make_clip
+
     return make_clip
 
 
 @pytest.fixture(scope="session", autouse=True)
-def contents_of_their_own(tmp_path_factory: pytest.TempPathFactory):
+def contents_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is remembered of the content of made-up images is not left in the user's cache."""
     from plpp_reg.data import contents
 
@@ -113,7 +72,7 @@ def contents_of_their_own(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_power_cut():
+def no_power_cut() -> Iterator[None]:
     """Tests kill processes, not the machine: what is written need not have reached the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
@@ -121,34 +80,34 @@ def no_power_cut():
 
 
 @pytest.fixture(scope="session")
-def tiny_vit() -> nn.Module:
+def tiny_vit(make_clip: Callable[..., nn.Module]) -> nn.Module:
     return make_clip()
 
 
 @pytest.fixture(scope="session")
-def tiny_resnet() -> nn.Module:
+def tiny_resnet(make_clip: Callable[..., nn.Module]) -> nn.Module:
     return make_clip(width=64, layers=2, resnet=True)
 
 
 @pytest.fixture(scope="module")
-def pristine():
+def pristine(make_clip: Callable[..., nn.Module]) -> nn.Module:
     """Of attach's tests: what ``clip_model`` is a copy of."""
     return make_clip(width=64, layers=2)
 
 
 @pytest.fixture
-def clip_model(pristine):
+def clip_model(pristine: nn.Module) -> nn.Module:
     """In float64, so that equal means equal. A copy: hosts share its modules, and a hook left there is not the next test's."""
-    model = copy.deepcopy(pristine).double()
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.__class__ = nn.LayerNorm  # OpenAI's own computes in float32
-    return model
+    from helpers.literal import double
+
+    return double(copy.deepcopy(pristine))
 
 
 @pytest.fixture(scope="module")
-def batch():
+def batch() -> tuple[Tensor, Tensor]:
     """Of attach's tests: three images (B, 3, H, W) and their labels."""
+    import torch
+
     generator = torch.Generator().manual_seed(5)
     return torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64), torch.tensor([0, 3, 1])
 

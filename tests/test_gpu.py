@@ -19,9 +19,9 @@ from plpp_reg.loss.nearest import NearestWords
 from plpp_reg.loss.regularizer import PerplexityRegularizer
 
 from common import LiteralText
-from conftest import make_clip
 from helpers import engine as helpers
 from helpers import methods as mh
+from helpers.clips import make_clip
 from helpers.methods import METHODS, WITH_TEXT, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -22,6 +22,7 @@ from plpp_reg.trainers.coop import CoOp
 from helpers import engine as helpers
 from helpers import literal_methods as lm
 from helpers import methods as mh
+from helpers.clips import make_clip
 from helpers.methods import CASES, METHODS, NAMES, WITH_TEXT, build, difference, gradient, leaves, with_gradients
 
 
@@ -318,8 +319,6 @@ def test_a_depth_beyond_the_towers_layers_is_refused(name: str, key: str) -> Non
 
 
 def test_maples_depth_is_bounded_by_the_shorter_tower() -> None:
-    from conftest import make_clip
-
     shallow = make_clip(width=64, layers=4, vision_layers=2)
     with pytest.raises(InputError, match=r"PROMPT_DEPTH: .* <= 2 "):
         build("MaPLe", clip_model=shallow)

@@ -17,6 +17,7 @@ from plpp_reg.errors import InputError
 from plpp_reg.loss.functional import STATES
 
 from helpers import literal
+from helpers.clips import make_clip
 
 # lengths differ, some begin alike, one is the beginning of another, one has many tokens
 NAMES = ["tiger cat", "airplane", "tiger", "2012 BMW M3", "2012 Audi S4 sedan", "eurasian eagle-owl's xylograph"]
@@ -30,8 +31,6 @@ FULL, SHORT = 77, 32  # positions: OpenAI has 77; the literal tower runs every o
 
 @functools.cache
 def model_of(width: int, dtype: torch.dtype, layers: int = 3, positions: int = SHORT):
-    from conftest import make_clip
-
     model = make_clip(width=width, layers=layers, vision_layers=1, context_length=positions)
     return literal.double(model) if dtype == torch.float64 else set_precision(model, dtype)
 

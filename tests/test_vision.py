@@ -13,9 +13,9 @@ from plpp_reg.clip.load import set_precision
 from plpp_reg.clip.vision import ImageTower
 from plpp_reg.errors import InputError
 
-from conftest import make_clip
 from helpers import literal
 from helpers import literal_methods as lm
+from helpers.clips import make_clip
 
 WIDTH, LAYERS, EMBED = 128, 4, 96
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

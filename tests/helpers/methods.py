@@ -27,10 +27,10 @@ from plpp_reg.trainers.prograd import ProGrad
 from plpp_reg.trainers.promptsrc import PromptSRC
 from plpp_reg.trainers.vpt import VPT
 
-from conftest import make_clip
 from helpers import engine as helpers
 from helpers import literal
 from helpers import literal_methods as lm
+from helpers.clips import make_clip
 
 NAMES = helpers.CLASSNAMES
 TEMPLATE = "a drawing of the {}, a toy."  # nobody's default: a method that takes another template differs

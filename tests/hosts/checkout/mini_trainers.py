@@ -11,7 +11,7 @@ from dassl.engine import TRAINER_REGISTRY, TrainerX
 from dassl.optim import build_lr_scheduler, build_optimizer
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-from conftest import make_clip
+from helpers.clips import make_clip
 from helpers.engine import read_tiny
 from mini_hosts import LossInForward, LossInTrainer, SevenReturned, frozen
 
