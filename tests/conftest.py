@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("helpers.sweeps")  # it holds tests
 
-# the longest first: a process that began one of these when the others are done would let them wait
-FIRST = ["workers_ray", "workers", "ranks", "benchmarks", "export", "kills", "dassl", "demo", "machine", "typing"]
+# the longest first: a process that began one of these when the others are done would let them wait. Beside Ray's, which wait
+# for other processes, those that compute
+FIRST = ["workers_ray", "export", "benchmarks", "methods", "ranks", "workers", "kills", "dassl", "demo", "machine", "typing"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
