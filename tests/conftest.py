@@ -30,7 +30,7 @@ FIRST = ["workers_ray", "export", "benchmarks", "methods", "ranks", "workers", "
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses"):  # a process that runs tests
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # a process that runs tests
         import torch
         from hypothesis import settings
 

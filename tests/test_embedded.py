@@ -38,8 +38,8 @@ def emoji() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def sample_of(untrained: torch.Tensor) -> torch.Tensor:
-    return untrained[:: len(untrained) // 1000]
+def sample_of(ids: torch.Tensor) -> torch.Tensor:
+    return ids[:: len(ids) // 1000]
 
 
 def largest_cosine(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

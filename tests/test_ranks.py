@@ -116,7 +116,7 @@ def try_to_start(world: Path, n: int) -> bool:
 
 
 def torchrun(world: Path, lines: list[list[str]]) -> subprocess.CompletedProcess:
-    """As a user starts two."""
+    """As a user starts two, but that torchrun itself is a fork."""
     (world / "run.py").write_text(RUN)
     (world / "lines.json").write_text(json.dumps(lines))
     starter = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"

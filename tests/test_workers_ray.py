@@ -20,7 +20,7 @@ def many(sweep_place: Place) -> Swept:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("PYTHONPATH", str(HERE))  # where the dying trainers are
-        return swept(sweep_place, "many", "--methods", *METHODS, *DYING, "--executor", "ray", "--workers", "1")
+        return swept(sweep_place, "many", "--methods", *METHODS, *DYING, "--executor", "ray", "--workers", "2")
 
 
 class TestSweepByRay(SweepTests):

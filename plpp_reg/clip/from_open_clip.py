@@ -30,7 +30,8 @@ def load_open_clip(name: str) -> nn.Module:
     try:
         # OpenAI's own weights want QuickGELU whatever the architecture's configuration says; open_clip only warns
         quick = False if local else bool((open_clip.get_pretrained_cfg(architecture, weights) or {}).get("quick_gelu"))
-        source = open_clip.create_model(architecture, pretrained=None if local else weights, force_quick_gelu=quick)
+        with torch.random.fork_rng(devices=[]):  # it draws weights, which it loads others over
+            source = open_clip.create_model(architecture, pretrained=None if local else weights, force_quick_gelu=quick)
         if local:
             state_dict = read_state_dict(Path(weights))
             source.load_state_dict({k.removeprefix("module."): v for k, v in state_dict.items()})

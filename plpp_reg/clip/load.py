@@ -74,6 +74,7 @@ def load_clip(name: str = EMBEDDED, precision: str = "fp32", device: torch.devic
 
     Returns:
         ``clip.model.CLIP``. ``trained_token_ids`` on it holds the ids of the token rows that mean something, or None for all.
+        Torch's random stream on the CPU stays as it was.
 
     Raises:
         InputError: no such name or file, no network, a file that is not a CLIP, a wrong checksum.
@@ -133,12 +134,16 @@ def from_weights(state_dict: dict[str, torch.Tensor]) -> nn.Module:
 
     No initial weights are drawn: it costs more than all else, and torch's random stream stays as it is.
     """
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*which is a no-op")  # it loads them, where nothing has memory
-        model = openai_clip().model.build_model(weights := dict(state_dict)).float()  # three scalars are taken out
-    model.to_empty(device="cpu").load_state_dict(weights)
+    build, shapes = openai_clip().model.build_model, {name: weight.to("meta") for name, weight in state_dict.items()}
+    with torch.device("meta"):
+        model = build(shapes).float()  # it takes three scalars out of what it is given
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.zero_()  # a file may be without the counts of a ResNet's batch norms
+    model.load_state_dict({name: state_dict[name] for name in shapes})
+    mask = model.build_attention_mask()  # neither a parameter nor a buffer
     for block in model.transformer.resblocks:
-        block.attn_mask = model.build_attention_mask()  # neither a parameter nor a buffer
+        block.attn_mask = mask
     return model
 
 

@@ -71,12 +71,13 @@ class Vocabulary:
     @functools.cached_property
     def nearest_other(self) -> Tensor:
         """(n,) of :data:`SAMPLE` words the cosine to the nearest other word, ascending."""
-        at = torch.linspace(0, len(self.rows) - 1, min(SAMPLE, len(self.rows))).long()
+        at = torch.linspace(0, len(self.rows) - 1, min(SAMPLE, len(self.rows))).long().to(self.rows.device)
         found = []
         for part in PF.parts(len(at), len(self.rows) * self.rows.element_size(), MAX_BYTES):
             words = at[part]
-            cosines = F.normalize(self.rows[words], dim=-1) @ self.rows.T * self.inverse_norm  # (words, n)
+            cosines = (F.normalize(self.rows[words], dim=-1) @ self.rows.T).mul_(self.inverse_norm)  # (words, n)
             found.append(cosines.scatter_(1, words.unsqueeze(1), -1.0).amax(1))  # not to the word itself
+            del cosines  # before the next part's
         return torch.cat(found).sort().values
 
     @property

@@ -51,11 +51,7 @@ class PromptReader:
 
     def _clip(self, backbone: str) -> nn.Module:
         if backbone != self._name:
-            streams = checkpoint.random_streams()
-            try:  # building a model draws at random
-                self._model = load.load_clip(without_download(backbone))
-            finally:
-                checkpoint.restore_random_streams(streams)
+            self._model = load.load_clip(without_download(backbone))
             self._vocabulary = Vocabulary(self._model, self.k)
             self._name = backbone
         return self._model

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from subprocess import PIPE
@@ -139,7 +140,7 @@ def stop(place: Place, how: str, flags: list[str], n: int) -> None:
     argv = place.argv(output.name, "--threads", "1", *flags, "--methods", "helpers.dying:NeverEnds")
     with processes.started(processes.PLPP, *argv, env=OWN_RAY, stderr=PIPE, start_new_session=True) as process:
         try:
-            processes.until(lambda: process.poll() or len([p for p in output.rglob("pid") if p.read_text()]) == n)
+            processes.until(lambda: process.poll() is not None or len([p for p in output.rglob("pid") if p.read_text()]) == n)
             assert process.poll() is None, process.stderr.read()
             pids = [int(path.read_text()) for path in output.rglob("pid")]
             assert process.pid not in pids and all(map(alive, pids))
@@ -152,7 +153,8 @@ def stop(place: Place, how: str, flags: list[str], n: int) -> None:
                 assert process.wait(60) == 128 + number
                 *others, last = process.stderr.read().splitlines()
                 assert last == f"plpp: stopped by {how}; the same command goes on from what is there"
-                assert all(line.startswith("[") for line in others)  # Ray's own, of a task that it could not report
+                rays_own = r"\[[\d-]+ [\d:,]+ \w \d+ \d+\] task_manager\.cc"  # of a task that it could not report
+                assert all("ray" in flags and re.match(rays_own, line) for line in others)
             else:
                 process.kill()
                 process.wait(30)
