@@ -89,9 +89,8 @@ def as_openai(source: nn.Module, name: str = "open_clip model") -> nn.Module:
     Raises:
         InputError: it is not of that architecture (another text tower, pooling, ...).
     """
-    state_dict = dict(source.state_dict())
     try:
-        model = from_weights(state_dict)
+        model = from_weights(source.state_dict())
         for path, block in model.named_modules():
             if hasattr(block, "attn") and hasattr(block, "mlp"):
                 _take_settings(block, source.get_submodule(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,10 @@ class Vocabulary:
         self.ids = candidate_ids(clip_model)  # of ``rows`` (n, D); None: all of the table's
         self.rows = self.table if self.ids is None else self.table[self.ids]
 
+    def _parts(self, number: int) -> Iterator[slice]:
+        """Of so many vectors, as many at a time as may meet all words at once."""
+        return PF.parts(number, len(self.rows) * self.rows.element_size(), MAX_BYTES)
+
     @functools.cached_property
     def inverse_norm(self) -> Tensor:
         return PF.inverse_norm(self.rows)
@@ -71,9 +76,9 @@ class Vocabulary:
     @functools.cached_property
     def nearest_other(self) -> Tensor:
         """(n,) of :data:`SAMPLE` words the cosine to the nearest other word, ascending."""
-        at = torch.linspace(0, len(self.rows) - 1, min(SAMPLE, len(self.rows))).long().to(self.rows.device)
+        at = torch.linspace(0, len(self.rows) - 1, min(SAMPLE, len(self.rows)), device=self.rows.device).long()
         found = []
-        for part in PF.parts(len(at), len(self.rows) * self.rows.element_size(), MAX_BYTES):
+        for part in self._parts(len(at)):
             words = at[part]
             cosines = (F.normalize(self.rows[words], dim=-1) @ self.rows.T).mul_(self.inverse_norm)  # (words, n)
             found.append(cosines.scatter_(1, words.unsqueeze(1), -1.0).amax(1))  # not to the word itself
@@ -107,7 +112,7 @@ class Vocabulary:
         number = max(len(states.context), len(states.hidden))
         v, h = (t.expand(number, -1, -1).flatten(0, 1) for t in states)
         nll, expected = [], []
-        for part in PF.parts(len(v), len(self.rows) * self.rows.element_size(), MAX_BYTES):
+        for part in self._parts(len(v)):
             log_p = (h[part] @ self.rows.T).log_softmax(-1)
             _, nearest = PF.nearest_words(v[part], self.rows, 1, self.inverse_norm)
             nll.append(-log_p.gather(1, nearest)[:, 0])
