@@ -44,6 +44,18 @@ for line in json.load(open(sys.argv[1])):
     with open(line[line.index("--output-dir") + 1] + f".rank{os.environ.get('RANK', 0)}.json", "w") as file:
         json.dump(seen, file)
 """
+AGENT = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def run(code, *argv):
+    sys.argv[1:] = argv
+    exec(code, {})
+
+# what torchrun --standalone makes of its flags, but for the fork
+rendezvous = dict(run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+elastic_launch(LaunchConfig(1, 1, 2, **rendezvous, max_restarts=0, start_method="fork"), run)(*sys.argv[1:])
+"""
 CASES = {
     "shared": ("CoOp_PLPP", ()),
     "class-specific": ("CoOp_PLPP", ("TRAINER.COOP.CSC", "True")),
@@ -116,12 +128,9 @@ def try_to_start(world: Path, n: int) -> bool:
 
 
 def torchrun(world: Path, lines: list[list[str]]) -> subprocess.CompletedProcess:
-    """As a user starts two, but that torchrun itself is a fork."""
-    (world / "run.py").write_text(RUN)
+    """Two processes from torchrun's own agent, which forks them."""
     (world / "lines.json").write_text(json.dumps(lines))
-    starter = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
-    words = ["--standalone", "--nproc-per-node=2", str(world / "run.py"), str(world / "lines.json")]
-    return processes.run(starter, *words, env={"PLPP_REG_CACHE": str(world / "cache-2")}, package=False)
+    return processes.run(AGENT, RUN, str(world / "lines.json"), env={"PLPP_REG_CACHE": str(world / "cache-2")})
 
 
 @pytest.fixture(scope="module")
