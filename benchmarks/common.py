@@ -1,17 +1,14 @@
-"""What the benchmarks share: random CLIPs of ViT-B/16's sizes, the literal text tower, time, and peak memory."""
+"""What the benchmarks share: random CLIPs of ViT-B/16's sizes, the literal text tower, and time."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +18,6 @@ from plpp_reg.clip.architectures import OPENAI, Architecture
 from plpp_reg.clip.prompts import PromptLearner
 
 CLOCK = time.perf_counter
-CAN_MEASURE_MEMORY = Path("/proc/self/clear_refs").exists()  # Linux
 
 
 VIT_B_16 = OPENAI["ViT-B/16"]
@@ -71,36 +67,6 @@ def count_cpu_time() -> None:
     """From here on seconds are this process's CPU seconds: what a ratio can be told by where others use the machine too."""
     global CLOCK
     CLOCK = time.process_time
-
-
-def peak_mib(prepare: Callable[..., Callable[[], object]], *args: object, freed_returned: bool = False) -> float | None:
-    """Peak resident memory of one step, ``prepare(*args)()``, over what was resident before it, in a fresh process.
-
-    glibc's allocator keeps freed blocks of less than 32 MiB, so that many passes of a step add up to several times what lives
-    at once, with a scatter of hundreds of MiB. With ``freed_returned`` it gives every block above 1 MiB back: the peak is then
-    what lives, as ``torch.cuda.max_memory_allocated`` would tell it.
-    """
-    if not CAN_MEASURE_MEMORY:
-        return None
-    allocator = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if freed_returned else {}
-    with mock.patch.dict(os.environ, allocator), multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_in_this_process, (prepare, args, torch.get_num_threads()))
-
-
-def _peak_in_this_process(prepare: Callable[..., Callable[[], object]], args: tuple, threads: int) -> float:
-    torch.set_num_threads(threads)
-    step = prepare(*args)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-    before = _status("VmRSS")
-    step()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1])  # KiB
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def arguments(doc: str, cases: Iterable[str], **flags: str) -> argparse.Namespace:

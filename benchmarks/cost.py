@@ -26,7 +26,8 @@ from plpp_reg.engine.trainer import Trainer
 from plpp_reg.estimate.estimate import estimate
 
 import common
-from common import arguments, peak_mib, seconds, write_rows
+from common import arguments, seconds, write_rows
+from memory import peak_mib
 from methods import FULL, QUICK, Size, class_names, give_image_features, make_batch, make_trainer, run_arguments
 
 GRID = {  # method: (classes, batch) …; with CoOp the batch hardly counts, for the image features are given

@@ -31,7 +31,8 @@ from plpp_reg.engine.log import RunLog
 from plpp_reg.engine.run import RunArguments, resolve
 from plpp_reg.engine.trainer import Trainer
 
-from common import SMALL, VIT_B_16, LiteralText, arguments, peak_mib, random_clip, seconds, write_rows
+from common import SMALL, VIT_B_16, LiteralText, arguments, random_clip, seconds, write_rows
+from memory import peak_mib
 from names import short_names
 
 

@@ -25,7 +25,8 @@ from plpp_reg.clip.architectures import Architecture
 from plpp_reg.clip.prompts import PromptLearner
 from plpp_reg.clip.text import TextTower
 
-from common import SMALL, VIT_B_16, LiteralText, arguments, peak_mib, random_clip, seconds, write_rows
+from common import SMALL, VIT_B_16, LiteralText, arguments, random_clip, seconds, write_rows
+from memory import peak_mib
 from names import car_names, short_names
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import multiprocessing.forkserver
 import operator
 import pickle
 import statistics
@@ -17,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing
+import torch
 
 from plpp_reg.engine import features
 from plpp_reg.estimate import throughput
 
 import common
+import memory
 from helpers import processes
 
 Row = dict[str, Any]
 
 
 def no_peak_mib(prepare: Callable[..., Callable[[], object]], *args: object, freed_returned: bool = False) -> float:
-    """``common.peak_mib`` but for the process and the figure: the step is sent, prepared and taken."""
+    """``memory.peak_mib`` but for the process and the figure: the step is sent, prepared and taken."""
     prepare, args = pickle.loads(pickle.dumps((prepare, args)))
     prepare(*args)()
     return 1.0
@@ -63,9 +63,9 @@ def test_the_text_tower_beside_the_literal_one(run):
         assert row["speedup"] == pytest.approx(row["reference_seconds"] / row["seconds"])
 
 
-@pytest.mark.skipif(not common.CAN_MEASURE_MEMORY, reason="Linux tells it")
+@pytest.mark.skipif(not memory.CAN_MEASURE, reason="Linux tells it")
 def test_peak_memory_is_what_a_step_holds_at_most():
-    assert common.peak_mib(functools.partial, operator.mul, b"x", 100 * 2**20) == pytest.approx(100, abs=2)
+    assert memory.peak_mib(functools.partial, operator.mul, b"x", 100 * 2**20) == pytest.approx(100, abs=2)
 
 
 def test_a_step_costs_what_is_said_of_it(run, monkeypatch):
@@ -78,7 +78,6 @@ def test_a_step_costs_what_is_said_of_it(run, monkeypatch):
 
 
 BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], bool]]] = {
-    "ranks": (["coop-plpp"], lambda row: row["processes"] == 2 and row["loss_rel_diff"] <= 1e-5),
     "methods": (
         ["literal-maple", "plpp-coop"],
         lambda row: (
@@ -108,18 +107,8 @@ BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], bool]]] = {
 }
 
 
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A benchmark's processes are forks of one that has imported what they import."""
-    multiprocessing.set_forkserver_preload(["plpp_reg.engine.trainer"])
-    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
-    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
-    yield
-    multiprocessing.forkserver._forkserver._stop()  # a sweep's in another test imports less, in another environment
-
-
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_each_benchmark_measures_what_it_says(name: str, run, forked) -> None:
+def test_each_benchmark_measures_what_it_says(name: str, run) -> None:
     cases, holds = BENCHMARKS[name]
     rows = run(name, "--threads", "1", *(["--cases", *cases] if cases else []))
     assert [row.get("case") or row["position"] for row in rows] == (cases or ["end", "front"])
@@ -148,6 +137,23 @@ def test_the_phases_of_a_cold_run_are_its_whole_time(run, monkeypatch) -> None:
         seconds = [row["phases"][phase][key] for phase in ("imports", "pictures", "features", "steps", "test", "rest")]
         assert row["case"] == "cold" and row[key] == pytest.approx(sum(seconds))
         assert all(seconds[:4])
+
+
+OF_FORKS = """
+import functools, runpy, sys, torch.multiprocessing
+torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_steps_over_processes_are_those_of_one(tmp_path: Path) -> None:
+    program, out = Path(common.__file__).with_name("ranks.py"), tmp_path / "rows.json"
+    flags = ["--quick", "--threads", "1", "--cases", "coop-plpp", "--json", str(out)]
+    done = processes.run(OF_FORKS, str(program), *flags, path=[program.parent])
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["case"] == "coop-plpp" and row["processes"] == 2 and row["loss_rel_diff"] <= 1e-5
 
 
 def test_steps_over_processes_are_timed_by_the_wall_and_end_where_losses_differ(run, tmp_path, monkeypatch):

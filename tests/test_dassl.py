@@ -26,17 +26,13 @@ HERE = Path(__file__).parent
 HOSTS, CHECKOUT = HERE / "hosts", HERE / "hosts" / "checkout"
 sys.path.insert(0, str(HOSTS))
 
-# what runpy does before the module runs: the package is imported, with these words
-MODULE = "import sys; words = sys.argv; sys.argv = ['-m']; sys.orig_argv = ['python', '-m', 'plpp_reg.dassl']\n"
-MODULE += "import plpp_reg.dassl; assert 'dassl' not in sys.modules; sys.argv = words\n"
 NEW_NUMPY = not hasattr(numpy, "int")
 NEW_TORCH = "verbose" not in torch.optim.lr_scheduler.LRScheduler.__init__.__code__.co_varnames
 
 
 def launch(*arguments: str, cwd: Path = CHECKOUT, path: Sequence[Path] = (HOSTS,)) -> subprocess.CompletedProcess:
-    """``python -m plpp_reg.dassl …`` in the checkout, from where the module begins to run."""
-    code = "import sys\nfrom plpp_reg.dassl.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-    return processes.run(MODULE + code, *arguments, path=path, cwd=cwd, package=False)
+    """``python -m plpp_reg.dassl …`` in the checkout."""
+    return processes.run(processes.DASSL, *arguments, path=path, cwd=cwd, package=False)
 
 
 def command(*words: str) -> subprocess.CompletedProcess:

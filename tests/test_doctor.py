@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from plpp_reg.commands.cli import main
 from plpp_reg.io import installation as d
+
+from helpers import processes
 
 HOSTS = Path(__file__).parent / "hosts"
 
@@ -104,7 +107,12 @@ def test_a_checkouts_own_clip(tmp_path, monkeypatch):
 
 
 def test_a_dassl_that_a_new_torch_broke(tmp_path, monkeypatch):
+    def forked(words: list[str], *, cwd: Path, env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
+        assert words[1:] == ["-W", "ignore", "-m", "plpp_reg.dassl", "--check"]
+        return processes.run(processes.DASSL, "--check", path=env["PYTHONPATH"].split(os.pathsep), cwd=cwd, package=False)
+
     (tmp_path / "dassl").symlink_to(HOSTS / "dassl")
+    monkeypatch.setattr(subprocess, "run", forked)
     found = [f for f in d.doctor(tmp_path) if f.what.startswith("dassl")]
     assert found[0].found == str(tmp_path / "dassl") and not found[0].fails
     assert len(found) >= 2  # the frozen learning rate is there on every torch

@@ -27,6 +27,16 @@ TESTS = Path(__file__).resolve().parents[1]
 LIBRARIES = ["torch", "torch.utils.tensorboard", "torchvision.transforms", "yacs.config", "numpy", "PIL.Image"]
 PACKAGE = ["plpp_reg.commands.run", "plpp_reg.experiments.executors", "plpp_reg.trainers.coop", "clip"]
 PLPP = "import sys; from plpp_reg.commands.cli import main; sys.exit(main())"
+# python -m plpp_reg.dassl …, with ``package=False``; runpy imports the package before the module runs, with these words
+DASSL = """
+import sys
+words, sys.argv, sys.orig_argv = sys.argv, ["-m"], ["python", "-m", "plpp_reg.dassl"]
+import plpp_reg.dassl
+assert "dassl" not in sys.modules
+sys.argv = words
+from plpp_reg.dassl.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
 File = IO[Any] | int | None
 
 
