@@ -123,7 +123,7 @@ def onnx_file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 @pytest.mark.parametrize("name", ["CSC", "PromptSRC", "IVLP", "FDBPL"])
 def test_what_is_exported_gives_the_methods_probabilities(world: Path, name: str) -> None:
-    """Before it is a file; as one, what it asks of torch is what a method of the next test does: CoOp, or one with image prompts."""
+    """Before it is a file; as one, its image tower is that of a method of the next test: CoOp, or one with image prompts."""
     trainer = load_run(world / name)
     transform = build_transform(trainer.cfg, train=False)
     pixels = torch.stack([transform.pixels(open_picture(path)) for path in pictures(world)])

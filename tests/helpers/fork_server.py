@@ -12,7 +12,10 @@ import atexit
 import contextlib
 import gc
 import importlib
+import itertools
 import json
+import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -21,6 +24,7 @@ import threading
 import types
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 LARGEST = 2**20  # bytes that are received at once
@@ -81,6 +85,29 @@ def become(wanted: dict[str, Any], standard: list[int]) -> None:
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")  # the latter: of multiprocessing
+    multiprocessing.util.spawnv_passfds = fork
+
+
+def fork(_path: str, words: Sequence[str], files: Sequence[int]) -> int:
+    """In place of ``multiprocessing.util.spawnv_passfds``, which starts ``python … -c CODE`` with these files open.
+
+    A sweep's own server of forks, too, finds what it would import.
+    """
+    if process := os.fork():
+        return process
+    gc.freeze()  # nothing that the other process has opened is closed here by its number
+    kept = sorted({0, 1, 2, *files})
+    for file, following in itertools.pairwise([*kept, os.sysconf("SC_OPEN_MAX")]):
+        os.closerange(file + 1, following)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    atexit._clear()
+    multiprocessing.forkserver._forkserver.__init__()
+    multiprocessing.resource_tracker._resource_tracker.__init__()
+    sys.argv[:] = ["-c"]
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
+    end(run(words[-1]))
 
 
 def run(code: str) -> int:
