@@ -21,6 +21,6 @@ maximum_signature_line_length = 88
 # A reference that leads nowhere is an error (-W). Other packages' names have no page here.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections|pathlib|yacs|nn|plpp_reg\.engine\.log)\..*|Tensor"),
+    (r"py:.*", r"(torch|collections|pathlib|typing_extensions|yacs|nn|plpp_reg\.engine\.log)\..*|Tensor"),
     (r"py:class", r"plpp_reg\.attachment\.with_plpp\.T"),  # a type variable
 ]

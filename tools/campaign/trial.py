@@ -47,7 +47,10 @@ class Watch:
 
 
 def snapshot(root: Path, without: Path) -> dict[str, tuple[int, int, int]]:
-    """Every file and folder below ``root``: kind, size and time of a file. Caches are the program's own."""
+    """Every file and folder below ``root``: kind, size and time of a file.
+
+    Caches are the program's own, and when a folder was last locked is the lock's: some versions of filelock empty it again.
+    """
     found = {}
     for folder, folders, files in os.walk(root):
         if Path(folder) in (without, root / "cache"):
@@ -56,7 +59,8 @@ def snapshot(root: Path, without: Path) -> dict[str, tuple[int, int, int]]:
         for name in [*folders, *files]:
             status = os.lstat(os.path.join(folder, name))
             is_file = name in files
-            found[os.path.join(folder, name)] = (status.st_mode, status.st_size * is_file, status.st_mtime_ns * is_file)
+            time = status.st_mtime_ns if is_file and name != ".lock" else 0
+            found[os.path.join(folder, name)] = (status.st_mode, status.st_size * is_file, time)
     return found
 
 
