@@ -89,11 +89,12 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
 
 
 def test_versions_name_what_the_figures_depend_on() -> None:
+    import PIL
     import torch
 
     found = results.versions()
-    assert {"python", "plpp-reg", "torch", "torchvision", "numpy", "openai-clip"} <= found.keys()
-    assert torch.__version__.startswith(found["torch"])
+    assert {"python", "plpp-reg", "torch", "torchvision", "pillow", "numpy", "openai-clip"} <= found.keys()
+    assert torch.__version__.startswith(found["torch"]) and found["pillow"] == PIL.__version__
 
 
 @pytest.mark.parametrize(

