@@ -308,7 +308,7 @@ def test(trainer: Trainer) -> dict[str, Any]:
 def record(trainer: Trainer, tested: Mapping[str, Any] = NOTHING, learned: dict[str, Any] | None = None) -> dict[str, Any]:
     """A run's figures in full precision, with everything that they depend on, and what its prompts became.
 
-    ``tested``: of :func:`test`.
+    In their last bits figures depend on threads and the processor too, which are not recorded. ``tested``: of :func:`test`.
     """
     cfg, state = trainer.cfg, trainer.state
     return {
