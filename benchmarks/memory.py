@@ -1,9 +1,10 @@
-"""Peak memory of a step. Imports no torch: its processes have what a step imports, and no more."""
+"""Peak memory of a step, in a process that imports what the step imports: this module alone imports no torch there."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -22,13 +23,14 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *args: object, freed_
         return None
     import torch
 
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if freed_returned else {}
-    with mock.patch.dict(os.environ, environment), multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_in_this_process, (prepare, args))
+    allocator = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if freed_returned else {}
+    with mock.patch.dict(os.environ, allocator), multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_in_this_process, (prepare, args, torch.get_num_threads()))
 
 
-def _peak_in_this_process(prepare: Callable[..., Callable[[], object]], args: tuple) -> float:
+def _peak_in_this_process(prepare: Callable[..., Callable[[], object]], args: tuple, threads: int) -> float:
+    if torch := sys.modules.get("torch"):  # what there is to prepare has imported it
+        torch.set_num_threads(threads)
     step = prepare(*args)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
     before = _status("VmRSS")

@@ -107,8 +107,10 @@ def test_a_checkouts_own_clip(tmp_path, monkeypatch):
 
 
 def test_a_dassl_that_a_new_torch_broke(tmp_path, monkeypatch):
-    def forked(words: list[str], *, cwd: Path, env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
-        assert words[1:] == ["-W", "ignore", "-m", "plpp_reg.dassl", "--check"]
+    def forked(
+        words: list[str], *, cwd: Path, env: dict[str, str], capture_output: bool, text: bool
+    ) -> subprocess.CompletedProcess:
+        assert words == [sys.executable, "-W", "ignore", "-m", "plpp_reg.dassl", "--check"] and capture_output and text
         return processes.run(processes.DASSL, "--check", path=env["PYTHONPATH"].split(os.pathsep), cwd=cwd, package=False)
 
     (tmp_path / "dassl").symlink_to(HOSTS / "dassl")

@@ -39,7 +39,7 @@ def world(trained_runs: Path) -> Path:
     return trained_runs
 
 
-@pytest.mark.parametrize("name", ["CoOp", "CSC", "MaPLe", "IVLP", "VPT", "PromptSRC", "CoCoOp"])
+@pytest.mark.parametrize("name", ["CoOp", "CSC", "MaPLe", "IVLP", "VPT", "PromptSRC", "CoCoOp", "FDBPL"])
 def test_an_exported_file_holds_what_was_learned(world: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Class features only where the README's ten lines classify with them."""
     trainer = load_run(world / name)
@@ -52,7 +52,7 @@ def test_an_exported_file_holds_what_was_learned(world: Path, name: str, tmp_pat
             assert torch.equal(file.get_tensor(key), value)
         assert json.loads(file.metadata()["trainer"]) == trainer.cfg.TRAINER.NAME
         left_out = json.loads(file.metadata()["left_out"])
-    whole = name in ("CoOp", "CSC")
+    whole = name in ("CoOp", "CSC", "FDBPL")
     assert ("class_features" in names) == whole == (left_out == "")
     assert len(said) == (1 if whole else 2)
     if not whole:

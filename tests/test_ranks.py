@@ -1,9 +1,10 @@
-"""One run over two processes gives what one process gives: gloo on the CPU, in some tests as torchrun starts them."""
+"""One run over two processes gives what one process gives: gloo on the CPU, in some tests by torchrun's agent."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -44,6 +45,7 @@ for line in json.load(open(sys.argv[1])):
     with open(line[line.index("--output-dir") + 1] + f".rank{os.environ.get('RANK', 0)}.json", "w") as file:
         json.dump(seen, file)
 """
+# two processes of torchrun's agent: the code, and its arguments
 AGENT = """
 import sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -52,9 +54,18 @@ def run(code, *argv):
     sys.argv[1:] = argv
     exec(code, {})
 
-# what torchrun --standalone makes of its flags, but for the fork
-rendezvous = dict(run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
-elastic_launch(LaunchConfig(1, 1, 2, **rendezvous, max_restarts=0, start_method="fork"), run)(*sys.argv[1:])
+# what torchrun --standalone makes of its flags, but for the fork and the names
+two = LaunchConfig(
+    min_nodes=1,
+    max_nodes=1,
+    nproc_per_node=2,
+    run_id="test",
+    rdzv_backend="c10d",
+    rdzv_endpoint="localhost:0",
+    max_restarts=0,
+    start_method="fork",
+)
+elastic_launch(two, run)(*sys.argv[1:])
 """
 CASES = {
     "shared": ("CoOp_PLPP", ()),
@@ -127,8 +138,8 @@ def try_to_start(world: Path, n: int) -> bool:
         return not any(rank.poll() for rank in ranks)
 
 
-def torchrun(world: Path, lines: list[list[str]]) -> subprocess.CompletedProcess:
-    """Two processes from torchrun's own agent, which forks them."""
+def by_agent(world: Path, lines: list[list[str]]) -> subprocess.CompletedProcess:
+    """Run command lines one after another in each of two processes that torchrun's agent starts."""
     (world / "lines.json").write_text(json.dumps(lines))
     return processes.run(AGENT, RUN, str(world / "lines.json"), env={"PLPP_REG_CACHE": str(world / "cache-2")})
 
@@ -206,13 +217,15 @@ def test_the_cases_learn_something_of_their_own(runs: Path) -> None:
 @pytest.fixture(scope="module")
 def again(runs: Path) -> subprocess.CompletedProcess:
     """Two processes that go on with two runs, and are given one that they cannot share."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no forks")
     half = runs / "half"  # as though it had been killed after its first epoch
     (half / "result.json").unlink()
     (half / "prompt_learner" / "checkpoint").write_text("model.pth.tar-1\n")
     (half / "prompt_learner" / "model.pth.tar-2").unlink()
     (runs / "best" / "result.json").rename(runs / "best.json")
     odd = line(runs, "odd", "CoOp", "DATALOADER.TRAIN_X.BATCH_SIZE", "5")
-    return torchrun(runs, [line(runs, "half", "CoOp_PLPP", *HALF), line(runs, "best", "CoOp_PLPP", *BEST), odd])
+    return by_agent(runs, [line(runs, "half", "CoOp_PLPP", *HALF), line(runs, "best", "CoOp_PLPP", *BEST), odd])
 
 
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, again: subprocess.CompletedProcess) -> None:

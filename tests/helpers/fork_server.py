@@ -3,7 +3,8 @@
     python fork_server.py MODULE…
 
 Its standard input is the socket on which it is asked, for another server too, which imports more. It has imported modules, and
-used none: no thread runs and nothing was differentiated when it forks. It ends with the process that started it.
+used none: no thread runs and nothing was differentiated when it forks. It ends with the process that started it. The servers
+that multiprocessing starts in a process of its are forks of that process, with its state.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import types
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 LARGEST = 2**20  # bytes that are received at once
 INSTALLED = sys.path[1:]  # without this file's folder
+spawnv_passfds = multiprocessing.util.spawnv_passfds
+UNWRITTEN: list[TextIO] = []  # of the process that this is a fork of: at its end each would write here, too, what is left in it
 
 
 def asked(channel: socket.socket) -> tuple[bytes, list[int]]:
@@ -81,33 +84,45 @@ def become(wanted: dict[str, Any], standard: list[int]) -> None:
     os.chdir(wanted["cwd"])
     sys.path[:] = ["", *wanted["path"], *INSTALLED]
     sys.argv[:] = ["-c", *wanted["argv"]]
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    open_standard()
     sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")  # the latter: of multiprocessing
     multiprocessing.util.spawnv_passfds = fork
 
 
-def fork(_path: str, words: Sequence[str], files: Sequence[int]) -> int:
-    """In place of ``multiprocessing.util.spawnv_passfds``, which starts ``python … -c CODE`` with these files open.
+def open_standard() -> None:
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
 
-    A sweep's own server of forks, too, finds what it would import.
+
+def fork(path: str, words: Sequence[str], files: Sequence[int]) -> int:
+    """In place of ``multiprocessing.util.spawnv_passfds`` where that starts a server, ``python … -c CODE``, with files open.
+
+    So a sweep's own server of forks need import nothing.
     """
-    if process := os.fork():
-        return process
-    gc.freeze()  # nothing that the other process has opened is closed here by its number
-    kept = sorted({0, 1, 2, *files})
-    for file, following in itertools.pairwise([*kept, os.sysconf("SC_OPEN_MAX")]):
-        os.closerange(file + 1, following)
-    for number in signal.valid_signals():
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    atexit._clear()
-    multiprocessing.forkserver._forkserver.__init__()
-    multiprocessing.resource_tracker._resource_tracker.__init__()
-    sys.argv[:] = ["-c"]
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
-    end(run(words[-1]))
+    if words[-2] != "-c":  # a process of start method "spawn"
+        return spawnv_passfds(path, words, files)
+    asking = os.getpid()
+    try:
+        if process := os.fork():
+            return process
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        gc.freeze()  # the collector closes by its number nothing that the asking process has opened
+        kept = sorted({0, 1, 2, *files})  # multiprocessing's close_all_fds_except would close all of them, for the 0
+        for file, following in itertools.pairwise([*kept, os.sysconf("SC_OPEN_MAX")]):
+            os.closerange(file + 1, following)
+        UNWRITTEN.extend((sys.stdout, sys.stderr))
+        open_standard()
+        multiprocessing.forkserver._forkserver.__init__()
+        multiprocessing.resource_tracker._resource_tracker.__init__()
+        sys.argv[:] = ["-c"]
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
+        os._exit(run(words[-1]))
+    finally:
+        if os.getpid() != asking:
+            os._exit(1)
 
 
 def run(code: str) -> int:

@@ -1,7 +1,7 @@
 """New processes at the price of a fork: a server has imported torch, and for most tests this package, and nothing is used yet.
 
-A process is as one of ``python -c CODE ARGUMENT…``, but for the modules that are there already. Who asks what a new interpreter
-loads, or how long it takes, starts one.
+A process is as one of ``python -c CODE ARGUMENT…``, but for the modules that are there already; multiprocessing's own servers
+are forks of it. Who asks what a new interpreter loads, or how long it takes, starts one.
 """
 
 from __future__ import annotations
