@@ -66,7 +66,8 @@ def save(folder: str | Path, content: dict[str, Any], best: bool = False) -> Pat
     path = folder / (BEST if best else f"model.pth.tar-{content['epoch']}")
     whole = io.BytesIO()  # torch's own writer says "unexpected pos" of a full disk, and keeps the system's error to itself
     torch.save(content, whole)
-    write_atomically(path, lambda p: p.write_bytes(whole.getbuffer()))
+    # not getbuffer(): of a full disk's error its view is left to the collector, which ends the process (Python up to 3.12.1)
+    write_atomically(path, lambda p: p.write_bytes(whole.getvalue()))
     if not best:
         write_text(folder / NEWEST, path.name + "\n")
     return path
