@@ -6,7 +6,6 @@ import functools
 import importlib
 import json
 import operator
-import os
 import pickle
 import statistics
 import subprocess
@@ -142,17 +141,17 @@ def test_the_phases_of_a_cold_run_are_its_whole_time(run, monkeypatch) -> None:
 
 # a program whose processes are forks, in place of torch.multiprocessing's own, which get by pickle what they run
 OF_FORKS = """
-import pickle, runpy, sys, torch.multiprocessing
+import os, pickle, runpy, sys, torch.multiprocessing
 def spawn(function, args, nprocs):
     function, args = pickle.loads(pickle.dumps((function, args)))
     torch.multiprocessing.start_processes(function, args, nprocs, start_method="fork")
-torch.multiprocessing.spawn = spawn
+if hasattr(os, "fork"):
+    torch.multiprocessing.spawn = spawn
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
 def test_steps_over_processes_are_those_of_one(tmp_path: Path) -> None:
     program, out = Path(common.__file__).with_name("ranks.py"), tmp_path / "rows.json"
     flags = ["--quick", "--threads", "1", "--cases", "coop-plpp", "--json", str(out)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 from pathlib import Path
@@ -45,15 +44,10 @@ for line in json.load(open(sys.argv[1])):
     with open(line[line.index("--output-dir") + 1] + f".rank{os.environ.get('RANK', 0)}.json", "w") as file:
         json.dump(seen, file)
 """
-# two processes of torchrun's agent: the code, and its arguments
+# two processes of torchrun's agent, each of which runs the code
 AGENT = """
-import sys
+import os, sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-def run(code, *argv):
-    sys.argv[1:] = argv
-    exec(code, {})
-
 # what torchrun --standalone makes of its flags, but for the fork and the names
 two = LaunchConfig(
     min_nodes=1,
@@ -63,9 +57,9 @@ two = LaunchConfig(
     rdzv_backend="c10d",
     rdzv_endpoint="localhost:0",
     max_restarts=0,
-    start_method="fork",
+    start_method="fork" if hasattr(os, "fork") else "spawn",
 )
-elastic_launch(two, run)(*sys.argv[1:])
+elastic_launch(two, exec)(sys.argv[1], {})
 """
 CASES = {
     "shared": ("CoOp_PLPP", ()),
@@ -141,7 +135,8 @@ def try_to_start(world: Path, n: int) -> bool:
 def by_agent(world: Path, lines: list[list[str]]) -> subprocess.CompletedProcess:
     """Run command lines one after another in each of two processes that torchrun's agent starts."""
     (world / "lines.json").write_text(json.dumps(lines))
-    return processes.run(AGENT, RUN, str(world / "lines.json"), env={"PLPP_REG_CACHE": str(world / "cache-2")})
+    code = f"import sys; sys.argv[1:] = {[str(world / 'lines.json')]}\n{RUN}"
+    return processes.run(AGENT, code, env={"PLPP_REG_CACHE": str(world / "cache-2")})
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +212,6 @@ def test_the_cases_learn_something_of_their_own(runs: Path) -> None:
 @pytest.fixture(scope="module")
 def again(runs: Path) -> subprocess.CompletedProcess:
     """Two processes that go on with two runs, and are given one that they cannot share."""
-    if not hasattr(os, "fork"):
-        pytest.skip("no forks")
     half = runs / "half"  # as though it had been killed after its first epoch
     (half / "result.json").unlink()
     (half / "prompt_learner" / "checkpoint").write_text("model.pth.tar-1\n")
